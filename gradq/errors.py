@@ -1,0 +1,51 @@
+"""The exception tree. Every error gradq raises on purpose is a `GradqError`."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GradqError",
+    "KernelError",
+    "MismatchError",
+    "PeerError",
+    "SpecError",
+    "UnsupportedError",
+    "WireError",
+]
+
+
+class GradqError(Exception):
+    """Base of every error raised by gradq."""
+
+
+class ConfigError(GradqError, ValueError):
+    """An argument has a value that cannot work; the message names it and the legal range."""
+
+
+class SpecError(ConfigError):
+    """A codec or spec string could not be understood."""
+
+
+class UnsupportedError(GradqError, TypeError):
+    """A model, gradient or process group that gradq does not handle; the message says what does."""
+
+
+class MismatchError(GradqError, RuntimeError):
+    """Ranks disagree about configuration or model; the message names the rank and the field."""
+
+
+class KernelError(GradqError, RuntimeError):
+    """A kernel backend was asked for that is not available here."""
+
+
+class WireError(GradqError, RuntimeError):
+    """A received payload is not the one that was expected (version, step, bucket or size)."""
+
+
+class PeerError(GradqError, RuntimeError):
+    """An exchange with another rank failed: the peer died, stalled past the timeout, or the link broke."""
+
+
+class CheckpointError(GradqError, RuntimeError):
+    """A saved state does not fit this model or was not saved the way it is being loaded."""

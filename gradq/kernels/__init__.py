@@ -1,0 +1,1 @@
+"""Kernels: the arithmetic of the codecs, one module a backend."""
