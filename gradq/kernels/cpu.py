@@ -76,6 +76,11 @@ def _as_float(bits: Any) -> Any:
 
 
 @_inline
+def _one_to_two(bits: Any) -> Any:
+    return _as_float((bits & np.uint32(0x7FFF80)) | np.uint32(0x3F800000))
+
+
+@_inline
 def _mix32(h: Any) -> Any:
     h = np.uint32(h ^ (h >> np.uint32(16)))
     h = np.uint32(h * np.uint32(0x7FEB352D))
@@ -256,12 +261,9 @@ def _encode(
     rescale = np.float32(inverse_loss_scale)
     qmax = np.int32((1 << (num_bits - 1)) - 1)
     top = np.int32(2 * qmax)
-    # qmax + u, u in (0, 1), as a bit pattern: one ulp there is 2**(num_bits - 25)
-    up = np.uint32(9 - num_bits)
-    base = np.uint32(np.float32(qmax).view(np.uint32) + (np.uint32(1) << (up - np.uint32(1))))
-    mask = np.uint32(np.uint32(0xFFFF) << up)
-    high_down = np.uint32(np.uint32(16) - up)
-    shift_up = np.uint32(np.uint32(shift) << up)
+    # a dither in the mantissa of a float is 1 + dither / 65536; qmax + u is that + offset, exactly
+    offset = np.float32(np.float32(qmax - 1) + np.float32(2.0**-17))
+    shift_7 = np.uint32(np.uint32(shift) << np.uint32(7))
     half_up = np.float32(np.float32(qmax) + np.float32(0.5))
     for block in range(num_blocks):
         start = block * block_size
@@ -304,10 +306,10 @@ def _encode(
                 value_low, value_high, codes_low, codes_high = value[:h], value[h:], codes[:h], codes[h:]
                 for j in range(len(value_low)):
                     d = _mix32(np.uint32(np.uint32(j) + block_key))
-                    d_low = np.uint32(((d << up) + shift_up) & mask)
-                    d_high = np.uint32(((d >> high_down) + shift_up) & mask)
-                    u_low = np.uint32(base | d_low).view(np.float32)
-                    u_high = np.uint32(base | d_high).view(np.float32)
+                    d_low = np.uint32(np.uint32(d << np.uint32(7)) + shift_7)
+                    d_high = np.uint32(np.uint32(d >> np.uint32(9)) + shift_7)
+                    u_low = _one_to_two(d_low) + offset
+                    u_high = _one_to_two(d_high) + offset
                     codes_low[j] = np.uint8(min(np.int32(value_low[j] * inverse + u_low), top))
                     codes_high[j] = np.uint8(min(np.int32(value_high[j] * inverse + u_high), top))
             else:
