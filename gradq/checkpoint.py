@@ -18,12 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from gradq.errors import CheckpointError
 from gradq.feedback import Residuals
@@ -43,17 +39,16 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
         parameter name, row-sharded DTensors [W, n] (shard residuals padded to the longest piece). At world
         size 1 the rows are plain tensors [1, n].
     """
-    mesh = DeviceMesh.from_group(sync.group, "cpu") if sync.world_size > 1 else None
     local, shard = {}, {}
     for name, length in _shapes(sync)[0].items():
-        local[name] = _row(_residual(sync.feedback.local, name, length), mesh)
+        local[name] = _row(_residual(sync.feedback.local, name, length), sync.group)
     for name, length in _shapes(sync)[1].items():
-        shard[name] = _row(_residual(sync.feedback.shard, name, length), mesh)
+        shard[name] = _row(_residual(sync.feedback.shard, name, length), sync.group)
     return {
         "format": torch.tensor(_FORMAT),
         "step": torch.tensor(sync.step),
         "world_size": torch.tensor(sync.world_size),
-        "rank": _row(torch.tensor([sync.rank]), mesh),
+        "rank": _row(torch.tensor([sync.rank]), sync.group),
         "local": local,
         "shard": shard,
     }
@@ -75,9 +70,10 @@ def load_state_dict(sync: GradientSync, state: dict[str, Any]) -> None:
             f"the saved state has format {int(state['format'])}, this gradq reads {_FORMAT}"
         )
     saved_world_size = int(state["world_size"])
-    if isinstance(state["rank"], DTensor) and int(state["rank"].to_local()) != sync.rank:
+    saved_rank = _shard_of(state["rank"])
+    if saved_rank is not None and int(saved_rank) != sync.rank:
         raise CheckpointError(
-            f"rank {sync.rank} was given the residuals of rank {int(state['rank'].to_local())}: torch.save "
+            f"rank {sync.rank} was given the residuals of rank {int(saved_rank)}: torch.save "
             "keeps one rank's rows only. Save with torch.distributed.checkpoint, or call full_tensor() on "
             "every entry"
         )
@@ -188,18 +184,35 @@ def _residual(residuals: Residuals, name: str, numel: int) -> Tensor:
     return row
 
 
-def _row(row: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    return row[None] if mesh is None else DTensor.from_local(row[None], mesh, [Shard(0)])
+def _row(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's row of a row-sharded [W, n]."""
+    if group.size() == 1:
+        return row[None]
+    from torch.distributed.device_mesh import DeviceMesh  # DTensor takes 0.6 s to import
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(row[None], DeviceMesh.from_group(group, "cpu"), [Shard(0)])
+
+
+def _shard_of(rows: Tensor) -> Tensor | None:
+    """The local rows of a DTensor, None for a plain tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return rows.to_local() if isinstance(rows, DTensor) else None
 
 
 def _own_row(rows: Tensor, sync: GradientSync, same: bool) -> Tensor:
-    if isinstance(rows, DTensor):
-        return rows.to_local()[0]
+    own = _shard_of(rows)
+    if own is not None:
+        return own[0]
     return rows[sync.rank] if same else rows.mean(0)
 
 
 def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
     """Shapes of the saved residuals, by kind and parameter name."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     try:
         metadata = FileSystemReader(path).read_metadata()
     except (OSError, RuntimeError) as error:
@@ -219,4 +232,6 @@ def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
 
 
 def _load(state: dict[str, Any], checkpoint_id: str | Path, sync: GradientSync) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     load(state, checkpoint_id=str(checkpoint_id), process_group=sync.group)
