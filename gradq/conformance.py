@@ -248,7 +248,7 @@ def check_decode_mean(codec: Codec) -> None:
             messages = torch.zeros(world_size, wire.align(nbytes) + 24, dtype=torch.uint8)
             payloads = messages[:, 8 : 8 + nbytes]
             for rank, row in enumerate(payloads):
-                value = x if rank == 0 else _random(numel, x.dtype, rank)
+                value = x if rank == 0 else 10.0 ** (-2 * rank) * _random(numel, x.dtype, rank)
                 shift = rng.dither_shift(rank, world_size)
                 codec.encode(value, row, context=_context(shift=shift))
             expected = _decode(codec, payloads[0], numel)
