@@ -40,7 +40,7 @@ class Executor:
         self._name = name
         self._stages: list[queue.SimpleQueue[_Job | None]] = []
         self._threads: list[threading.Thread] = []
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._closed = False
 
     def submit(self, steps: Iterator[Pending], result: Tensor) -> Future[Tensor]:
@@ -85,13 +85,13 @@ class Executor:
     def _advance(self, job: _Job, index: int) -> None:
         """One stage of one job: wait, compute, and hand over or finish."""
         try:
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             if job.pending is not None:
                 job.pending.wait()
             job.pending = next(job.steps, None)
         except BaseException as error:  # carried to the training loop, whatever it is
-            self._failure = error
+            self.failure = error
             job.done.set_result(error)
             return
         if job.pending is None:
