@@ -25,7 +25,7 @@ from gradq.errors import CheckpointError
 from gradq.feedback import Residuals
 from gradq.sync import GradientSync
 
-__all__ = ["load_checkpoint", "load_state_dict", "state_dict"]
+__all__ = ["HasSync", "load_checkpoint", "load_state_dict", "state_dict"]
 
 _log = logging.getLogger("gradq")
 _FORMAT = 1
