@@ -71,3 +71,9 @@ def test_parameter_names_and_their_order_must_agree(agree, ours, theirs, message
 def test_a_mapping_is_no_number(agree):
     with pytest.raises(MismatchError, match=r"parameters is \{'a': 1\} on rank 0 and 3 on rank 1"):
         agree({"parameters": {"a": 1}}, {"parameters": 3})
+
+
+def test_a_rank_that_cannot_start_says_why_to_all(agree):
+    notes = {"spec": "int4", "seed": 0}
+    with pytest.raises(MismatchError, match=r"^rank 1 cannot start: no codec is called 'int44'$"):
+        agree(notes, {"error": "no codec is called 'int44'"}, {"spec": "int8"})
