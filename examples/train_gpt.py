@@ -327,7 +327,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", 8, "sequences a rank and batch")
     add("--seq-len", 64, "bytes a sequence")
     add("--accumulate", 1, "batches a step, with one exchange for all")
-    add("--lr", 2e-3, "peak learning rate")
+    add("--lr", 1e-3, "peak learning rate")
     add("--warmup", 20, "steps of linear warm-up")
     add("--precision", "fp32", "bf16 means autocast", choices=("fp32", "bf16"))
     add("--seed", 0, "of weights, data and rounding")
