@@ -77,7 +77,7 @@ def _array_at(numba_type: Any) -> Any:
 
 
 _u8_at, _u16_at, _u32_at = _array_at(types.uint8), _array_at(types.uint16), _array_at(types.uint32)
-_f32_at, _f64_at = _array_at(types.float32), _array_at(types.float64)
+_f32_at = _array_at(types.float32)
 
 
 def _stream_8(_typing: Any, _to: Any, _source: Any, _factor: Any) -> Any:
@@ -231,11 +231,11 @@ def _pack_planes(codes_at: int, packed_at: int, spare_at: int, num_bits: int, P:
             mask = np.uint8((1 << width) - 1)
             for j in range(P):
                 digits[j] = np.uint8(codes[j] >> done) & mask
-            run, up = P // 2, 4
+            run, up, from_at, to_at = P // 2, 4, spare_at, spare_at + P
             while run > P * width // 8:
-                _fold(spare_at, spare_at, run, up)
-                run, up = run // 2, up // 2
-            _fold(spare_at, packed_at, run, up)
+                _fold(from_at, to_at, run, up)
+                run, up, from_at, to_at = run // 2, up // 2, to_at, from_at
+            _fold(from_at, packed_at, run, up)
             packed_at += run
             done = np.uint8(done + np.uint8(width))
 
@@ -283,7 +283,7 @@ def _codes_of(packed_at: Any, codes_at: Any, spare_at: Any, num_bits: Any, P: An
 
 @_inline
 def _load(x_at: Any, residual_at: Any, value_at: Any, unscale: Any, L: Any, P: Any) -> Any:
-    """absmax of x + unscale * residual, which goes to scratch, padded with zeros; 0: nowhere."""  # noqa: D403
+    """Return absmax of x + unscale * residual; the sum goes to scratch, if any, padded with zeros."""
     x, residual, value = _f32_at(x_at, L), _f32_at(residual_at, L), _f32_at(value_at, P)
     most = np.uint32(0)
     if residual_at != 0:
@@ -303,9 +303,13 @@ def _load(x_at: Any, residual_at: Any, value_at: Any, unscale: Any, L: Any, P: A
 
 
 @_inline
-def _dither(d: Any, offset: Any) -> Any:
-    """16 bits in the mantissa of a float make 1 + dither / 65536; plus offset: qmax + u, exactly."""
-    return _as_float(np.uint32((d & np.uint32(0x7FFF80)) | np.uint32(0x3F800000))) + offset
+def _dithers(j: Any, key: Any, shift: Any, offset: Any) -> Any:
+    """Two qmax + u: 16 bits in the mantissa of a float are 1 + dither / 65536; adding offset is exact."""
+    d = _mix32(np.uint32(np.uint32(j) + key))
+    low = np.uint32(np.uint32(d << np.uint32(7)) + shift)
+    high = np.uint32(np.uint32(d >> np.uint32(9)) + shift)
+    u = _as_float(np.uint32((low & np.uint32(0x7FFF80)) | np.uint32(0x3F800000))) + offset
+    return u, _as_float(np.uint32((high & np.uint32(0x7FFF80)) | np.uint32(0x3F800000))) + offset
 
 
 @_inline
@@ -349,18 +353,14 @@ def _round_stochastic(
     inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
     if feedback:
         for j in range(h):
-            d = _mix32(np.uint32(np.uint32(j) + key))
-            u = _dither(np.uint32(np.uint32(d << np.uint32(7)) + shift), offset)
-            high_u = _dither(np.uint32(np.uint32(d >> np.uint32(9)) + shift), offset)
+            u, high_u = _dithers(j, key, shift, offset)
             v, high_v = value[j], high_value[j]
             c, high_c = _code(v, inverse, u, top), _code(high_v, inverse, high_u, top)
             codes[j], high_codes[j] = np.uint8(c), np.uint8(high_c)
             value[j], high_value[j] = _lost(v, c, qmax, scale), _lost(high_v, high_c, qmax, scale)
     else:
         for j in range(h):
-            d = _mix32(np.uint32(np.uint32(j) + key))
-            u = _dither(np.uint32(np.uint32(d << np.uint32(7)) + shift), offset)
-            high_u = _dither(np.uint32(np.uint32(d >> np.uint32(9)) + shift), offset)
+            u, high_u = _dithers(j, key, shift, offset)
             codes[j] = np.uint8(_code(value[j], inverse, u, top))
             high_codes[j] = np.uint8(_code(high_value[j], inverse, high_u, top))
 
@@ -400,22 +400,14 @@ def _encode_block(at: Any, scratch: Any, how: Any, factors: Any, key_shift: Any,
 
 
 @_jit
-def _encode(
-    x_at: int,
-    payload_at: int,
-    residual_at: int,
-    new_at: int,
-    n: int,
-    shape: Any,
-    dither: Any,
-    loss_scale: Any,
-) -> None:
+def _encode(tensors_at: Any, n: int, shape: Any, dither: Any, loss_scale: float) -> None:
+    x_at, payload_at, residual_at, new_at = tensors_at
     num_bits, block_size, kind, stochastic = shape
     key_low, key_high, shift, first_block = dither
     num_blocks = (n + block_size - 1) // block_size
     scale_size = 4 if kind == _FP32 else 2
     scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
-    memory = np.empty(6 * block_size + 64, np.uint8)
+    memory = np.empty(7 * block_size + 64, np.uint8)
     value_at = _aligned(memory.ctypes.data)
     scratch = (value_at, value_at + 4 * block_size, value_at + 5 * block_size)
     stream = new_at != residual_at and new_at % 32 == 0 and n >= _STREAM_FROM
@@ -456,16 +448,12 @@ def uniform_encode(
 ) -> None:
     """Encode x + loss_scale * residual in one pass; the format is the reference's."""
     assert new_residual is None or residual is not None
-    _encode(
-        x.data_ptr(),
-        payload.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        0 if new_residual is None else new_residual.data_ptr(),
-        x.numel(),
-        (num_bits, block_size, _KIND[scale_dtype], stochastic),
-        (key & _MASK32, (key >> 32) & _MASK32, shift, first_block & _MASK32),
-        float(loss_scale),
-    )
+    residual_at = 0 if residual is None else residual.data_ptr()
+    new_at = 0 if new_residual is None else new_residual.data_ptr()
+    shape = num_bits, block_size, _KIND[scale_dtype], stochastic
+    dither = key & _MASK32, (key >> 32) & _MASK32, shift, first_block & _MASK32
+    at = x.data_ptr(), payload.data_ptr(), residual_at, new_at
+    _encode(at, x.numel(), shape, dither, float(loss_scale))
 
 
 # --- decode --------------------------------------------------------------------------------------------
@@ -477,19 +465,8 @@ def _value(code: Any, qmax: Any, scale: Any) -> Any:
 
 
 @_inline
-def _add_row(codes_at: Any, scale: Any, qmax: Any, sum_at: Any, first: Any, L: Any) -> None:
-    codes, total = _u8_at(codes_at, L), _f32_at(sum_at, L)
-    if first:
-        for j in range(L):
-            total[j] = _value(codes[j], qmax, scale)
-    else:
-        for j in range(L):
-            total[j] += _value(codes[j], qmax, scale)
-
-
-@_inline
 def _add_two_rows(codes_at: Any, scales: Any, qmax: Any, sum_at: Any, first: Any, L: Any) -> None:
-    """As `_add_row` twice, with half the traffic to the sum."""
+    """Two at a time: half the traffic to the sum."""
     a, b, total = _u8_at(codes_at[0], L), _u8_at(codes_at[1], L), _f32_at(sum_at, L)
     if first:
         for j in range(L):
@@ -506,15 +483,18 @@ def _mean_block(at: Any, rows: Any, scratch: Any, how: Any, L: Any, P: Any) -> N
     sum_at, codes_at, spare_at = scratch
     num_bits, kind, stream = how
     qmax = np.int32((1 << (num_bits - 1)) - 1)
-    for row in range(0, num_rows - 1, 2):
+    if num_rows & 1:
+        a = _codes_of(packed_at, codes_at, spare_at, num_bits, P)
+        codes, total, scale = _u8_at(a, L), _f32_at(sum_at, L), _load_scale(scale_at, kind)
+        for j in range(L):
+            total[j] = _value(codes[j], qmax, scale)
+        scale_at, packed_at = scale_at + row_stride, packed_at + row_stride
+    for row in range(num_rows & 1, num_rows, 2):
         scales = (_load_scale(scale_at, kind), _load_scale(scale_at + row_stride, kind))
         a = _codes_of(packed_at, codes_at, spare_at, num_bits, P)
         b = _codes_of(packed_at + row_stride, codes_at + P, spare_at, num_bits, P)
         _add_two_rows((a, b), scales, qmax, sum_at, row == 0, L)
         scale_at, packed_at = scale_at + 2 * row_stride, packed_at + 2 * row_stride
-    if num_rows & 1:
-        a = _codes_of(packed_at, codes_at, spare_at, num_bits, P)
-        _add_row(a, _load_scale(scale_at, kind), qmax, sum_at, num_rows == 1, L)
     _write_mean(sum_at, out_at, num_rows, L, stream)
 
 
@@ -599,32 +579,12 @@ def _exact_mean(rows_at: int, rows: Any, out_at: int, n: int, is_bf16: bool) -> 
         _fence()
 
 
-@_jit
-def _exact_mean_f64(rows_at: int, rows: Any, out_at: int, n: int) -> None:
-    num_rows, row_stride = rows
-    for start in range(0, n, _TILE):
-        L = min(_TILE, n - start)
-        out = _f64_at(out_at + 8 * start, L)
-        for row in range(num_rows):
-            values = _f64_at(rows_at + row * row_stride + 8 * start, L)
-            if row == 0:
-                for j in range(L):
-                    out[j] = values[j]
-            else:
-                for j in range(L):
-                    out[j] += values[j]
-        for j in range(L):
-            out[j] /= np.float64(num_rows)
-
-
 def exact_decode_mean(payloads: Tensor, out: Tensor, *, wire_dtype: torch.dtype) -> None:
     """Mean over the W rows of payloads in one pass, added in row order in out's dtype, divided once."""
     rows = payloads.shape[0], payloads.stride(0)
     if out.dtype == torch.float32 and wire_dtype in (torch.float32, torch.bfloat16):
         is_bf16 = wire_dtype == torch.bfloat16
         _exact_mean(payloads.data_ptr(), rows, out.data_ptr(), out.numel(), is_bf16)
-    elif out.dtype == wire_dtype == torch.float64:
-        _exact_mean_f64(payloads.data_ptr(), rows, out.data_ptr(), out.numel())
     else:
         reference.exact_decode_mean(payloads, out, wire_dtype=wire_dtype)
 
@@ -637,4 +597,3 @@ def warm_up() -> None:
     uniform_encode(x, payload[0], **form, **dither, residual=None, new_residual=None, loss_scale=1.0)
     uniform_decode(payload[0], x, **form)
     exact_decode_mean(payload[:, :32], x, wire_dtype=torch.float32)
-    exact_decode_mean(payload, x.to(torch.float64), wire_dtype=torch.float64)
