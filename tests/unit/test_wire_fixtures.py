@@ -131,8 +131,8 @@ def message(x: torch.Tensor) -> bytes:
         device=torch.device("cpu"),
     )
     segments = [
-        Segment("layer.bias", 0, 11, 1, fp32, fp32, False, False),
-        Segment("layer.weight", 11, 53, 0, int4, int8, True, False),
+        Segment("layer.bias", 0, 9, 1, fp32, fp32, False, False),
+        Segment("layer.weight", 9, 55, 0, int4, int8, True, False),
     ]
     direct = Direct(segments, torch.float32, setting)
     next(direct.average(x[:64].clone(), Step(index=300, bucket=2)))
@@ -208,15 +208,15 @@ def test_the_frozen_message_reads_as_the_format_says(x):
     frozen = from_text(FIXTURE["direct_message"])
     magic, version, phase, sender, bucket, step, _ = struct.unpack("<2sBBHHII", frozen[:16])
     assert (magic, version, phase, sender, bucket, step) == (b"gq", 1, 1, 1, 2, 300)
-    assert frozen[16 : 16 + 44] == raw(x[:11])  # the bias
-    assert frozen[60:64] == bytes(4)  # aligned to 8
-    weight = frozen[64:]
+    assert frozen[16:52] == raw(x[:9])  # the bias
+    assert frozen[52:56] == bytes(4)  # aligned to 8
+    weight = frozen[56:]
     assert len(weight) == 32  # scale 2, codes of 56 elements 28, aligned
     (scale,) = struct.unpack("<f", bytes(2) + weight[:2])  # bf16 is the upper half of fp32
-    values = x[11:64]
+    values = x[9:64]
     assert 1 <= scale / (values.abs().max().item() / 7) < 1 + 2**-7
     codes = [byte & 15 for byte in weight[2:30]] + [byte >> 4 for byte in weight[2:30]]
-    assert codes[53:] == [7, 7, 7]  # padding stands for zero
+    assert codes[55:] == [7]  # padding stands for zero
     for code, value in zip(codes, values.tolist(), strict=False):
         assert abs((code - 7) * scale - value) <= scale / 2 * 1.0001
     assert weight[30:] == bytes(2)
