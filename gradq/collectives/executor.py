@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from gradq.collectives.base import Pending
+from gradq.errors import ConfigError
 
 __all__ = ["Executor"]
 
@@ -48,7 +49,12 @@ class Executor:
 
         The cause is raised from a callback of the future: `Future.set_exception` would mangle it on its way
         through DDP.
+
+        Raises:
+            ConfigError: the executor is closed.
         """
+        if self._closed:
+            raise ConfigError("this executor is closed")
         done: Future[Tensor | BaseException] = Future()
         self._stage(0).put(_Job(steps, done, result))
         return done.then(_value)

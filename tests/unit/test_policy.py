@@ -163,3 +163,22 @@ def test_the_plan_does_not_depend_on_the_order_of_parameters():
     forwards, backwards = plan(exact="head.*"), plan(exact="head.*", parameters=MODEL[::-1])
     assert forwards == backwards
     assert plan(parameters=[]) == {}
+
+
+def test_a_quantized_phase_2_leaves_small_parameters_exact() -> None:
+    plan = FixedPolicy(spec=Spec.parse("bf16+int8")).plan(
+        [
+            ParameterInfo(name="w", shape=(64, 64), dtype=torch.float32, index=0),
+            ParameterInfo(name="b", shape=(64,), dtype=torch.float32, index=1),
+        ]
+    )
+    assert str(plan["w"]) == "bf16+int8(rounding=stochastic)"
+    assert str(plan["b"]) == "fp32+fp32"
+
+
+def test_a_cast_sends_all_but_what_is_named() -> None:
+    infos = [
+        ParameterInfo(name=name, shape=(64, 64), dtype=torch.float32, index=i) for i, name in enumerate("wv")
+    ] + [ParameterInfo(name="b", shape=(64,), dtype=torch.float32, index=2)]
+    plan = FixedPolicy(spec=Spec.parse("bf16"), exact="w").plan(infos)
+    assert [str(plan[name].phase1) for name in "wvb"] == ["fp32", "bf16", "bf16"]
