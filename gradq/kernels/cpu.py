@@ -118,8 +118,8 @@ def _write(scratch_at: Any, out_at: Any, factor: Any, L: Any, stream: Any) -> No
         done = L // 8 * 8
         for j in range(0, done, 8):
             _stream(out_at + 4 * j, scratch_at + 4 * j, factor)
-    scratch, out = _f32_at(scratch_at, L), _f32_at(out_at, L)
-    for j in range(done, L):
+    scratch, out = _f32_at(scratch_at + 4 * done, L - done), _f32_at(out_at + 4 * done, L - done)
+    for j in range(L - done):  # a range from 0: of others Numba does not know that they stay positive
         out[j] = scratch[j] * factor
 
 
