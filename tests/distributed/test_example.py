@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_gpt.py"
-TINY = ["--params=tiny", "--steps=20", "--log-every=5", "--eval-every=5", "--quiet"]
+TINY = ["--params=tiny", "--steps=20", "--lr=4e-3", "--log-every=5", "--eval-every=5", "--quiet"]
 
 
 def children(pid: int) -> list[int]:
