@@ -372,4 +372,5 @@ class ActQuant(FakeQuantize):
         self._require_range()
         assert self.log2_scale is not None
         scale = torch.exp2(self.log2_scale.float())
-        return fake_quantize(x, scale, self.zero_point, fmt.qmin, fmt.qmax, self._scale_grad(x.numel()))
+        grad = self._scale_grad(math.prod(x.shape[1:])) if torch.is_grad_enabled() else 1.0
+        return fake_quantize(x, scale, self.zero_point, fmt.qmin, fmt.qmax, grad)
