@@ -3,11 +3,47 @@
 The path: `prepare` → `calibrate` → (train) → `finalize` → `integer_reference` or `gradq.export`.
 """
 
+from gradq.quant.attention import QuantMultiheadAttention
 from gradq.quant.calibrate import calibrate
 from gradq.quant.config import Config, detect_target
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
-from gradq.quant.prepare import finalize, prepare, restore
-from gradq.quant.reference import integer_reference
+from gradq.quant.mixed import assign_bits, average_bits, choose_bits, model_bytes
+from gradq.quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding, QuantLinear
+from gradq.quant.prepare import finalize, prepare, prepare_info, restore
+from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell
+from gradq.quant.reference import IntegerReference, integer_reference
+from gradq.quant.sensitivity import SensitivityReport, sensitivity
+from gradq.quant.training import RangeSchedule, param_groups
 
-__all__ = ["ActQuant", "Config", "Format", "WeightQuant", "calibrate", "detect_target", "finalize", "integer_reference", "parse_format", "prepare", "restore"]
+__all__ = [
+    "ActQuant",
+    "Config",
+    "Format",
+    "IntegerReference",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantEmbedding",
+    "QuantGRUCell",
+    "QuantLSTMCell",
+    "QuantLinear",
+    "QuantMultiheadAttention",
+    "RangeSchedule",
+    "SensitivityReport",
+    "WeightQuant",
+    "assign_bits",
+    "average_bits",
+    "calibrate",
+    "choose_bits",
+    "detect_target",
+    "finalize",
+    "integer_reference",
+    "model_bytes",
+    "param_groups",
+    "parse_format",
+    "prepare",
+    "prepare_info",
+    "restore",
+    "sensitivity",
+]

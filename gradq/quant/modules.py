@@ -173,6 +173,7 @@ class _QuantConv(QuantLayer):
     is_convolution = True
     torch_class: ClassVar[type[nn.Module]]
     bn: nn.Module | None
+    bn_frozen: bool = False
 
     def _bn_scale(self) -> Tensor:
         """(O,) γ/σ with the running σ; 1 where γ is 0, so that the division is defined."""
@@ -192,6 +193,18 @@ class _QuantConv(QuantLayer):
         """Make batch norm part of the layer, live."""
         self.bn = bn
         self.weight_quant.fit(self.effective_weight())
+
+    def freeze_batch_norm(self) -> None:
+        """Stop updating the statistics of live batch norm, in training too."""
+        self.bn_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Any:
+        """As torch; batch norm with frozen statistics stays in evaluation mode."""
+        super().train(mode)
+        if self.bn is not None and self.bn_frozen:
+            self.bn.eval()
+        return self
 
     def integer_forward(self, x: Codes) -> Accumulator | Tensor:
         """The layer on codes (B, I, *spatial)."""
