@@ -14,10 +14,28 @@ References:
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
-__all__ = ["dither_key", "dither_shift", "name_id"]
+__all__ = ["EncodeContext", "dither_key", "dither_shift", "name_id"]
 
 _MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeContext:
+    """Where in the run an encoding stands; with the input it decides every byte.
+
+    Attributes:
+        key: from `dither_key`.
+        shift: from `dither_shift`.
+        first_block: index, within the parameter, of the segment's first block.
+        loss_scale: residuals are multiplied by it when added and divided when stored.
+    """
+
+    key: int
+    shift: int = 0
+    first_block: int = 0
+    loss_scale: float = 1.0
 
 
 def name_id(name: str) -> int:

@@ -24,6 +24,9 @@ _MODULES = {"reference": "gradq.kernels.reference", "numba": "gradq.kernels.cpu"
 class Kernels(Protocol):
     """The operations of a backend; `gradq.kernels.reference` documents the format they write."""
 
+    def warm_up(self) -> None:
+        """Compile whatever is compiled on first use, so that the first training step does not."""
+
     def exact_encode(self, x: Tensor, payload: Tensor, *, wire_dtype: torch.dtype) -> None:
         """Write x to payload in wire_dtype."""
 

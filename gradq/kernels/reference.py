@@ -10,12 +10,13 @@ One segment on the wire (`uniform`)::
 
 A code is an unsigned integer in [0, 2 * qmax], qmax = 2**(num_bits-1) - 1, that stands for
 (code - qmax) * scale. A block's codes are stored as planes of 4, 2 and 1 bits, the low bits first (3 bits =
-a plane of 2, then one of 1; 8 bits = bytes). A plane of w bits puts the elements j, j + P*w/8, j + 2*P*w/8 ...
-of a block padded to P into byte j, the first in the lowest bits, so that a kernel reads and writes runs.
+a plane of 2, then one of 1; 8 bits = bytes). A plane of w bits puts the elements j, j + P*w/8, j + 2*P*w/8,
+... of a block padded to P into byte j, the first in the lowest bits, so that a kernel reads and writes runs.
 
 scale = absmax / qmax, rounded up to scale_dtype so that no value exceeds qmax. A block whose scale is below
-2**-126 is sent as scale 0 (its residual keeps everything). A block with NaN or Inf, or whose scale overflows
-scale_dtype, is sent as scale NaN, so it decodes to NaN on every rank, and its residual is left as it was.
+2**-126 is sent as scale 0 (its residual keeps everything). A block with NaN or Inf, or whose scale or
+qmax * scale overflows, is sent as scale NaN, so it decodes to NaN on every rank, and its residual is left as
+it was.
 
 Rounding: code = trunc(x / scale + qmax + u), u = 1/2 (nearest, ties up) or a 16-bit dither (stochastic):
 elements j and j + P/2 of a block take the low and high half of one 32-bit hash.
@@ -33,11 +34,16 @@ __all__ = [
     "uniform_decode",
     "uniform_decode_mean",
     "uniform_encode",
+    "warm_up",
 ]
 
 _MASK32 = 0xFFFFFFFF
 _MIN_NORMAL = 2.0**-126
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+def warm_up() -> None:
+    """Nothing to compile."""
 
 
 # --- exact ---------------------------------------------------------------------------------------------
@@ -99,6 +105,9 @@ def uniform_encode(
         absmax = value_P.view(torch.int32).bitwise_and(0x7FFFFFFF).amax().view(torch.float32)
         scale_bits = _scale_bits(absmax / qmax, scale_dtype)
         scale = _scale_value(scale_bits, scale_dtype)
+        if not bool(torch.isfinite(scale * qmax)):  # rounded up, it could decode a finite value to Inf
+            scale_bits = _scale_bits(torch.tensor(torch.nan), scale_dtype)
+            scale = torch.tensor(torch.nan)
         if bool(torch.isfinite(scale)) and scale > 0:
             if stochastic:
                 u_P = _dither(key, first_block + block, shift, padded) * 2.0**-16 + (qmax + 2.0**-17)
@@ -149,9 +158,7 @@ def uniform_decode_mean(
     row = torch.empty_like(out)
     for rank, payload in enumerate(payloads):
         target = out if rank == 0 else row
-        uniform_decode(
-            payload, target, num_bits=num_bits, block_size=block_size, scale_dtype=scale_dtype
-        )
+        uniform_decode(payload, target, num_bits=num_bits, block_size=block_size, scale_dtype=scale_dtype)
         if rank > 0:
             out.add_(row)
     out.div_(payloads.shape[0])
@@ -176,7 +183,7 @@ def _dither(key: int, block: int, shift: int, padded: int) -> Tensor:
 
 
 def _scale_bits(scale: Tensor, dtype: torch.dtype) -> int:
-    """The bits of a non-negative fp32 scale in dtype, rounded up; 0 below 2**-126, NaN if not finite there."""
+    """The bits of a non-negative fp32 scale in dtype, rounded up; 0 below 2**-126, NaN if not finite."""
     if not bool(torch.isfinite(scale)):
         return {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}[dtype]
     if scale < _MIN_NORMAL:
@@ -197,8 +204,10 @@ def _scale_bits(scale: Tensor, dtype: torch.dtype) -> int:
 
 
 def _scale_value(bits: int, dtype: torch.dtype) -> Tensor:
-    width = torch.int32 if dtype == torch.float32 else torch.int16
-    return torch.tensor(bits, dtype=width).view(dtype).to(torch.float32)
+    raw = torch.tensor(list(bits.to_bytes(dtype.itemsize, "little")), dtype=torch.uint8)
+    scale = raw.view(dtype).to(torch.float32)[0]
+    # one NaN everywhere: torch's fp16 conversion has two, depending on the tensor's length
+    return torch.where(scale.isnan(), torch.nan, scale)
 
 
 def _store_scale(scale_bytes: Tensor, block: int, bits: int, dtype: torch.dtype) -> None:

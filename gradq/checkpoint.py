@@ -1,0 +1,237 @@
+"""Checkpoints: the step and the residuals, through torch.distributed.checkpoint (DCP).
+
+Residuals differ between ranks, and DCP keeps only rank 0's copy of a plain tensor. So each becomes one row
+of a row-sharded DTensor [W, n], which DCP saves whole::
+
+    dcp.save({"model": ..., "gradq": handle.state_dict()}, checkpoint_id=path)
+    gradq.load_checkpoint(handle, path)
+
+On the same number of ranks the run continues bit for bit. On another, every rank takes the mean over the old
+ranks' local residuals (so the correction still owed to the mean gradient is preserved), the shard residuals
+are reset, and a log line says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradq.errors import CheckpointError
+from gradq.feedback import Residuals
+from gradq.sync import GradientSync
+
+__all__ = ["load_checkpoint", "load_state_dict", "state_dict"]
+
+_log = logging.getLogger("gradq")
+_FORMAT = 1
+
+
+def state_dict(sync: GradientSync) -> dict[str, Any]:
+    """What a run needs to continue. All ranks call it together, between steps.
+
+    Returns:
+        "format", "step" and "world_size" as integer tensors; "rank" [W, 1]; "local" and "shard": residuals by
+        parameter name, row-sharded DTensors [W, n] (shard residuals padded to the longest piece). At world
+        size 1 the rows are plain tensors [1, n].
+    """
+    local, shard = {}, {}
+    for name, length in _shapes(sync)[0].items():
+        local[name] = _row(_residual(sync.feedback.local, name, length), sync.group)
+    for name, length in _shapes(sync)[1].items():
+        shard[name] = _row(_residual(sync.feedback.shard, name, length), sync.group)
+    return {
+        "format": torch.tensor(_FORMAT),
+        "step": torch.tensor(sync.step),
+        "world_size": torch.tensor(sync.world_size),
+        "rank": _row(torch.tensor([sync.rank]), sync.group),
+        "local": local,
+        "shard": shard,
+    }
+
+
+def load_state_dict(sync: GradientSync, state: dict[str, Any]) -> None:
+    """Continue from a state. All ranks call it together, before a step.
+
+    Args:
+        sync: what to load into; its plan decides which residuals are wanted.
+        state: from `state_dict`, after dcp.load; or with full tensors [W, n] in the place of DTensors.
+
+    Raises:
+        CheckpointError: the state is of another format or model, or holds another rank's rows (saved with
+            torch.save on one rank; use DCP, or full tensors).
+    """
+    if int(state["format"]) != _FORMAT:
+        raise CheckpointError(
+            f"the saved state has format {int(state['format'])}, this gradq reads {_FORMAT}"
+        )
+    saved_world_size = int(state["world_size"])
+    saved_rank = _shard_of(state["rank"])
+    if saved_rank is not None and int(saved_rank) != sync.rank:
+        raise CheckpointError(
+            f"rank {sync.rank} was given the residuals of rank {int(saved_rank)}: torch.save "
+            "keeps one rank's rows only. Save with torch.distributed.checkpoint, or call full_tensor() on "
+            "every entry"
+        )
+    _restore(sync, saved_world_size, int(state["step"]), state["local"], state["shard"])
+
+
+def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "gradq") -> None:
+    """Load what `dcp.save({key: handle.state_dict(), ...})` wrote, on any number of ranks. Collective.
+
+    Args:
+        handle: from `gradq.compress`.
+        checkpoint_id: the checkpoint's folder.
+        key: where the state stands in the saved dictionary.
+
+    Raises:
+        CheckpointError: there is no such checkpoint or key, or the model differs.
+    """
+    sync = handle.sync
+    saved = _saved_shapes(Path(checkpoint_id), key)
+    scalars = {name: torch.zeros((), dtype=torch.int64) for name in ("format", "step", "world_size")}
+    _load({key: scalars}, checkpoint_id, sync)
+    if int(scalars["world_size"]) == sync.world_size:
+        state = state_dict(sync)
+        for kind in ("local", "shard"):
+            state[kind] = {name: row for name, row in state[kind].items() if name in saved[kind]}
+        _load({key: state}, checkpoint_id, sync)
+        load_state_dict(sync, state)
+        return
+    local: dict[str, Tensor] = {}
+    for name, shape in saved["local"].items():  # one at a time: all ranks' rows of one parameter in memory
+        rows = {key: {"local": {name: torch.empty(shape)}}}
+        _load(rows, checkpoint_id, sync)
+        local[name] = rows[key]["local"][name].mean(0, keepdim=True)
+    _restore(sync, int(scalars["world_size"]), int(scalars["step"]), local, {})
+
+
+class HasSync(Protocol):
+    """What `load_checkpoint` needs of a handle."""
+
+    sync: GradientSync
+
+
+def _restore(
+    sync: GradientSync, saved_world_size: int, step: int, local: dict[str, Tensor], shard: dict[str, Tensor]
+) -> None:
+    """Set step and residuals; nothing is changed if something does not fit."""
+    wanted_local, wanted_shard = _shapes(sync)
+    same = saved_world_size == sync.world_size
+    rows = {name: _own_row(rows, sync, same) for name, rows in local.items() if name in wanted_local}
+    shard_rows = {
+        name: _own_row(rows, sync, same) for name, rows in shard.items() if same and name in wanted_shard
+    }
+    for name, row in rows.items():
+        if row.numel() != wanted_local[name]:
+            raise CheckpointError(
+                f"the saved residual of {name!r} has {row.numel()} elements, the parameter has "
+                f"{wanted_local[name]}; this checkpoint is of another model"
+            )
+    shard_rows = {name: row for name, row in shard_rows.items() if row.numel() == wanted_shard[name]}
+    sync.feedback.local.clear()
+    sync.feedback.shard.clear()
+    for name, row in rows.items():
+        sync.feedback.local.replace(name, row)
+    for name, row in shard_rows.items():
+        sync.feedback.shard.replace(name, row[: sync.piece_numel(name, sync.rank)])
+    sync.step = step
+    if not same:
+        _log.warning(
+            "resumed on %d ranks from %d at step %d: every rank took the mean of the old local residuals; "
+            "shard residuals start at zero",
+            sync.world_size,
+            saved_world_size,
+            step,
+        )
+    for kind, names in (
+        ("had no saved local residual and start at zero", sorted(wanted_local.keys() - rows.keys())),
+        (
+            "no longer use feedback; their saved residuals were dropped",
+            sorted(local.keys() - wanted_local.keys()),
+        ),
+        (
+            "had no saved shard residual that fits and start at zero",
+            sorted(wanted_shard.keys() - shard_rows.keys()),
+        ),
+    ):
+        if names and same:
+            _log.warning("resumed at step %d: %d parameters (%s, ...) %s", step, len(names), names[0], kind)
+
+
+def _shapes(sync: GradientSync) -> tuple[dict[str, int], dict[str, int]]:
+    """Elements of the local residuals, and of the padded shard residuals, by name."""
+    segments = [sync.segment(name) for name in sync.plan]
+    local = {segment.name: segment.numel for segment in segments if segment.feedback1}
+    shard = {
+        segment.name: max(sync.piece_numel(segment.name, rank) for rank in range(sync.world_size))
+        for segment in segments
+        if segment.feedback2
+    }
+    return local, shard
+
+
+def _residual(residuals: Residuals, name: str, numel: int) -> Tensor:
+    """The current residual as fp32 [numel], padded with zeros."""
+    row = torch.zeros(numel)
+    if name in residuals:
+        current = residuals.current(name)
+        row[: current.numel()] = current
+    return row
+
+
+def _row(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's row of a row-sharded [W, n]."""
+    if group.size() == 1:
+        return row[None]
+    from torch.distributed.device_mesh import DeviceMesh  # DTensor takes 0.6 s to import
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(row[None], DeviceMesh.from_group(group, "cpu"), [Shard(0)])
+
+
+def _shard_of(rows: Tensor) -> Tensor | None:
+    """The local rows of a DTensor, None for a plain tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return rows.to_local() if isinstance(rows, DTensor) else None
+
+
+def _own_row(rows: Tensor, sync: GradientSync, same: bool) -> Tensor:
+    own = _shard_of(rows)
+    if own is not None:
+        return own[0]
+    return rows[sync.rank] if same else rows.mean(0)
+
+
+def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
+    """Shapes of the saved residuals, by kind and parameter name."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    try:
+        metadata = FileSystemReader(path).read_metadata()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of torch.distributed.checkpoint: {error}"
+        ) from error
+    entries = metadata.state_dict_metadata
+    if f"{key}.world_size" not in entries:
+        keys = sorted({name.split(".")[0] for name in entries})
+        raise CheckpointError(f"{path} has no gradq state under {key!r}; it holds: {', '.join(keys)}")
+    shapes: dict[str, dict[str, torch.Size]] = {"local": {}, "shard": {}}
+    for name, entry in entries.items():
+        for kind, found in shapes.items():
+            if name.startswith(f"{key}.{kind}.") and isinstance(entry, TensorStorageMetadata):
+                found[name.removeprefix(f"{key}.{kind}.")] = entry.size
+    return shapes
+
+
+def _load(state: dict[str, Any], checkpoint_id: str | Path, sync: GradientSync) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    load(state, checkpoint_id=str(checkpoint_id), process_group=sync.group)

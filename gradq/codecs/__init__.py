@@ -1,0 +1,92 @@
+"""Codecs: one file a codec, one contract, this registry.
+
+>>> from gradq import codecs
+>>> codecs.names()
+['bf16', 'fp16', 'fp32', 'fp64', 'int2', 'int3', 'int4', 'int5', 'int6', 'int7', 'int8']
+>>> str(codecs.from_spec("int4(block_size=64)"))
+'int4(block_size=64)'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+
+from gradq.codecs.base import Codec
+from gradq.codecs.exact import ExactCodec
+from gradq.codecs.uniform import UniformCodec
+from gradq.errors import ConfigError, SpecError
+
+__all__ = ["Codec", "ExactCodec", "UniformCodec", "from_spec", "names", "register"]
+
+_REGISTRY: dict[str, type[Codec]] = {}
+_SPEC = re.compile(r"\s*(?P<name>[\w.]+)\s*(?:\((?P<options>[^()]*)\))?\s*")
+
+
+def register(codec: type[Codec], *codec_names: str) -> None:
+    """Make a codec class available under names; `codec.from_name(name)` must build its default.
+
+    Raises:
+        ConfigError: a name is taken.
+    """
+    for name in codec_names:
+        if _REGISTRY.get(name, codec) is not codec:
+            raise ConfigError(f"codec name {name!r} is taken by {_REGISTRY[name].__name__}")
+        _REGISTRY[name] = codec
+
+
+def names() -> list[str]:
+    """The names of all codecs, sorted."""
+    return sorted(_REGISTRY)
+
+
+def from_spec(spec: str) -> Codec:
+    """The codec for a spec such as "int4" or "int4(block_size=64,rounding=nearest)".
+
+    Raises:
+        SpecError: an unknown name or option, or text that is not a spec.
+        ConfigError: an option outside its range.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise SpecError(f"{spec!r} is not a codec spec; write a name such as 'int4' or 'int4(block_size=64)'")
+    name = match["name"]
+    if name not in _REGISTRY:
+        close = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise SpecError(f"no codec is called {name!r}{hint} Choose from: {', '.join(names())}")
+    codec = _REGISTRY[name].from_name(name)
+    options = [item for item in (match["options"] or "").split(",") if item.strip()]
+    return _with_options(codec, options, spec) if options else codec
+
+
+def _with_options(codec: Codec, options: list[str], spec: str) -> Codec:
+    assert dataclasses.is_dataclass(codec)
+    fields = {field.name: field for field in dataclasses.fields(codec)}
+    changes: dict[str, object] = {}
+    for option in options:
+        key, equals, text = (part.strip() for part in option.partition("="))
+        if not equals or key not in fields:
+            raise SpecError(
+                f"{spec!r}: {option.strip()!r} is not an option; {codec.name} has {', '.join(fields)}"
+            )
+        current = getattr(codec, key)
+        try:
+            changes[key] = type(current)(text) if not isinstance(current, bool) else _boolean(text)
+        except ValueError:
+            raise SpecError(f"{spec!r}: {key} takes {type(current).__name__}, not {text!r}") from None
+    changed = dataclasses.replace(codec, **changes)
+    if changed.name != codec.name:
+        raise SpecError(f"{spec!r}: the options contradict the name; that codec is called {changed.name!r}")
+    return changed
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+register(ExactCodec, "fp32", "bf16", "fp16", "fp64")
+register(UniformCodec, *(f"int{bits}" for bits in range(2, 9)))

@@ -1,0 +1,144 @@
+"""The contract of a codec: local encode and decode of one segment; no communication in here.
+
+A codec is a frozen dataclass: its fields are its whole configuration, it keeps no state, and `str(codec)` is
+the spec that makes it again. Residuals are handed in and out by the caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from gradq import rng
+from gradq.errors import ConfigError
+from gradq.kernels.ops import Kernels, kernels_for
+from gradq.rng import EncodeContext
+
+__all__ = ["Codec"]
+
+
+class Codec(ABC):
+    """Turns n elements into bytes and back."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The spec without options, such as "int4"."""
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """A parameter may be cut at multiples of this many elements."""
+
+    @property
+    @abstractmethod
+    def unbiased(self) -> bool:
+        """Whether E[decode(encode(x))] = x."""
+
+    @property
+    @abstractmethod
+    def contractive(self) -> bool:
+        """Whether ‖x - Q(x)‖² <= (1 - δ) ‖x‖² for some δ > 0 and every x: what error feedback needs."""
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """The dtype of x and out: fp32, or fp64 for the codec that carries fp64."""
+        return torch.float32
+
+    @property
+    def wants_feedback(self) -> bool:
+        """Whether feedback="auto" turns error feedback on for this codec."""
+        return False
+
+    def for_feedback(self, feedback: bool) -> Codec:
+        """This codec with every "auto" option decided, for use with or without error feedback."""
+        return self
+
+    def default_phase2(self) -> Codec:
+        """The codec for the means when a spec names only one: their error is not averaged down."""
+        return self
+
+    @abstractmethod
+    def nbytes(self, numel: int) -> int:
+        """Payload bytes of a segment of numel elements, scales included."""
+
+    @abstractmethod
+    def encode(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        *,
+        context: EncodeContext,
+        residual: Tensor | None = None,
+        new_residual: Tensor | None = None,
+    ) -> None:
+        """Encode x (+ residual).
+
+        Args:
+            x: [n] in `work_dtype`, contiguous.
+            payload: uint8 [nbytes(n)], written.
+            context: see `EncodeContext`.
+            residual: fp32 [n] or None.
+            new_residual: fp32 [n], written with x + residual - decoded; given if and only if residual is.
+        """
+
+    @abstractmethod
+    def decode(self, payload: Tensor, out: Tensor) -> None:
+        """Decode payload, uint8 [nbytes(n)], into out [n]."""
+
+    @abstractmethod
+    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
+        """Decode payloads, uint8 [W, nbytes(n)], and write their mean to out [n]: summed in row order."""
+
+    def kernels(self, tensor: Tensor) -> Kernels:
+        """The kernels for a tensor's device."""
+        return kernels_for(tensor.device)
+
+    def wire_bits_per_element(self, numel: int) -> float:
+        """Bits on the wire for each of numel elements, scales and padding included."""
+        return 8 * self.nbytes(numel) / numel if numel else 0.0
+
+    def roundtrip(self, x: Tensor, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> Tensor:
+        """What the other ranks see of x.
+
+        Args:
+            x: any floating tensor.
+            seed: of the dither.
+            rank: shifts the dither by rank / world_size.
+            world_size: number of ranks.
+
+        Returns:
+            A tensor of x's shape and dtype.
+
+        Raises:
+            ConfigError: x is not floating.
+        """
+        if not x.is_floating_point():
+            raise ConfigError(f"a codec takes floating tensors, got {x.dtype}")
+        codec = self.for_feedback(False)
+        flat = x.detach().reshape(-1).to(codec.work_dtype).contiguous()
+        payload = torch.empty(codec.nbytes(flat.numel()), dtype=torch.uint8)
+        context = EncodeContext(key=rng.dither_key(seed, 0, 0, 1), shift=rng.dither_shift(rank, world_size))
+        codec.encode(flat, payload, context=context)
+        out = torch.empty_like(flat)
+        codec.decode(payload, out)
+        return out.to(x.dtype).reshape(x.shape)
+
+    def __str__(self) -> str:
+        """The spec that makes this codec: its name and the options that differ from its defaults."""
+        assert dataclasses.is_dataclass(self)
+        default = type(self).from_name(self.name)
+        options = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(default, field.name)
+        ]
+        return f"{self.name}({','.join(options)})" if options else self.name
+
+    @classmethod
+    @abstractmethod
+    def from_name(cls, name: str) -> Codec:
+        """The codec with default options for one of its names."""

@@ -1,0 +1,159 @@
+"""Uniform: 2 to 8 bits an element, one scale a block, stochastic or nearest rounding.
+
+With s = absmax(block) / qmax and qmax = 2**(num_bits - 1) - 1::
+
+    Q(x) = s * clamp(floor(x / s + u), -qmax, qmax)        u ~ U[0, 1) stochastic, u = 1/2 nearest
+
+References:
+    Alistarh et al., "QSGD: Communication-efficient SGD via gradient quantization and encoding", NeurIPS 2017
+    (stochastic rounding of blocks; here with the max norm). Seide et al., "1-bit SGD", Interspeech 2014, and
+    Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019 (error feedback).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradq.codecs.base import Codec
+from gradq.errors import ConfigError
+from gradq.rng import EncodeContext
+
+__all__ = ["UniformCodec"]
+
+_SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ROUNDINGS = ("auto", "stochastic", "nearest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformCodec(Codec):
+    """Uniform levels around zero.
+
+    Attributes:
+        num_bits: 2 to 8, packed tight.
+        block_size: elements that share a scale: 64 to 1024, a multiple of 64.
+        rounding: "stochastic" (unbiased), "nearest" (contractive, less error), or "auto": nearest with error
+            feedback, stochastic without.
+        scale_dtype: "bf16", "fp16" or "fp32". Scales are rounded up, so nothing is clipped. fp16 spends its
+            bits on precision that the error does not need; a block above 65504 * qmax becomes NaN in it.
+
+    Example:
+        >>> UniformCodec(num_bits=4).wire_bits_per_element(1 << 20)
+        4.0625
+    """
+
+    num_bits: int = 8
+    block_size: int = 256  # a field serves as the contract's property
+    rounding: str = "auto"
+    scale_dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.num_bits, int) and 2 <= self.num_bits <= 8):
+            raise ConfigError(
+                f"UniformCodec(num_bits={self.num_bits!r}): num_bits must be an integer from 2 to 8"
+            )
+        if not (isinstance(self.block_size, int) and self.block_size in range(64, 1025, 64)):
+            raise ConfigError(
+                f"UniformCodec(block_size={self.block_size!r}): block_size take 64, 128, ... 1024"
+            )
+        if self.rounding not in _ROUNDINGS:
+            raise ConfigError(
+                f"UniformCodec(rounding={self.rounding!r}): rounding must be one of {_ROUNDINGS}"
+            )
+        if self.scale_dtype not in _SCALE_DTYPES:
+            raise ConfigError(
+                f"UniformCodec(scale_dtype={self.scale_dtype!r}): choose one of {', '.join(_SCALE_DTYPES)}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The name "int" and the number of bits."""
+        return f"int{self.num_bits}"
+
+    @property
+    def unbiased(self) -> bool:
+        """Stochastic rounding is; nearest is not."""
+        return self.rounding != "nearest"
+
+    @property
+    def contractive(self) -> bool:
+        """Nearest always is: it keeps the largest element and enlarges no error.
+
+        Stochastic rounding errs by at most s²/4 an element in variance, so it is contractive for every x only
+        while block_size < 4 qmax².
+        """
+        qmax = (1 << (self.num_bits - 1)) - 1
+        return self.rounding == "nearest" or self.block_size < 4 * qmax * qmax
+
+    @property
+    def wants_feedback(self) -> bool:
+        """At 4 bits and below."""
+        return self.num_bits <= 4
+
+    def for_feedback(self, feedback: bool) -> UniformCodec:
+        """Decide rounding="auto"."""
+        if self.rounding != "auto":
+            return self
+        return replace(self, rounding="nearest" if feedback else "stochastic")
+
+    def default_phase2(self) -> UniformCodec:
+        """8 bits: the error of the mean is seen whole by every rank."""
+        return replace(self, num_bits=8)
+
+    def nbytes(self, numel: int) -> int:
+        """Scales, then codes; the last block is padded to a multiple of 8 elements."""
+        num_blocks = -(-numel // self.block_size)
+        padded = -(-numel // 8) * 8  # block_size is a multiple of 8
+        return num_blocks * _SCALE_DTYPES[self.scale_dtype].itemsize + padded * self.num_bits // 8
+
+    def encode(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        *,
+        context: EncodeContext,
+        residual: Tensor | None = None,
+        new_residual: Tensor | None = None,
+    ) -> None:
+        """See `Codec.encode`. rounding="auto" that was not decided rounds stochastically."""
+        self.kernels(x).uniform_encode(
+            x,
+            payload,
+            num_bits=self.num_bits,
+            block_size=self.block_size,
+            scale_dtype=_SCALE_DTYPES[self.scale_dtype],
+            stochastic=self.rounding != "nearest",
+            key=context.key,
+            shift=context.shift,
+            first_block=context.first_block,
+            residual=residual,
+            new_residual=new_residual,
+            loss_scale=context.loss_scale,
+        )
+
+    def decode(self, payload: Tensor, out: Tensor) -> None:
+        """See `Codec.decode`."""
+        self.kernels(out).uniform_decode(
+            payload,
+            out,
+            num_bits=self.num_bits,
+            block_size=self.block_size,
+            scale_dtype=_SCALE_DTYPES[self.scale_dtype],
+        )
+
+    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
+        """See `Codec.decode_mean`."""
+        self.kernels(out).uniform_decode_mean(
+            payloads,
+            out,
+            num_bits=self.num_bits,
+            block_size=self.block_size,
+            scale_dtype=_SCALE_DTYPES[self.scale_dtype],
+        )
+
+    @classmethod
+    def from_name(cls, name: str) -> UniformCodec:
+        """The codec for "int2" ... "int8"."""
+        return cls(num_bits=int(name.removeprefix("int")))

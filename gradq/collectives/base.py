@@ -1,0 +1,228 @@
+"""What a collective is: a generator that averages one bucket over ranks and yields where it waits.
+
+Shapes: W ranks; a bucket is a flat tensor of segments (one a parameter); a piece is the part of a segment
+that one rank owns. A collective never blocks: it posts an exchange and yields its `Pending`. Whoever drives
+the generator (`executor.Executor`, a simulator, a test) waits for it and resumes. What runs between two
+yields is a *stage*; stage k posts on channel k only, so every channel sees the same order on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from gradq import rng, wire
+from gradq.metrics import Event, Metrics
+
+__all__ = ["Channel", "Collective", "Pending", "Residuals", "Segment", "SegmentCodec", "Setting", "Step"]
+
+
+class SegmentCodec(Protocol):
+    """The part of a codec that a collective needs; every `gradq.codecs.Codec` has it."""
+
+    @property
+    def block_size(self) -> int:
+        """A segment may be cut at multiples of it."""
+
+    def nbytes(self, numel: int) -> int:
+        """Payload bytes of numel elements."""
+
+    def encode(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        *,
+        context: rng.EncodeContext,
+        residual: Tensor | None = None,
+        new_residual: Tensor | None = None,
+    ) -> None:
+        """Encode x into payload."""
+
+    def decode(self, payload: Tensor, out: Tensor) -> None:
+        """Decode payload into out."""
+
+    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
+        """Mean over the rows of payloads into out."""
+
+
+class Residuals(Protocol):
+    """The part of `gradq.feedback.Residuals` that a collective needs."""
+
+    def piece(
+        self, name: str, numel: int, start: int, stop: int
+    ) -> AbstractContextManager[tuple[Tensor, Tensor]]:
+        """Old and new residual of elements [start, stop)."""
+
+
+class Pending(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> None:
+        """Return when everything has arrived; raise if it cannot."""
+
+
+class Channel(Protocol):
+    """A way to reach all peers that one stage has for itself."""
+
+    def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> Pending:
+        """Start to send send[r] to every rank r and to receive receive[r] from it; own entries are unused.
+
+        Args:
+            send: W messages, uint8; the header is written into their first bytes.
+            receive: W buffers of the expected sizes.
+            header: this rank's header; a received one must equal it but for the sender.
+        """
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One parameter of a bucket and how it travels.
+
+    Attributes:
+        name: the parameter's name.
+        start: its first element in the bucket.
+        numel: its elements.
+        rotation: see `wire.shard`.
+        phase1: codec of the gradients.
+        phase2: codec of the means.
+        feedback1: whether phase 1 uses the local residual.
+        feedback2: whether phase 2 uses the shard residual.
+    """
+
+    name: str
+    start: int
+    numel: int
+    rotation: int
+    phase1: SegmentCodec
+    phase2: SegmentCodec
+    feedback1: bool
+    feedback2: bool
+
+    def piece(self, world_size: int, owner: int) -> tuple[int, int]:
+        """The elements [start, stop) of this parameter that a rank owns."""
+        grain = math.lcm(self.phase1.block_size, self.phase2.block_size)
+        return wire.shard(self.numel, grain, world_size, owner, self.rotation)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What changes from step to step.
+
+    Attributes:
+        index: optimizer step, from 0.
+        bucket: index of the bucket.
+        loss_scale: see `rng.EncodeContext`.
+        sample: whether to measure the error of phase 1.
+    """
+
+    index: int
+    bucket: int
+    loss_scale: float = 1.0
+    sample: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything around a collective that outlives a bucket."""
+
+    rank: int
+    world_size: int
+    seed: int
+    channels: Sequence[Channel]
+    local: Residuals
+    shard: Residuals
+    metrics: Metrics
+    device: torch.device
+
+
+class Collective(ABC):
+    """Averages the buckets of one layout; made once per layout, owns its buffers.
+
+    Args:
+        segments: what the bucket holds, in order.
+        dtype: of the flat tensors handed to `average`: fp32, or fp64.
+        setting: ranks, channels, residuals.
+    """
+
+    num_channels: ClassVar[int]
+
+    def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, setting: Setting) -> None:
+        self.segments = tuple(segments)
+        self.dtype = dtype
+        self.setting = setting
+        self._ids = {segment.name: rng.name_id(segment.name) for segment in segments}
+        described = [
+            (s.name, s.start, s.numel, s.rotation, str(s.phase1), str(s.phase2), s.feedback1, s.feedback2)
+            for s in self.segments
+        ]
+        self._layout = wire.layout_digest(f"{type(self).__name__} {described}")
+
+    @abstractmethod
+    def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
+        """Replace flat by its mean over ranks; the same bits on every rank."""
+
+    def post(self, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step) -> Pending:
+        """Post an exchange on the channel of a phase and count its bytes."""
+        setting = self.setting
+        header = wire.Header(phase, setting.rank, step.bucket, step.index, self._layout)
+        sent = sum(message.numel() for peer, message in enumerate(send) if peer != setting.rank)
+        setting.metrics.record(Event("wire_bytes", sent, step.index, step.bucket, phase))
+        return setting.channels[phase - 1].post(send, receive, header)
+
+    def timed(self, kind: str, step: Step, phase: int) -> AbstractContextManager[None]:
+        """Record the duration of a block as an event."""
+        return self.setting.metrics.timed(kind, step=step.index, bucket=step.bucket, phase=phase)
+
+    def encode1(
+        self, segment: Segment, start: int, stop: int, x: Tensor, payload: Tensor, step: Step
+    ) -> None:
+        """Phase 1: encode elements [start, stop) of a segment, x being just those."""
+        codec = segment.phase1
+        context = rng.EncodeContext(
+            key=rng.dither_key(self.setting.seed, step.index, self._ids[segment.name], 1),
+            shift=rng.dither_shift(self.setting.rank, self.setting.world_size),
+            first_block=start // codec.block_size,
+            loss_scale=step.loss_scale,
+        )
+        if not segment.feedback1:
+            codec.encode(x, payload, context=context)
+            if step.sample:
+                self._sample(segment, x, payload, step)
+            return
+        with self.setting.local.piece(segment.name, segment.numel, start, stop) as (old, new):
+            codec.encode(x, payload, context=context, residual=old, new_residual=new)
+            if step.sample:
+                self._sample(segment, x + step.loss_scale * old, payload, step)
+
+    def encode2(
+        self, segment: Segment, start: int, stop: int, x: Tensor, payload: Tensor, step: Step
+    ) -> None:
+        """Phase 2: encode the mean of elements [start, stop) of a segment, which this rank owns."""
+        codec = segment.phase2
+        context = rng.EncodeContext(
+            key=rng.dither_key(self.setting.seed, step.index, self._ids[segment.name], 2),
+            first_block=start // codec.block_size,
+            loss_scale=step.loss_scale,
+        )
+        if not segment.feedback2:
+            codec.encode(x, payload, context=context)
+            return
+        with self.setting.shard.piece(segment.name, stop - start, 0, stop - start) as (old, new):
+            codec.encode(x, payload, context=context, residual=old, new_residual=new)
+
+    def _sample(self, segment: Segment, value: Tensor, payload: Tensor, step: Step) -> None:
+        decoded = torch.empty_like(value)
+        segment.phase1.decode(payload, decoded)
+        energies = {
+            "error_energy": float((value - decoded).double().square().sum()),
+            "signal_energy": float(value.double().square().sum()),
+        }
+        for kind, energy in energies.items():
+            self.setting.metrics.record(Event(kind, energy, step.index, step.bucket, 1, segment.name))

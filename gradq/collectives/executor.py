@@ -1,0 +1,107 @@
+"""The ordered worker: drives collectives through their stages, one FIFO thread a stage.
+
+Stage k of every job runs on thread k, in the order the jobs were submitted. So a channel (one stage's own)
+sees the same order of exchanges on all ranks, whatever the timing, and phase 2 of one bucket overlaps phase 1
+of the next and the backward pass. The executor knows neither codecs nor transports.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+from gradq.collectives.base import Pending
+
+__all__ = ["Executor"]
+
+
+@dataclass
+class _Job:
+    steps: Iterator[Pending]
+    done: Future[Tensor | BaseException]
+    result: Tensor
+    pending: Pending | None = None
+
+
+class Executor:
+    """Runs submitted collectives in order.
+
+    After a failure every job under way and every later one fails with the same cause: the ranks are no longer
+    in step, and only a new process group can mend that.
+    """
+
+    def __init__(self, name: str = "gradq") -> None:
+        self._name = name
+        self._stages: list[queue.SimpleQueue[_Job | None]] = []
+        self._threads: list[threading.Thread] = []
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    def submit(self, steps: Iterator[Pending], result: Tensor) -> Future[Tensor]:
+        """Run steps to the end; the future then holds result, or raises what a stage raised.
+
+        The cause is raised from a callback of the future: `Future.set_exception` would mangle it on its way
+        through DDP.
+        """
+        done: Future[Tensor | BaseException] = Future()
+        self._stage(0).put(_Job(steps, done, result))
+        return done.then(_value)
+
+    def close(self) -> None:
+        """Finish what is queued and end the threads. Idempotent."""
+        self._closed = True
+        if self._stages:
+            self._stages[0].put(None)
+        for thread in self._threads:
+            thread.join()
+        self._stages.clear()
+        self._threads.clear()
+
+    def _stage(self, index: int) -> queue.SimpleQueue[_Job | None]:
+        """The queue of a stage; its thread starts with the first job."""
+        if index == len(self._stages):
+            self._stages.append(queue.SimpleQueue())
+            thread = threading.Thread(
+                target=self._run, args=(index,), name=f"{self._name}-stage-{index}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+        return self._stages[index]
+
+    def _run(self, index: int) -> None:
+        inbox = self._stages[index]
+        with torch.no_grad():  # grad mode is thread-local
+            while (job := inbox.get()) is not None:
+                self._advance(job, index)
+        if index + 1 < len(self._stages):
+            self._stages[index + 1].put(None)
+
+    def _advance(self, job: _Job, index: int) -> None:
+        """One stage of one job: wait, compute, and hand over or finish."""
+        try:
+            if self._failure is not None:
+                raise self._failure
+            if job.pending is not None:
+                job.pending.wait()
+            job.pending = next(job.steps, None)
+        except BaseException as error:  # carried to the training loop, whatever it is
+            self._failure = error
+            job.done.set_result(error)
+            return
+        if job.pending is None:
+            job.done.set_result(job.result)
+        else:
+            self._stage(index + 1).put(job)
+
+
+def _value(done: Future[Tensor | BaseException]) -> Tensor:
+    outcome = done.value()
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome

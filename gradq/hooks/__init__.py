@@ -1,0 +1,1 @@
+"""Hooks: how a trainer reaches `GradientSync`."""

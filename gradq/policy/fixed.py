@@ -1,0 +1,102 @@
+"""Fixed: one spec for all parameters worth compressing, exact for the rest."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gradq.codecs import Codec, ExactCodec
+from gradq.errors import ConfigError
+from gradq.policy.base import Assignment, ParameterInfo
+from gradq.policy.spec import Spec
+
+__all__ = ["EXACT_BELOW_NUMEL", "ExactRule", "FixedPolicy", "small_or_1d"]
+
+EXACT_BELOW_NUMEL = 1024
+
+ExactRule = str | Sequence[str] | Callable[[ParameterInfo], bool]
+
+_NATIVE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+def small_or_1d(parameter: ParameterInfo) -> bool:
+    """The default rule for what travels exact: fewer than 1024 elements, or one dimension."""
+    return parameter.numel < EXACT_BELOW_NUMEL or parameter.ndim <= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPolicy:
+    """The same spec for every parameter that is not exact.
+
+    Attributes:
+        spec: must not be "none".
+        exact: names or shell patterns of parameters to add to the default rule (`small_or_1d`), or a
+            predicate over `ParameterInfo` that replaces it.
+        feedback: "auto" (at 4 bits and below), True or False.
+    """
+
+    spec: Spec
+    exact: ExactRule = ()
+    feedback: bool | str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.feedback not in ("auto", True, False):
+            raise ConfigError(f"feedback={self.feedback!r}: choose 'auto', True or False")
+
+    def plan(self, parameters: Sequence[ParameterInfo]) -> dict[str, Assignment]:
+        """An assignment for every parameter, by name.
+
+        fp64 gradients always travel exact: the quantized codecs compute in fp32.
+
+        Raises:
+            ConfigError: a pattern matches no parameter, or error feedback was asked for a codec that does not
+                contract.
+        """
+        codec1, codec2 = self.spec.codecs()
+        feedback1, feedback2 = self._feedback(codec1), self._feedback(codec2)
+        compressed = Assignment(
+            phase1=codec1.for_feedback(feedback1),
+            phase2=codec2.for_feedback(feedback2),
+            feedback1=feedback1,
+            feedback2=feedback2,
+        )
+        is_exact = self._exact_rule(parameters)
+        plan = {}
+        for parameter in parameters:
+            if parameter.dtype == torch.float64 or (
+                is_exact(parameter) and not isinstance(codec1, ExactCodec)
+            ):
+                native = ExactCodec(dtype=_NATIVE[parameter.dtype])
+                plan[parameter.name] = Assignment(phase1=native, phase2=native)
+            else:
+                plan[parameter.name] = compressed
+        return plan
+
+    def _feedback(self, codec: Codec) -> bool:
+        if isinstance(codec, ExactCodec):
+            return False
+        if self.feedback == "auto":
+            return codec.wants_feedback and codec.for_feedback(True).contractive
+        if self.feedback and not codec.for_feedback(True).contractive:
+            raise ConfigError(
+                f"feedback=True with {codec}: this codec's error can exceed the gradient itself, and feeding "
+                "that back diverges; use rounding=nearest, more bits or a smaller block_size"
+            )
+        return bool(self.feedback)
+
+    def _exact_rule(self, parameters: Sequence[ParameterInfo]) -> Callable[[ParameterInfo], bool]:
+        if callable(self.exact):
+            return self.exact
+        patterns = (self.exact,) if isinstance(self.exact, str) else tuple(self.exact)
+        names = [parameter.name for parameter in parameters]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                close = difflib.get_close_matches(pattern, names, n=3)
+                hint = f"; close: {', '.join(close)}" if close else f"; the first are: {', '.join(names[:3])}"
+                raise ConfigError(f"exact={pattern!r} matches no parameter{hint}")
+        chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+        return lambda parameter: parameter.name in chosen or small_or_1d(parameter)
