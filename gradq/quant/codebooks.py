@@ -65,7 +65,15 @@ def fit_codebook(v: Tensor, start: Tensor, *, iterations: int = 20) -> Tensor:
         index = nearest_code(flat, levels)
         count = torch.bincount(index, minlength=levels.numel())
         total = torch.bincount(index, weights=flat, minlength=levels.numel())
-        moved = torch.where(count > 0, total / count.clamp(min=1), levels)
+        mean = total / count.clamp(min=1)
+        moved = torch.where(count > 0, mean, levels)
+        empty = (count == 0).nonzero().flatten()
+        if empty.numel() and flat.numel():
+            # an unused level splits a cell with a large error: it goes one standard deviation above its mean
+            error = torch.bincount(index, weights=(flat - mean[index]).square(), minlength=levels.numel())
+            worst = error.topk(empty.numel()).indices
+            split = mean[worst] + (error[worst] / count[worst].clamp(min=1)).sqrt()
+            moved[empty] = torch.where(error[worst] > 0, split, moved[empty])
         levels = moved.sort().values
     levels[levels.abs().argmin()] = 0.0
     return _distinct(levels.round().clamp(-128, 127))

@@ -230,8 +230,9 @@ class _Swapper:
 
     def __init__(self, traced: fx.GraphModule, config: Config, info: PrepareInfo) -> None:
         self.traced, self.config, self.info = traced, config, info
-        self.quantizers: dict[int, WeightQuant] = {}
-        self.swapped: dict[int, nn.Module] = {}
+        # by identity; the values hold the objects, so that no id is used twice
+        self.quantizers: dict[int, tuple[Tensor, WeightQuant]] = {}
+        self.swapped: dict[int, tuple[nn.Module, nn.Module]] = {}
 
     def run(self) -> None:
         for node in list(self.traced.graph.nodes):
@@ -251,14 +252,14 @@ class _Swapper:
                 self.info.float_islands.append((name, "skipped by the configuration"))
             return module
         if id(module) in self.swapped:
-            return self.swapped[id(module)]
+            return self.swapped[id(module)][1]
         if isinstance(module, _FUSED_RECURRENT):
             refuse_recurrent(name, module)
         if isinstance(module, _FLOAT_WEIGHTS):
             self.info.float_islands.append((name, f"nn.{type(module).__name__} has no integer form here"))
             return module
         new = self._swap(name, module, node)
-        self.swapped[id(module)] = new
+        self.swapped[id(module)] = module, new
         return new
 
     def _swap(self, name: str, module: nn.Module, node: fx.Node | None) -> nn.Module:
@@ -298,7 +299,7 @@ class _Swapper:
     def _share_quantizer(self, layer: QuantLayer, fmt: Format) -> None:
         """Tied weights have one quantizer."""
         weight = layer.effective_weight()
-        known = self.quantizers.setdefault(id(weight), layer.weight_quant)
+        known = self.quantizers.setdefault(id(weight), (weight, layer.weight_quant))[1]
         if known is not layer.weight_quant and known.format == fmt:
             layer.weight_quant = known
 
