@@ -11,9 +11,11 @@ is of what an INT8 runtime computes; the float model's is its own.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -229,6 +231,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--qat-epochs", type=int, default=5)
     parser.add_argument("--qat-lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=None, help="write the rows here")
     parser.add_argument("--quiet", action="store_true", help="only the table")
     return parser.parse_args(argv)
 
@@ -245,6 +248,8 @@ def main() -> None:
             print(f"{'':42} accuracy     bits    bytes")
             for what, score, bits, size in rows:
                 print(f"{what:42} {score:7.2f} % {bits:8.2f} {size:8d}  ({rows[0][3] / size:.1f}x smaller)")
+            if args.json:
+                args.json.write_text(json.dumps(rows))
     except gradq.GradqError as error:
         raise SystemExit(f"qat_digits.py: error: {error}") from None
     finally:

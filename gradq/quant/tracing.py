@@ -200,6 +200,11 @@ def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model_name: str) -> dict
             )
         for key, (u, v) in _constants(a, b):
             if not _same(u, v):
+                if _holds_node(u) or _holds_node(v):
+                    raise TraceError(
+                        f"{model_name}.forward reads other tensors in training than in evaluation: "
+                        f"{a.format_node()} against {b.format_node()}; make the forward the same in both"
+                    )
                 name = f"mode_constant_{len(constants)}"
                 constants[name] = ModeConstant(u, v)
                 with evaluation.inserting_before(b):
@@ -225,7 +230,15 @@ def _same(u: Any, v: Any) -> bool:
         return isinstance(u, fx.Node) and isinstance(v, fx.Node) and u.name == v.name
     if isinstance(u, (tuple, list)) and isinstance(v, (tuple, list)):
         return len(u) == len(v) and all(_same(x, y) for x, y in zip(u, v, strict=True))
+    if isinstance(u, slice) and isinstance(v, slice):
+        return all(_same(x, y) for x, y in ((u.start, v.start), (u.stop, v.stop), (u.step, v.step)))
     return bool(type(u) is type(v) and (u is v or u == v))
+
+
+def _holds_node(value: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)
+    return bool(found)
 
 
 def _drop_fixed(graph: fx.Graph) -> None:
