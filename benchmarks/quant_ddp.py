@@ -2,8 +2,8 @@
 
     python benchmarks/quant_ddp.py                      # writes benchmarks/results/quant_ddp.csv and .md
 
-Each rank calibrates on its own half of the batches; scales, zero points, observers' results and weights must be equal on
-both ranks bit for bit at the end. Held-out loss and accuracy are those of the integer reference.
+Each rank calibrates on its own half of the batches; scales, zero points, observers' results and weights must
+be equal on both ranks bit for bit at the end. Held-out loss and accuracy are those of the integer reference.
 """
 
 from __future__ import annotations
@@ -50,7 +50,15 @@ def train_rank(
         wrapped = digits.distribute(qmodel, codec, seed)
         steps = options["epochs"] * (len(images) // 32)
         schedule = quant.RangeSchedule(wrapped, freeze_at=int(0.8 * steps))
-        digits.fit(wrapped, images, labels, epochs=options["epochs"], lr=options["lr"], seed=seed + 1, schedule=schedule)
+        digits.fit(
+            wrapped,
+            images,
+            labels,
+            epochs=options["epochs"],
+            lr=options["lr"],
+            seed=seed + 1,
+            schedule=schedule,
+        )
         digits.check_replicas(qmodel)
         if rank == 0:
             with torch.no_grad():
@@ -103,10 +111,13 @@ def main() -> None:
         writer.writerow(["seed", "gradient codec", "accuracy", "held-out loss"])
         writer.writerows(rows)
     lines = [
-        f"# QAT ({args.weights} weights, 8-bit activations) under DDP, 2 ranks, {args.seeds} seeds, CNN on digits",
+        f"# QAT ({args.weights} weights, 8-bit activations) under DDP, 2 ranks, {args.seeds} seeds, CNN on "
+        "digits",
         "",
-        f"`python benchmarks/quant_ddp.py --seeds {args.seeds} --weights {args.weights} --qat-epochs {args.qat_epochs}`, "
-        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}. Replicas were bit-identical in every run, after "
+        f"`python benchmarks/quant_ddp.py --seeds {args.seeds} --weights {args.weights} --qat-epochs "
+        f"{args.qat_epochs}`, "
+        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}. Replicas were bit-identical in every run, "
+        "after "
         "calibration and after training.",
         "",
         "| gradients | accuracy, mean ± sd | held-out loss, mean ± sd | loss against none, in sd of none |",

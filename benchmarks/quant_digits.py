@@ -1,9 +1,10 @@
 """Accuracy on digits: fp32, PTQ and QAT at 8, 4, 3 and mixed bits, several seeds.
 
-    python benchmarks/quant_digits.py --model cnn          # writes benchmarks/results/quant_digits_cnn.csv and .md
+    python benchmarks/quant_digits.py --model cnn          # writes benchmarks/results/quant_digits_cnn.csv
+    and .md
 
-Accuracies of quantized models are those of the integer reference (what an INT8 runtime computes), on 450 held-out
-images: one image is 0.22 points.
+Accuracies of quantized models are those of the integer reference (what an INT8 runtime computes), on 450
+held-out images: one image is 0.22 points.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import qat_digits as digits  # noqa: E402
 from gradq import quant  # noqa: E402
 
 
-def qat(qmodel: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, seed: int, epochs: int, lr: float) -> None:
+def qat(
+    qmodel: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, seed: int, epochs: int, lr: float
+) -> None:
     """Quantization-aware training as the example does it."""
     steps = epochs * (len(images) // 32)
     schedule = quant.RangeSchedule(qmodel, freeze_at=int(0.8 * steps), freeze_batch_norm_at=steps // 2)
@@ -57,7 +60,9 @@ def main() -> None:
                 "what": what,
                 "accuracy": round(digits.accuracy(model, test, answers), 2),
                 "bits": round(quant.average_bits(model), 3) if is_quantized else 32,
-                "bytes": quant.model_bytes(model) if is_quantized else 4 * sum(p.numel() for p in model.parameters()),
+                "bytes": quant.model_bytes(model)
+                if is_quantized
+                else 4 * sum(p.numel() for p in model.parameters()),
             }
         )
         print(rows[-1], flush=True)
@@ -95,8 +100,10 @@ def write_table(rows: list[dict[str, object]], path: Path, args: argparse.Namesp
     lines = [
         f"# {args.model} on digits, {args.seeds} seeds, integer reference",
         "",
-        f"`python benchmarks/quant_digits.py --model {args.model} --seeds {args.seeds} --epochs {args.epochs} "
-        f"--qat-epochs {args.qat_epochs} --qat-lr {args.qat_lr}`, {time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
+        f"`python benchmarks/quant_digits.py --model {args.model} --seeds {args.seeds} --epochs "
+        f"{args.epochs} "
+        f"--qat-epochs {args.qat_epochs} --qat-lr {args.qat_lr}`, {time.strftime('%Y-%m-%d')}, torch "
+        f"{torch.__version__}, "
         f"{platform.processor() or platform.machine()}, 1 thread",
         "",
         "| what | accuracy, mean of seeds | min … max | against fp32 | bits | bytes |",

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 examples/qat_digits.py --model vit --codec int8
     python examples/qat_digits.py --average-bits 4
 
-Data: scikit-learn's 1797 digits of 8×8 pixels; the last 450, other writers, are held out. Accuracies are those of the integer reference, that
-is of what an INT8 runtime computes; the float model's is its own.
+Data: scikit-learn's 1797 digits of 8×8 pixels; the last 450, other writers, are held out. Accuracies are
+those of the integer reference, that is of what an INT8 runtime computes; the float model's is its own.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits as load
     except ImportError:
-        raise SystemExit("this example needs scikit-learn; install it with: pip install scikit-learn") from None
+        raise SystemExit(
+            "this example needs scikit-learn; install it with: pip install scikit-learn"
+        ) from None
     digits = load()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
@@ -113,7 +115,9 @@ def fit(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizer = torch.optim.AdamW(quant.param_groups(model, lr=lr, weight_decay=1e-2))
     per_epoch = len(images) // batch_size
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in optimizer.param_groups], epochs * per_epoch)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [g["lr"] for g in optimizer.param_groups], epochs * per_epoch
+    )
     model.train()
     start = time.monotonic()
     for epoch in range(epochs):
@@ -131,7 +135,10 @@ def fit(
             total += loss.item()
         if label and rank == 0:
             took = time.monotonic() - start
-            print(f"{label} epoch {epoch + 1}/{epochs}  loss {total / per_epoch:.4f}  {took:.0f} s", file=sys.stderr)
+            print(
+                f"{label} epoch {epoch + 1}/{epochs}  loss {total / per_epoch:.4f}  {took:.0f} s",
+                file=sys.stderr,
+            )
 
 
 @torch.no_grad()
@@ -145,11 +152,21 @@ def _is_quantized(model: nn.Module) -> bool:
     return any(isinstance(m, quant.ActQuant | quant.WeightQuant) for m in model.modules())
 
 
-def train_float(kind: str, images: Tensor, labels: Tensor, *, seed: int, epochs: int, label: str = "") -> nn.Module:
+def train_float(
+    kind: str, images: Tensor, labels: Tensor, *, seed: int, epochs: int, label: str = ""
+) -> nn.Module:
     """The float model, trained with plain DDP when there are several ranks."""
     torch.manual_seed(seed)
     model: nn.Module = CNN() if kind == "cnn" else ViT()
-    fit(distribute(model, "none"), images, labels, epochs=epochs, lr=4e-3 if kind == "cnn" else 3e-3, seed=seed, label=label)
+    fit(
+        distribute(model, "none"),
+        images,
+        labels,
+        epochs=epochs,
+        lr=4e-3 if kind == "cnn" else 3e-3,
+        seed=seed,
+        label=label,
+    )
     return model.eval()
 
 
@@ -174,7 +191,14 @@ def run(args: argparse.Namespace) -> list[tuple[str, float, float, int]]:
     images, labels, test_images, test_labels = load_digits()
     say = "" if args.quiet else "fp32"
     model = train_float(args.model, images, labels, seed=args.seed, epochs=args.epochs, label=say)
-    rows = [("fp32", accuracy(model, test_images, test_labels), 32.0, 4 * sum(p.numel() for p in model.parameters()))]
+    rows = [
+        (
+            "fp32",
+            accuracy(model, test_images, test_labels),
+            32.0,
+            4 * sum(p.numel() for p in model.parameters()),
+        )
+    ]
 
     def note(what: str, qmodel: nn.Module) -> None:
         score = accuracy(qmodel, test_images, test_labels)
@@ -194,11 +218,18 @@ def run(args: argparse.Namespace) -> list[tuple[str, float, float, int]]:
     note(f"PTQ {name}", qmodel)
     wrapped = distribute(qmodel, args.codec, args.seed)
     steps = args.qat_epochs * (len(images) // 32)
-    schedule = quant.RangeSchedule(
-        wrapped, freeze_at=int(0.8 * steps), freeze_batch_norm_at=int(0.5 * steps)
-    )
+    schedule = quant.RangeSchedule(wrapped, freeze_at=int(0.8 * steps), freeze_batch_norm_at=int(0.5 * steps))
     say = "" if args.quiet else f"QAT ({args.codec} gradients)"
-    fit(wrapped, images, labels, epochs=args.qat_epochs, lr=args.qat_lr, seed=args.seed + 1, schedule=schedule, label=say)
+    fit(
+        wrapped,
+        images,
+        labels,
+        epochs=args.qat_epochs,
+        lr=args.qat_lr,
+        seed=args.seed + 1,
+        schedule=schedule,
+        label=say,
+    )
     note(f"QAT {name}", qmodel)
     check_replicas(qmodel)
     return rows
@@ -223,9 +254,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=("cnn", "vit"), default="cnn")
     parser.add_argument("--codec", default="none", help="gradient codec under torchrun: none, int8, int4, …")
-    parser.add_argument("--weights", default="int8", help="weights format, e.g. int4, nf4, int4-g32 (default int8)")
+    parser.add_argument(
+        "--weights", default="int8", help="weights format, e.g. int4, nf4, int4-g32 (default int8)"
+    )
     parser.add_argument("--activations", default="int8", help="activations format (default int8)")
-    parser.add_argument("--average-bits", type=float, default=0.0, help="mixed bits by sensitivity; 0: uniform")
+    parser.add_argument(
+        "--average-bits", type=float, default=0.0, help="mixed bits by sensitivity; 0: uniform"
+    )
     parser.add_argument("--batch-norm", choices=("fold", "train"), default="fold")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--qat-epochs", type=int, default=5)

@@ -3,8 +3,9 @@
     python examples/qat_gpt.py
     torchrun --nproc-per-node 2 examples/qat_gpt.py --codec int8 --weights int4
 
-Model and text are those of train_gpt.py: the source of Python's standard library. Perplexities are per byte, on
-held-out files; those of quantized models are the integer reference's, that is what an INT8 runtime computes.
+Model and text are those of train_gpt.py: the source of Python's standard library. Perplexities are per byte,
+on held-out files; those of quantized models are the integer reference's, that is what an INT8 runtime
+computes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def fit(
     model.train()
     start, total = time.monotonic(), 0.0
     for step in range(steps):
-        starts = np.random.default_rng((seed, step)).integers(len(text) - SEQ_LEN, size=batch_size)[rank::world]
+        starts = np.random.default_rng((seed, step)).integers(len(text) - SEQ_LEN, size=batch_size)[
+            rank::world
+        ]
         loss = loss_of(model, windows(text, starts))
         optimizer.zero_grad()
         loss.backward()
@@ -82,7 +85,10 @@ def perplexity(model: nn.Module, text: Tensor, num_windows: int = 256) -> float:
     prepared = any(isinstance(m, quant.ActQuant | quant.WeightQuant) for m in model.modules())
     run: Any = quant.integer_reference(model) if prepared else model.eval()
     starts = np.linspace(0, len(text) - SEQ_LEN - 1, num_windows, dtype=np.int64)
-    losses = [float(loss_of(run, windows(text, part))) * len(part) for part in np.array_split(starts, num_windows // 32)]
+    losses = [
+        float(loss_of(run, windows(text, part))) * len(part)
+        for part in np.array_split(starts, num_windows // 32)
+    ]
     return math.exp(sum(losses) / num_windows)
 
 
@@ -102,7 +108,14 @@ def run(args: argparse.Namespace) -> list[tuple[str, float, float, int]]:
     torch.manual_seed(args.seed)
     model = GPT(args.width, args.layers, 4, SEQ_LEN)
     say = (lambda what: "") if args.quiet else (lambda what: what)
-    fit(distribute(model, "none", args.seed), text, steps=args.steps, lr=2e-3, seed=args.seed, label=say("fp32"))
+    fit(
+        distribute(model, "none", args.seed),
+        text,
+        steps=args.steps,
+        lr=2e-3,
+        seed=args.seed,
+        label=say("fp32"),
+    )
     rows = [("fp32", perplexity(model, held_out), 32.0, 4 * sum(p.numel() for p in model.parameters()))]
     if args.save:
         torch.save(model.state_dict(), args.save)
@@ -120,14 +133,24 @@ def run(args: argparse.Namespace) -> list[tuple[str, float, float, int]]:
         name = f"mixed {args.average_bits} bits"
 
     def note(what: str) -> None:
-        rows.append((what, perplexity(qmodel, held_out), quant.average_bits(qmodel), quant.model_bytes(qmodel)))
+        rows.append(
+            (what, perplexity(qmodel, held_out), quant.average_bits(qmodel), quant.model_bytes(qmodel))
+        )
 
     note(f"PTQ {name}")
     if args.qat_steps:
         wrapped = distribute(qmodel, args.codec, args.seed)
         schedule = quant.RangeSchedule(wrapped, freeze_at=int(0.8 * args.qat_steps))
         label = say(f"QAT ({args.codec} gradients)")
-        fit(wrapped, text, steps=args.qat_steps, lr=args.qat_lr, seed=args.seed + 1, label=label, schedule=schedule)
+        fit(
+            wrapped,
+            text,
+            steps=args.qat_steps,
+            lr=args.qat_lr,
+            seed=args.seed + 1,
+            label=label,
+            schedule=schedule,
+        )
         note(f"QAT {name}")
     return rows
 
@@ -136,9 +159,15 @@ def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--codec", default="none", help="gradient codec under torchrun: none, int8, int4, …")
-    parser.add_argument("--weights", default="int8", help="weights format, e.g. int4, nf4, int4-g32 (default int8)")
-    parser.add_argument("--activations", default="int8", help="activations format, e.g. int8-token (default int8)")
-    parser.add_argument("--average-bits", type=float, default=0.0, help="mixed bits by sensitivity; 0: uniform")
+    parser.add_argument(
+        "--weights", default="int8", help="weights format, e.g. int4, nf4, int4-g32 (default int8)"
+    )
+    parser.add_argument(
+        "--activations", default="int8", help="activations format, e.g. int8-token (default int8)"
+    )
+    parser.add_argument(
+        "--average-bits", type=float, default=0.0, help="mixed bits by sensitivity; 0: uniform"
+    )
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
@@ -158,7 +187,10 @@ def main() -> None:
             print(f"{'':42} perplexity   bits    bytes")
             for what, score, bits, size in rows:
                 gain = 100 * (score / rows[0][1] - 1)
-                print(f"{what:42} {score:8.4f} ({gain:+.2f} %) {bits:6.2f} {size:8d}  ({rows[0][3] / size:.1f}x smaller)")
+                print(
+                    f"{what:42} {score:8.4f} ({gain:+.2f} %) {bits:6.2f} {size:8d}  "
+                    f"({rows[0][3] / size:.1f}x smaller)"
+                )
             if args.json:
                 args.json.write_text(json.dumps(rows))
     except gradq.GradqError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from gradq.errors import UnsupportedError
 from gradq.quant.fake import ActQuant, WeightQuant
@@ -28,8 +28,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     Args:
         embed_dim: E.
         num_heads: H.
-        num_inputs: 1 if query, key and value are one tensor, 2 if key and value are, 3 otherwise; each distinct
-            tensor has one quantizer.
+        num_inputs: 1 if query, key and value are one tensor, 2 if key and value are, 3 otherwise; each
+            distinct tensor has one quantizer.
         weights: format of the projections' weights.
         activations: format of their inputs, or None.
         observer: how calibration chooses the inputs' ranges.
@@ -40,6 +40,9 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     Raises:
         UnsupportedError: ``kdim``, ``vdim``, ``add_bias_kv`` or ``add_zero_attn``.
     """
+
+    key_quant: ActQuant | None
+    value_quant: ActQuant | None
 
     def __init__(
         self,
@@ -101,7 +104,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     ) -> None:
         if self.in_proj_weight is None or self.bias_k is not None or self.add_zero_attn:
             raise UnsupportedError(
-                f"{name}: nn.MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn cannot be quantized; "
+                f"{name}: nn.MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn cannot be "
+                "quantized; "
                 f"leave it in float with Config(skip=({name!r},))"
             )
         fmt = parse_format(weights, "weights")
@@ -140,23 +144,26 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         if self.num_inputs == 1:
             q, k, v = self._matmul(query, self.input_quant, W, self.weight_quant, b).chunk(3, -1)
             return q, k, v
-        quantizers = [self.input_quant, self.key_quant, self.key_quant if self.num_inputs == 2 else self.value_quant]
-        out = []
+        shared = self.num_inputs == 2
+        quantizers = (self.input_quant, self.key_quant, self.key_quant if shared else self.value_quant)
+        out: list[Tensor] = []
         if self.integer:
             for i, (x, quantizer) in enumerate(zip((query, key, value), quantizers, strict=True)):
-                full = self._matmul(x, quantizer, W, self.weight_quant, b)  # type: ignore[arg-type]
+                full = self._matmul(x, quantizer, W, self.weight_quant, b)
                 out.append(full[..., i * E : (i + 1) * E])
             return out[0], out[1], out[2]
-        weights = self.weight_quant(W).chunk(3)
+        inputs = [query if self.input_quant is None else self.input_quant(query)]
+        inputs.append(key if self.key_quant is None else self.key_quant(key))
+        if shared:
+            inputs.append(inputs[1])
+        else:
+            inputs.append(value if self.value_quant is None else self.value_quant(value))
         biases = (None, None, None) if b is None else b.chunk(3)
-        same = self.num_inputs == 2
-        inputs = [x if quant is None else quant(x) for x, quant in zip((query, key), quantizers, strict=False)]  # type: ignore[operator]
-        third = quantizers[2]
-        inputs.append(inputs[1] if same else (value if third is None else third(value)))  # type: ignore[operator]
-        out = [F.linear(x, w, c) for x, w, c in zip(inputs, weights, biases, strict=True)]
+        for x, w, c in zip(inputs, self.weight_quant(W).chunk(3), biases, strict=True):
+            out.append(functional.linear(x, w, c))
         return out[0], out[1], out[2]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -174,7 +181,8 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         """
         if query.ndim != 3:
             raise UnsupportedError(
-                f"{self.weight_quant.name}: the query has {query.ndim} dimensions; add a batch axis (3 dimensions)"
+                f"{self.weight_quant.name}: the query has {query.ndim} dimensions; add a batch axis (3 "
+                "dimensions)"
             )
         q, k, v = self._project(query, key, value)
         if not self.batch_first:
@@ -189,12 +197,12 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         weights = None
         if need_weights:
             scores = (q * (E // H) ** -0.5) @ k.transpose(-2, -1)
-            weights = F.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = functional.softmax(scores if mask is None else scores + mask, dim=-1)
             if rate > 0.0:
-                weights = F.dropout(weights, rate)
+                weights = functional.dropout(weights, rate)
             out = weights @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
         out = self.out_proj(out.transpose(1, 2).reshape(B, L, E))
         if not self.batch_first:
             out = out.transpose(0, 1)

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -83,7 +83,8 @@ def run_batch(model: nn.Module, batch: Any, to_inputs: ToInputs | None = None) -
     else:
         names = list(parameters)
         required = sum(
-            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters.values()
+            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            for p in parameters.values()
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
@@ -111,7 +112,7 @@ def progress(items: Iterable[T], label: str, *, total: int | None = None, show: 
         total: how many there are; found from ``len`` if it can be.
         show: False for silence.
     """
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     start, last, count = time.monotonic(), 0.0, 0
     for item in items:
@@ -135,7 +136,7 @@ def _bar(count: int, total: int | None) -> str:
 
 def limited(loader: Iterable[T], num_batches: int | None) -> tuple[Iterable[T], int | None]:
     """The first batches of a loader, and how many that is if it is known."""
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = len(loader) if isinstance(loader, Sized) else None
     if num_batches is None:
         return loader, total
     if num_batches < 1:

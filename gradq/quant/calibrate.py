@@ -1,7 +1,7 @@
 """Calibration: run batches through the model, let the observers choose ranges, agree over the ranks.
 
-Under ``torch.distributed`` every rank calls `calibrate` with its own share of the data, *before* wrapping in DDP;
-statistics are merged, so all ranks get the same scales and zero points, bit for bit.
+Under ``torch.distributed`` every rank calls `calibrate` with its own share of the data, *before* wrapping in
+DDP; statistics are merged, so all ranks get the same scales and zero points, bit for bit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def calibrate(
         The model, quantizing from now on.
 
     Raises:
-        CalibrationError: no batch, or a quantizer that no batch reached (named), or another rank failed (named).
+        CalibrationError: no batch, or a quantizer that no batch reached (named), or another rank failed
+            (named).
         NonFiniteError: NaN or Inf in an activation; named. The model is then as it was.
         MismatchError: ranks have different quantizers.
     """
@@ -72,7 +73,8 @@ def calibrate(
     acts = quantizers(model)
     if not acts and not weights(model):
         raise CalibrationError(
-            f"{type(model).__name__} has no quantizers; call quant.prepare first, or place quantized layers by hand"
+            f"{type(model).__name__} has no quantizers; call quant.prepare first, or place quantized layers "
+            "by hand"
         )
     if refit_weights:
         for weight, weight_quant in weights(model).values():

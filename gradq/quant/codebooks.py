@@ -1,8 +1,8 @@
 """Tables of at most 16 levels on the int8 grid: non-uniform weights that run at INT8 speed.
 
-A weight is ``scale·table[index]`` with an int8 table, so a runtime stores 4-bit indices, looks them up once at
-load and multiplies in INT8. Sources: NF4 (Dettmers et al. 2023, arXiv:2305.14314, rounded to int8); powers of
-two (Miyashita et al. 2016, arXiv:1603.01025); fitted tables by Lloyd's algorithm (Lloyd 1982).
+A weight is ``scale·table[index]`` with an int8 table, so a runtime stores 4-bit indices, looks them up once
+at load and multiplies in INT8. Sources: NF4 (Dettmers et al. 2023, arXiv:2305.14314, rounded to int8); powers
+of two (Miyashita et al. 2016, arXiv:1603.01025); fitted tables by Lloyd's algorithm (Lloyd 1982).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def fixed_table(kind: str, bits: int) -> Tensor:
         if bits == 4:
             return torch.tensor(_NF4, dtype=torch.int8)
         probabilities = (torch.arange(1 << bits, dtype=torch.float64) + 0.5) / (1 << bits)
-        levels = torch.special.ndtri(probabilities)
+        levels: Tensor = torch.special.ndtri(probabilities)
         return (levels / levels.abs().max() * 127).round().to(torch.int8)
     raise ConfigError(f"no table {kind}{bits}; legal: nf4, pot2 to pot4, codebook2 to codebook4")
 
@@ -57,7 +57,8 @@ def fit_codebook(v: Tensor, start: Tensor, *, iterations: int = 20) -> Tensor:
         iterations: Lloyd steps.
 
     Returns:
-        (K,) int8, sorted, distinct, with 0 among the entries (so that zero padding and pruned weights stay exact).
+        (K,) int8, sorted, distinct, with 0 among the entries (so that zero padding and pruned weights stay
+        exact).
     """
     flat = v.detach().reshape(-1).to(torch.float64)
     levels = start.to(torch.float64)

@@ -27,12 +27,13 @@ class Config:
     Args:
         weights: format of the weights of linear layers and convolutions; None leaves them in float.
         activations: format of the activations; None quantizes weights only. A dynamic format holds for linear
-            layers; convolutions then take the static format of the same width (dynamic convolutions are slow).
-            Likewise a grouped weight format: convolutions take it per channel.
+            layers; convolutions then take the static format of the same width (dynamic convolutions are
+            slow). Likewise a grouped weight format: convolutions take it per channel.
         embeddings: format of embedding tables; None leaves them in float.
         observer: how activation ranges are chosen: minmax, average, percentile, mse, entropy.
         weight_observer: the same for weights.
-        placement: ``full`` quantizes every activation that convolutions, additions and poolings read or write;
+        placement: ``full`` quantizes every activation that convolutions, additions and poolings read or
+            write;
             ``matmul`` only the inputs of weight layers; ``auto`` takes ``matmul`` for models with attention
             or layer norm and ``full`` otherwise.
         batch_norm: ``fold`` into the convolution at prepare, statistics frozen; ``train`` keeps updating
@@ -67,20 +68,30 @@ class Config:
             if value not in legal:
                 raise ConfigError(f"Config.{name} is {value!r}; legal: {', '.join(legal)}")
         if isinstance(self.skip, str):
-            raise ConfigError(f"Config.skip is the string {self.skip!r}; give a tuple of patterns: ({self.skip!r},)")
-        for spec, role in ((self.weights, "weights"), (self.activations, "activations"), (self.embeddings, "weights")):
+            raise ConfigError(
+                f"Config.skip is the string {self.skip!r}; give a tuple of patterns: ({self.skip!r},)"
+            )
+        for spec, role in (
+            (self.weights, "weights"),
+            (self.activations, "activations"),
+            (self.embeddings, "weights"),
+        ):
             if spec is not None:
                 parse_format(spec, role)
         for pair in self.overrides:
             if not (isinstance(pair, tuple) and len(pair) == 2):
-                raise ConfigError(f"Config.overrides holds {pair!r}; each must be a pair (pattern, weights format)")
+                raise ConfigError(
+                    f"Config.overrides holds {pair!r}; each must be a pair (pattern, weights format)"
+                )
             parse_format(pair[1], "weights")
 
     def is_skipped(self, name: str) -> bool:
         """True if a module stays in float."""
         return any(fnmatchcase(name, pattern) for pattern in self.skip)
 
-    def weight_format(self, name: str, *, convolution: bool = False, embedding: bool = False) -> Format | None:
+    def weight_format(
+        self, name: str, *, convolution: bool = False, embedding: bool = False
+    ) -> Format | None:
         """Format of a module's weight.
 
         Args:
@@ -88,7 +99,9 @@ class Config:
             convolution: True for convolutions, which take grouped formats per channel.
             embedding: True for embeddings.
         """
-        spec = next((s for pattern, s in self.overrides if fnmatchcase(name, pattern)), None)
+        spec: str | Format | None = next(
+            (s for pattern, s in self.overrides if fnmatchcase(name, pattern)), None
+        )
         spec = spec or (self.embeddings if embedding else self.weights)
         if spec is None:
             return None
@@ -108,14 +121,13 @@ class Config:
     def for_target(cls, target: str = "auto") -> Config:
         """Formats for a runtime environment.
 
-        ============  =========================================================================================
-        ``x86-vnni``  u8 asymmetric activations, s8 per-channel weights: the fast path of ONNX Runtime
-        ``x86-avx2``  the same with 7-bit weights: without VNNI two u8·s8 products overflow 16 bits
-        ``arm``       s8 symmetric activations and weights
-        ``gpu``       s8 symmetric activations and weights: what TensorRT and ``torch._int_mm`` take
-        ``edge-int4`` 4-bit weights in groups of 32, activations dynamic per token (linear); static for convolutions
-        ``auto``      what `detect_target` finds on this machine
-        ============  =========================================================================================
+        * ``x86-vnni``: u8 asymmetric activations, s8 per-channel weights: the fast path of ONNX Runtime.
+        * ``x86-avx2``: the same with 7-bit weights: without VNNI two u8·s8 products overflow 16 bits.
+        * ``arm``: s8 symmetric activations and weights.
+        * ``gpu``: s8 symmetric activations and weights, which TensorRT and ``torch._int_mm`` take.
+        * ``edge-int4``: 4-bit weights in groups of 32 and activations dynamic per token for linear layers;
+          per channel and static for convolutions.
+        * ``auto``: what `detect_target` finds on this machine.
 
         Args:
             target: one of the above.
@@ -156,7 +168,9 @@ def detect_target(cpuinfo: str | None = None) -> str:
         if machine in ("aarch64", "arm64"):
             return "arm"
         path = Path("/proc/cpuinfo")
-        cpuinfo = path.read_text() if path.exists() else f"flags: {torch.backends.cpu.get_cpu_capability().lower()}"
+        cpuinfo = (
+            path.read_text() if path.exists() else f"flags: {torch.backends.cpu.get_cpu_capability().lower()}"
+        )
     flags = set(cpuinfo.replace(":", " ").split())
     if flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
         return "x86-vnni"

@@ -1,10 +1,11 @@
 """Fake quantizers: a tensor in, the tensor an integer runtime would see out, with straight-through gradients.
 
-Shapes: R rows that own a scale, n elements a row. A weight (O, …) has R = 1, O, or O·groups; an activation R = 1.
+Shapes: R rows that own a scale, n elements a row. A weight (O, …) has R = 1, O, or O·groups; an activation R
+= 1.
 
-The scale is learned as its logarithm, ``scale = 2**log2_scale`` (Jain et al. 2020, arXiv:1903.08066): it stays
-positive, and it survives the noise of compressed gradients, where a raw scale drifts. `log2_scale` has shape (R,),
-never 0-dim. Zero points are calibrated and then frozen: they are integers.
+The scale is learned as its logarithm, ``scale = 2**log2_scale`` (Jain et al. 2020, arXiv:1903.08066): it
+stays positive, and it survives the noise of compressed gradients, where a raw scale drifts. `log2_scale` has
+shape (R,), never 0-dim. Zero points are calibrated and then frozen: they are integers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ MODES = ("quantize", "observe", "float")
 class FakeQuantize(nn.Module):
     """What weights' and activations' quantizers share: the scale, its state, and the modes.
 
-    Modes: ``quantize`` (the default), ``observe`` (feed the observer, pass the values through), ``float`` (pass).
+    Modes: ``quantize`` (the default), ``observe`` (feed the observer, pass the values through), ``float``
+        (pass).
 
     Args:
         fmt: the number format.
@@ -67,7 +69,9 @@ class FakeQuantize(nn.Module):
             CalibrationError: they have not been set.
         """
         if self.log2_scale is None:
-            raise CalibrationError(f"{self.name} is quantized dynamically ({self.format}): it has no fixed scale")
+            raise CalibrationError(
+                f"{self.name} is quantized dynamically ({self.format}): it has no fixed scale"
+            )
         self._require_range()
         return torch.exp2(self.log2_scale.float())
 
@@ -89,10 +93,13 @@ class FakeQuantize(nn.Module):
             ConfigError: wrong shape, or a scale that is not positive and finite.
         """
         if self.log2_scale is None:
-            raise ConfigError(f"{self.name} is quantized dynamically ({self.format}): its range cannot be set")
+            raise ConfigError(
+                f"{self.name} is quantized dynamically ({self.format}): its range cannot be set"
+            )
         if scale.shape != (self.num_rows,) or zero_point.shape != (self.num_rows,):
             raise ConfigError(
-                f"{self.name}: scale has shape {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)}; "
+                f"{self.name}: scale has shape {tuple(scale.shape)} and zero_point "
+                f"{tuple(zero_point.shape)}; "
                 f"both must be ({self.num_rows},)"
             )
         if not bool((scale.isfinite() & (scale > 0)).all()):
@@ -107,7 +114,8 @@ class FakeQuantize(nn.Module):
         low, high = x.detach().aminmax()
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NonFiniteError(
-                f"{self.name} holds NaN or Inf where it is quantized; look for the layer before it, a learning rate "
+                f"{self.name} holds NaN or Inf where it is quantized; look for the layer before it, a "
+                "learning rate "
                 "that is too large (1e-4 is good for folded batch norm), or a broken input batch"
             )
 
@@ -126,7 +134,9 @@ class FakeQuantize(nn.Module):
         """
         fmt = parse_format(state["format"], "weights" if isinstance(self, WeightQuant) else "activations")
         if fmt.with_bits(self.format.bits) != self.format:
-            raise CheckpointError(f"{self.name} was saved as {fmt} and is {self.format} here; prepare with that format")
+            raise CheckpointError(
+                f"{self.name} was saved as {fmt} and is {self.format} here; prepare with that format"
+            )
         self.format, self.initialized = fmt, bool(state["initialized"])
 
     def extra_repr(self) -> str:
@@ -149,7 +159,12 @@ class WeightQuant(FakeQuantize):
     """
 
     def __init__(
-        self, fmt: Format | str, shape: torch.Size | tuple[int, ...], *, observer: str = "mse", name: str = "weight"
+        self,
+        fmt: Format | str,
+        shape: torch.Size | tuple[int, ...],
+        *,
+        observer: str = "mse",
+        name: str = "weight",
     ) -> None:
         fmt = parse_format(fmt, "weights")
         if fmt.is_dynamic:
@@ -214,7 +229,9 @@ class WeightQuant(FakeQuantize):
     def _fit_table(self, rows: Tensor) -> None:
         """Alternate: scales by least squares over shrink factors, then the table by Lloyd's algorithm."""
         if not bool(rows.isfinite().all()):
-            raise NonFiniteError(f"{self.name} holds NaN or Inf; repair or reload the checkpoint before quantizing")
+            raise NonFiniteError(
+                f"{self.name} holds NaN or Inf; repair or reload the checkpoint before quantizing"
+            )
         assert self.codebook is not None
         work = rows.to(torch.float32)
         table = fixed_table(self.format.kind, self.format.bits).to(work.device)
@@ -286,7 +303,9 @@ class WeightQuant(FakeQuantize):
         scale = self.scale[:, None]
         rows = self.rows(weight)
         if not bool(rows.isfinite().all()):
-            raise NonFiniteError(f"{self.name} holds NaN or Inf; repair or reload the checkpoint before quantizing")
+            raise NonFiniteError(
+                f"{self.name} holds NaN or Inf; repair or reload the checkpoint before quantizing"
+            )
         if self.codebook is not None:
             levels = self.codebook.float()
             codes = self.codebook[nearest_code(rows.float() / scale, levels)].to(torch.int32)
@@ -305,7 +324,8 @@ class ActQuant(FakeQuantize):
     """Quantizer of an activation; place it by hand where fx cannot.
 
     Args:
-        fmt: ``"int8"`` (asymmetric, per tensor, calibrated) by default; ``"int8-token"`` finds its range at inference.
+        fmt: ``"int8"`` (asymmetric, per tensor, calibrated) by default; ``"int8-token"`` finds its range at
+            inference.
         observer: how calibration chooses the range.
         name: the tensor's name, for errors.
 
@@ -315,7 +335,9 @@ class ActQuant(FakeQuantize):
         torch.Size([4, 3])
     """
 
-    def __init__(self, fmt: Format | str = "int8", *, observer: str = "mse", name: str = "activation") -> None:
+    def __init__(
+        self, fmt: Format | str = "int8", *, observer: str = "mse", name: str = "activation"
+    ) -> None:
         super().__init__(parse_format(fmt, "activations"), 1, name=name)
         self.observer_kind = observer
         make_observer(observer, self.format)
@@ -368,9 +390,11 @@ class ActQuant(FakeQuantize):
         fmt = self.format
         if fmt.is_dynamic:
             scale, zero_point = self.dynamic_range(x)
-            return fake_quantize(x, scale, zero_point, fmt.qmin, fmt.qmax, 1.0)
+            dynamic: Tensor = fake_quantize(x, scale, zero_point, fmt.qmin, fmt.qmax, 1.0)
+            return dynamic
         self._require_range()
         assert self.log2_scale is not None
         scale = torch.exp2(self.log2_scale.float())
         grad = self._scale_grad(math.prod(x.shape[1:])) if torch.is_grad_enabled() else 1.0
-        return fake_quantize(x, scale, self.zero_point, fmt.qmin, fmt.qmax, grad)
+        out: Tensor = fake_quantize(x, scale, self.zero_point, fmt.qmin, fmt.qmax, grad)
+        return out

@@ -57,8 +57,8 @@ def fold_batch_norm(layer: Any, bn: Any) -> tuple[nn.Parameter, nn.Parameter]:
 def unfold_batch_norm(weight: Tensor, bias: Tensor, layer: Any, bn: Any) -> None:
     """Put folded (and since trained) parameters back into a layer and its batch norm, in place.
 
-    If they are still what folding gives, the layer is left bit for bit as it was. Otherwise the statistics and γ
-    stay, and the weight and β change; where γ is 0 the weight is kept and cannot have mattered.
+    If they are still what folding gives, the layer is left bit for bit as it was. Otherwise the statistics
+    and γ stay, and the weight and β change; where γ is 0 the weight is kept and cannot have mattered.
 
     Args:
         weight: (O, …) folded weight.
@@ -105,7 +105,9 @@ def equalize_pair(first: Any, second: Any) -> Tensor:
     r2 = second.weight.detach().transpose(0, 1).flatten(1).abs().amax(1).double()
     usable = (r1 > 0) & (r2 > 0)
     s = torch.where(usable, (r1 / torch.sqrt(r1 * r2).clamp(min=1e-30)).clamp(1e-4, 1e4), torch.ones_like(r1))
-    first.weight.copy_((first.weight.double() / s.view(-1, *(1,) * (first.weight.ndim - 1))).to(first.weight.dtype))
+    first.weight.copy_(
+        (first.weight.double() / s.view(-1, *(1,) * (first.weight.ndim - 1))).to(first.weight.dtype)
+    )
     if first.bias is not None:
         first.bias.copy_((first.bias.double() / s).to(first.bias.dtype))
     shape = (1, -1, *(1,) * (second.weight.ndim - 2))

@@ -4,11 +4,12 @@ A format is written as a short string::
 
     <kind><bits>[-sym|-asym][-tensor|-channel|-g<size>][-batch|-token]
 
-Examples: ``int8``, ``int4-g64``, ``int8-asym-channel``, ``int8-token``, ``nf4``, ``pot4``, ``codebook4-g128``.
+Examples: ``int8``, ``int4-g64``, ``int8-asym-channel``, ``int8-token``, ``nf4``, ``pot4``,
+``codebook4-g128``.
 
-The kind ``int`` is the uniform affine grid ``x ≈ scale·(q − zero_point)``; ``nf``, ``pot`` and ``codebook`` are
-non-uniform tables of up to 16 entries **on the int8 grid**, so that they run at INT8 speed. What is left out
-takes the role's default: weights are symmetric and per channel, activations asymmetric and per tensor.
+The kind ``int`` is the uniform affine grid ``x ≈ scale·(q − zero_point)``; ``nf``, ``pot`` and ``codebook``
+are non-uniform tables of up to 16 entries **on the int8 grid**, so that they run at INT8 speed. What is left
+out takes the role's default: weights are symmetric and per channel, activations asymmetric and per tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Format:
     """One number format.
 
     Args:
-        kind: ``int`` (uniform), ``nf`` (normal-float table), ``pot`` (powers of two) or ``codebook`` (fitted table).
+        kind: ``int`` (uniform), ``nf`` (normal-float table), ``pot`` (powers of two) or ``codebook`` (fitted
+            table).
         bits: 2 to 8 for ``int``; 4 for ``nf``; 2 to 4 for ``pot`` and ``codebook``.
         symmetric: zero point 0 and signed codes; otherwise unsigned codes with a zero point.
         granularity: who shares a scale: ``tensor``, ``channel`` (the first axis) or ``group``.
@@ -72,7 +74,8 @@ class Format:
             raise ConfigError(f"Format.group_size is {self.group_size}; legal: 2 or more")
         if self.range != "static" and self.granularity != "tensor":
             raise ConfigError(
-                f"Format.range {self.range!r} finds its own scales; granularity must be 'tensor', not {self.granularity!r}"
+                f"Format.range {self.range!r} finds its own scales; granularity must be 'tensor', not "
+                f"{self.granularity!r}"
             )
         if self.range != "static" and self.kind != "int":
             raise ConfigError(f"Format.range {self.range!r} needs kind 'int', not {self.kind!r}")
@@ -142,7 +145,8 @@ def parse_format(spec: str | Format, role: str) -> Format:
     if match is None:
         raise SpecError(
             f"cannot read the {role} format {spec!r}; write "
-            "<int|nf|pot|codebook><bits>[-sym|-asym][-tensor|-channel|-g<size>][-batch|-token], e.g. 'int4-g64'"
+            "<int|nf|pot|codebook><bits>[-sym|-asym][-tensor|-channel|-g<size>][-batch|-token], e.g. "
+            "'int4-g64'"
         )
     kind, bits, tail = match.group(1), int(match.group(2)), match.group(3)
     symmetric = role == "weights" or kind in _NON_UNIFORM_BITS
@@ -167,7 +171,8 @@ def parse_format(spec: str | Format, role: str) -> Format:
         raise SpecError(f"the weights format {spec!r} is dynamic; weights are known, leave out '-{when}'")
     if role == "activations" and granularity != "tensor":
         raise SpecError(
-            f"the activations format {spec!r} is per {granularity}; integer kernels need one scale per tensor "
+            f"the activations format {spec!r} is per {granularity}; integer kernels need one scale per "
+            "tensor "
             "('-tensor') or per token ('-token')"
         )
     if role == "activations" and kind != "int":

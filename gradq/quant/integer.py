@@ -1,7 +1,7 @@
 """Integer arithmetic of the layers: codes in, 32-bit accumulators out, one fp32 multiplier to requantize.
 
-This is what ONNX Runtime's ``QLinearConv``, ``QGemm``, ``MatMulInteger`` and ``QLinearAdd`` compute, in plain torch.
-Sums of products are taken in fp64, where integers below 2**53 are exact.
+This is what ONNX Runtime's ``QLinearConv``, ``QGemm``, ``MatMulInteger`` and ``QLinearAdd`` compute, in plain
+torch. Sums of products are taken in fp64, where integers below 2**53 are exact.
 
 Shapes: activations (B, …, I) for linear layers and (B, I, *spatial) for convolutions; O output channels.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from gradq.errors import NonFiniteError
 from gradq.quant.fake import ActQuant, WeightQuant
@@ -74,7 +74,7 @@ class Accumulator:
         return _clip(self.total.to(torch.float32) * self.multiplier, self.low, self.high)
 
     def requantize(self, quantizer: ActQuant) -> Codes:
-        """Codes of the output quantizer: ``saturate(round(fp32(total)·fp32(multiplier / scale)) + zero_point)``."""
+        """Codes: ``saturate(round(fp32(total)·fp32(multiplier / scale)) + zero_point)``."""
         scale, zero_point, fmt = quantizer.scale.detach(), quantizer.zero_point, quantizer.format
         if not _clip_is_implied(self.low, self.high, quantizer):
             return quantize_activation(self.dequantize(), quantizer)
@@ -97,7 +97,7 @@ class PendingSum:
         return _clip(self.left.dequantize() + self.right.dequantize(), self.low, self.high)
 
     def requantize(self, quantizer: ActQuant) -> Codes:
-        """Codes of the output quantizer, in the order of operations of ONNX Runtime's x86 kernel (with FMA)."""
+        """Codes, in the order of operations of ONNX Runtime's x86 kernel (with FMA)."""
         scale, zero_point, fmt = quantizer.scale.detach(), quantizer.zero_point, quantizer.format
         if not _clip_is_implied(self.low, self.high, quantizer):
             return quantize_activation(self.dequantize(), quantizer)
@@ -165,7 +165,9 @@ def _integer_weight(weight: Tensor, quantizer: WeightQuant) -> Tensor:
     return quantizer.unrows(rows, weight.shape).double()
 
 
-def integer_linear(x: Codes, weight: Tensor, quantizer: WeightQuant, bias: Tensor | None) -> Accumulator | Tensor:
+def integer_linear(
+    x: Codes, weight: Tensor, quantizer: WeightQuant, bias: Tensor | None
+) -> Accumulator | Tensor:
     """A linear layer on codes.
 
     Args:
@@ -179,8 +181,8 @@ def integer_linear(x: Codes, weight: Tensor, quantizer: WeightQuant, bias: Tenso
         activations with a bias, the fp32 result.
     """
     if quantizer.format.granularity == "group":
-        return F.linear(x.dequantize(), quantizer(weight.detach()).float(), bias)
-    total = F.linear((x.codes - x.zero_point).double(), _integer_weight(weight, quantizer))
+        return functional.linear(x.dequantize(), quantizer(weight.detach()).float(), bias)
+    total = functional.linear((x.codes - x.zero_point).double(), _integer_weight(weight, quantizer))
     weight_scale = quantizer.scale.detach()
     multiplier = x.scale * weight_scale
     if bias is None:

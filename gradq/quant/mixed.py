@@ -1,7 +1,8 @@
 """Mixed bits: widths for each weight from measured sensitivities, under a budget.
 
-Greedy: start with every weight at the largest width and take, again and again, the step down that costs least for
-each bit it saves, until the budget holds. (On the models measured, an integer program finds the same assignment.)
+Greedy: start with every weight at the largest width and take, again and again, the step down that costs least
+for each bit it saves, until the budget holds. (On the models measured, an integer program finds the same
+assignment.)
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def choose_bits(
     sizes = {row.name: row.num_elements for row in report.rows}
     total = sum(sizes.values())
     if average_bits is not None and average_bits < widths[0]:
-        raise ConfigError(f"average_bits is {average_bits}; legal: {widths[0]} to {widths[-1]}, the widths measured")
+        raise ConfigError(
+            f"average_bits is {average_bits}; legal: {widths[0]} to {widths[-1]}, the widths measured"
+        )
     costs = {(row.name, row.bits): row.cost for row in report.rows}
     # A smaller width never costs less than a larger one: measurement noise must not say otherwise.
     for name in sizes:
@@ -65,12 +68,38 @@ def choose_bits(
         candidates = sorted(steps())
         if max_cost is not None:
             spent = sum(costs[n, b] for n, b in chosen.items())
-            candidates = [c for c in candidates if spent + costs[c[1], c[2]] - costs[c[1], chosen[c[1]]] <= max_cost]
+            candidates = [
+                c for c in candidates if spent + costs[c[1], c[2]] - costs[c[1], chosen[c[1]]] <= max_cost
+            ]
         if not candidates:
             break
         _, name, low = candidates[0]
         chosen[name] = low
+    if average_bits is not None:
+        _spend_rest(chosen, costs, sizes, widths, average_bits * total)
     return chosen
+
+
+def _spend_rest(
+    chosen: dict[str, int],
+    costs: dict[tuple[str, int], float],
+    sizes: dict[str, int],
+    widths: list[int],
+    budget_bits: float,
+) -> None:
+    """Steps are coarse: what the last one left over buys the wider weights that gain most for a bit."""
+    while True:
+        spent = sum(sizes[n] * b for n, b in chosen.items())
+        raises = [
+            ((costs[name, now] - costs[name, high]) / ((high - now) * sizes[name]), name, high)
+            for name, now in chosen.items()
+            for high in widths
+            if high > now and spent + (high - now) * sizes[name] <= budget_bits
+        ]
+        if not raises or max(raises)[0] <= 0:
+            return
+        _, name, high = max(raises)
+        chosen[name] = high
 
 
 def assign_bits(

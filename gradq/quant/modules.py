@@ -1,7 +1,7 @@
 """Layers with quantized weights: placed by `gradq.quant.prepare`, or by hand where fx cannot trace.
 
-Each is a subclass of the torch layer with the same parameter names, a `weight_quant`, and an `input_quant` that is
-None when a pass has placed one shared quantizer on the tensor it reads. In integer mode (set by
+Each is a subclass of the torch layer with the same parameter names, a `weight_quant`, and an `input_quant`
+that is None when a pass has placed one shared quantizer on the tensor it reads. In integer mode (set by
 `gradq.quant.integer_reference`) the same forward runs on codes.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from gradq.errors import UnsupportedError
 from gradq.quant.fake import ActQuant, WeightQuant
@@ -48,19 +48,23 @@ class QuantLayer(nn.Module):
         name: str,
     ) -> None:
         """Create the quantizers and fit the weight's."""
-        if self.is_convolution:
+        if isinstance(self, _QuantConv):
             self.bn = None
         weight = self.effective_weight()
         fmt = parse_format(weights, "weights")
         if self.is_convolution and fmt.granularity == "group":
-            raise UnsupportedError(f"{name}: a convolution's weight cannot be quantized per group; use '-channel'")
+            raise UnsupportedError(
+                f"{name}: a convolution's weight cannot be quantized per group; use '-channel'"
+            )
         self.weight_quant = WeightQuant(fmt, weight.shape, observer=weight_observer, name=f"{name}.weight")
         self.weight_quant.to(weight.device)
         self.input_quant = None
         if activations is not None:
             act = parse_format(activations, "activations")
             if self.is_convolution and act.is_dynamic:
-                raise UnsupportedError(f"{name}: a convolution's input cannot be dynamic ({act}); use a static format")
+                raise UnsupportedError(
+                    f"{name}: a convolution's input cannot be dynamic ({act}); use a static format"
+                )
             self.input_quant = ActQuant(act, observer=observer, name=f"{name}.input").to(weight.device)
         self.weight_quant.fit(weight)
 
@@ -84,13 +88,18 @@ class QuantLayer(nn.Module):
         return x if self.input_quant is None else self.input_quant(x)
 
     def _matmul(
-        self, x: Tensor, quantizer: ActQuant | None, weight: Tensor, weight_quant: WeightQuant, bias: Tensor | None
+        self,
+        x: Tensor,
+        quantizer: ActQuant | None,
+        weight: Tensor,
+        weight_quant: WeightQuant,
+        bias: Tensor | None,
     ) -> Tensor:
         """``x Wᵀ + b`` through the quantizers, in float or (in integer mode) on codes."""
         if quantizer is None:
-            return F.linear(x, weight_quant(weight), bias)
+            return functional.linear(x, weight_quant(weight), bias)
         if not self.integer:
-            return F.linear(quantizer(x), weight_quant(weight), bias)
+            return functional.linear(quantizer(x), weight_quant(weight), bias)
         out = integer_linear(quantize_activation(x, quantizer), weight, weight_quant, bias)
         return out.dequantize() if isinstance(out, Accumulator) else out
 
@@ -141,7 +150,9 @@ class QuantLinear(QuantLayer, nn.Linear):
         self._attach(weights, activations, observer=observer, weight_observer=weight_observer, name=name)
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, weights: str | Format, activations: str | Format | None, **kw: str) -> QuantLinear:
+    def from_float(
+        cls, layer: nn.Linear, weights: str | Format, activations: str | Format | None, **kw: str
+    ) -> QuantLinear:
         """A quantized layer that holds the very parameters of a float one."""
         new = cls.__new__(cls)
         nn.Linear.__init__(new, layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -165,9 +176,9 @@ def _with_defaults(kw: dict[str, str]) -> dict[str, str]:
 class _QuantConv(QuantLayer):
     """The convolutions' shared forward, with batch norm live if it has not been folded yet.
 
-    With live batch norm the quantized weight is the folded one, ``w·γ/σ`` with the running σ; the output is divided
-    by ``γ/σ`` again and goes through the batch norm, which so sees (and keeps statistics of) the unscaled output
-    (Krishnamoorthi 2018, arXiv:1806.08342, §3.2.2; as in Jacob et al. 2018).
+    With live batch norm the quantized weight is the folded one, ``w·γ/σ`` with the running σ; the output is
+    divided by ``γ/σ`` again and goes through the batch norm, which so sees (and keeps statistics of) the
+    unscaled output (Krishnamoorthi 2018, arXiv:1806.08342, §3.2.2; as in Jacob et al. 2018).
     """
 
     is_convolution = True
@@ -209,7 +220,9 @@ class _QuantConv(QuantLayer):
     def integer_forward(self, x: Codes) -> Accumulator | Tensor:
         """The layer on codes (B, I, *spatial)."""
         if self.bn is not None:
-            raise UnsupportedError(f"{self.weight_quant.name}: batch norm is live; call quant.finalize(model) first")
+            raise UnsupportedError(
+                f"{self.weight_quant.name}: batch norm is live; call quant.finalize(model) first"
+            )
         return integer_conv(x, self.weight, self.weight_quant, self.bias, self._conv_forward)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -231,7 +244,9 @@ class _QuantConv(QuantLayer):
         return out
 
     @classmethod
-    def from_float(cls: type[T], layer: Any, weights: str | Format, activations: str | Format | None, **kw: str) -> T:
+    def from_float(
+        cls: type[T], layer: Any, weights: str | Format, activations: str | Format | None, **kw: str
+    ) -> T:
         """A quantized layer that holds the very parameters of a float one."""
         new = cls.__new__(cls)
         cls.torch_class.__init__(  # type: ignore[attr-defined]
@@ -253,13 +268,19 @@ class _QuantConv(QuantLayer):
 
 
 def _conv_init(self: Any, base: Any, args: tuple[Any, ...], kw: dict[str, Any]) -> None:
-    own = {"weights": "int8", "activations": "int8", "observer": "mse", "weight_observer": "mse", "name": "conv"}
+    own = {
+        "weights": "int8",
+        "activations": "int8",
+        "observer": "mse",
+        "weight_observer": "mse",
+        "name": "conv",
+    }
     own |= {key: kw.pop(key) for key in list(kw) if key in own}
     base.__init__(self, *args, **kw)
     self._attach(own.pop("weights"), own.pop("activations"), **own)
 
 
-class QuantConv1d(_QuantConv, nn.Conv1d):  # type: ignore[misc]
+class QuantConv1d(_QuantConv, nn.Conv1d):
     """`nn.Conv1d` with a quantized weight and input; the extra keywords are those of `QuantLinear`."""
 
     torch_class = nn.Conv1d
@@ -268,7 +289,7 @@ class QuantConv1d(_QuantConv, nn.Conv1d):  # type: ignore[misc]
         _conv_init(self, nn.Conv1d, args, kw)
 
 
-class QuantConv2d(_QuantConv, nn.Conv2d):  # type: ignore[misc]
+class QuantConv2d(_QuantConv, nn.Conv2d):
     """`nn.Conv2d` with a quantized weight and input; the extra keywords are those of `QuantLinear`."""
 
     torch_class = nn.Conv2d
@@ -277,7 +298,7 @@ class QuantConv2d(_QuantConv, nn.Conv2d):  # type: ignore[misc]
         _conv_init(self, nn.Conv2d, args, kw)
 
 
-class QuantConv3d(_QuantConv, nn.Conv3d):  # type: ignore[misc]
+class QuantConv3d(_QuantConv, nn.Conv3d):
     """`nn.Conv3d` with a quantized weight and input; the extra keywords are those of `QuantLinear`."""
 
     torch_class = nn.Conv3d
@@ -320,7 +341,8 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
         """A quantized table that holds the very parameters of a float one; `activations` is ignored."""
         if layer.max_norm is not None or layer.sparse:
             raise UnsupportedError(
-                f"{kw.get('name', 'embedding')}: nn.Embedding with max_norm or sparse=True cannot be quantized; "
+                f"{kw.get('name', 'embedding')}: nn.Embedding with max_norm or sparse=True cannot be "
+                "quantized; "
                 "leave it in float with Config(skip=...)"
             )
         new = cls.__new__(cls)
@@ -339,4 +361,4 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         """Integer indices of any shape → (…, embedding_dim)."""
         table = self.weight_quant(self.weight)
-        return F.embedding(x, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return functional.embedding(x, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)

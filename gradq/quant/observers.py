@@ -2,9 +2,9 @@
 
 Shapes: C channels (rows that get a scale each; 1 for an activation), N values a row.
 
-An observer is fed with `update`, agrees with the other ranks in `merge`, and answers `range`. Statistics of one
-row are kept in a histogram whose half-width is a power of two, so histograms of any two batches or ranks nest
-exactly; statistics of several rows (weights, seen once) are kept as they are.
+An observer is fed with `update`, agrees with the other ranks in `merge`, and answers `range`. Statistics of
+one row are kept in a histogram whose half-width is a power of two, so histograms of any two batches or ranks
+nest exactly; statistics of several rows (weights, seen once) are kept as they are.
 
 ============  =====================================================================================
 ``minmax``    the smallest and largest value seen
@@ -60,7 +60,9 @@ def affine(low_C: Tensor, high_C: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     high = high_C.to(torch.float64).clamp(min=0.0)
     zero_point = torch.zeros(low.shape, dtype=torch.int32, device=low.device)
     scale = (
-        torch.maximum(high / fmt.qmax, low / fmt.qmin) if fmt.symmetric else (high - low) / (fmt.qmax - fmt.qmin)
+        torch.maximum(high / fmt.qmax, low / fmt.qmin)
+        if fmt.symmetric
+        else (high - low) / (fmt.qmax - fmt.qmin)
     )
     # Below the smallest normal number of fp32 a scale would lose its digits, and 1/scale would overflow.
     scale = torch.where(scale > 0, scale.clamp(min=2.0**-126), torch.ones_like(scale))
@@ -131,7 +133,10 @@ class Observer:
         if wanted == 0.0:
             wanted = 2.0**-100
         if self._counts is None:
-            self._half_width, self._counts = wanted, torch.zeros(_BINS, dtype=torch.float64, device=x_N.device)
+            self._half_width, self._counts = (
+                wanted,
+                torch.zeros(_BINS, dtype=torch.float64, device=x_N.device),
+            )
         self._widen(wanted)
         bins = ((x_N.to(torch.float64) / self._half_width + 1) * (_BINS / 2)).long().clamp_(0, _BINS - 1)
         self._counts += torch.bincount(bins, minlength=_BINS)
@@ -260,7 +265,9 @@ class AverageObserver(MinMaxObserver):
 
     def _merge_extremes(self, limits: Tensor, group: dist.ProcessGroup | None) -> None:
         seen = bool(limits[0].isfinite())
-        total = torch.cat([torch.where(limits.isfinite(), limits, 0.0)[:-1], limits.new_tensor([float(seen)])])
+        total = torch.cat(
+            [torch.where(limits.isfinite(), limits, 0.0)[:-1], limits.new_tensor([float(seen)])]
+        )
         dist.all_reduce(total, group=group)
         if float(total[-1]) > 0:
             mean = (total[:-1] / total[-1]).float()
@@ -282,7 +289,9 @@ class PercentileObserver(Observer):
     ) -> None:
         super().__init__(fmt, num_channels, name=name)
         if not 50.0 < percentile <= 100.0:
-            raise ConfigError(f"PercentileObserver.percentile is {percentile}; legal: greater than 50, at most 100")
+            raise ConfigError(
+                f"PercentileObserver.percentile is {percentile}; legal: greater than 50, at most 100"
+            )
         self.percentile = percentile
 
     def _choose(self) -> tuple[Tensor, Tensor]:
@@ -318,10 +327,13 @@ class _SearchObserver(Observer):
                 cost = self._cost(values_CN, counts_CN, low, high)
                 if top is None:
                     top = cost, low, high
-                else:
-                    better = cost < top[0]
-                    pairs = zip((cost, low, high), top, strict=True)
-                    top = tuple(torch.where(better, new, old) for new, old in pairs)  # type: ignore[assignment]
+                    continue
+                better = cost < top[0]
+                top = (
+                    torch.where(better, cost, top[0]),
+                    torch.where(better, low, top[1]),
+                    torch.where(better, high, top[2]),
+                )
             assert top is not None
             return top[1], top[2]
 

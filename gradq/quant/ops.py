@@ -1,14 +1,17 @@
 """Quantize and dequantize with ONNX's arithmetic, and the fake quantizers built from it.
 
-Shapes: ``x`` is any shape; ``scale`` and ``zero_point`` broadcast against it (``(1,)``, or ``(R, 1)`` for rows).
+Shapes: ``x`` is any shape; ``scale`` and ``zero_point`` broadcast against it (``(1,)``, or ``(R, 1)`` for
+rows).
 
 ONNX ``QuantizeLinear``: ``q = saturate(round_half_even(x / scale) + zero_point)``. It divides: multiplying by
-``1/scale`` gives another code for about one element in a thousand. ``DequantizeLinear``: ``(q − zero_point)·scale``.
-Arithmetic is fp32 for fp16, bf16 and fp32 input and fp64 for fp64 input; the result has the input's dtype.
+``1/scale`` gives another code for about one element in a thousand. ``DequantizeLinear``: ``(q −
+zero_point)·scale``. Arithmetic is fp32 for fp16, bf16 and fp32 input and fp64 for fp64 input; the result has
+the input's dtype.
 
 Gradients: straight through for x inside the range (Bengio et al. 2013, arXiv:1308.3432), and for the scale
 the rule of LSQ (Esser et al. 2020, arXiv:1902.08153): ``round(v) − v`` inside and the saturated code outside.
-The operators live in ``torch.library`` so that ``torch.compile``, ``torch.export`` and exporters see one node.
+The operators live in ``torch.library`` so that ``torch.compile``, ``torch.export`` and exporters see one
+node.
 """
 
 from __future__ import annotations

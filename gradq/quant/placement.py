@@ -2,12 +2,14 @@
 
 The rules, over the fx graph after batch norm is folded and layers are swapped:
 
-1. The *source* of a tensor is found by walking back through operations that only move elements (reshape, dropout,
+1. The *source* of a tensor is found by walking back through operations that only move elements (reshape,
+dropout,
    max pooling, …): they keep the codes, so the tensor is quantized once, at its source.
 2. ``matmul`` placement quantizes the sources that weight layers read. Other readers keep the float values.
-3. ``full`` placement quantizes every source that weight layers, additions, concatenations, poolings and activation
-   functions read, a convolution's output in front of an addition included; every reader gets the quantized values.
-   ReLU and its like belong to the layer before them: the quantizer stands behind them.
+3. ``full`` placement quantizes every source that weight layers, additions, concatenations, poolings and
+activation
+   functions read, a convolution's output in front of an addition included; every reader gets the quantized
+   values. ReLU and its like belong to the layer before them: the quantizer stands behind them.
 4. What only reaches the model's output stays in float.
 """
 
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from gradq.quant.config import Config
 from gradq.quant.fake import ActQuant
@@ -29,31 +31,36 @@ from gradq.quant.recurrent import _QuantCell
 __all__ = ["CLIPS", "MOVES", "has_attention", "matches", "place_activations"]
 
 MOVES: tuple[Any, ...] = (
-    nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d, nn.MaxPool2d,
-    nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.ChannelShuffle, nn.PixelShuffle,
-    torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, torch.chunk, torch.split,
-    torch.movedim, torch.swapaxes, F.dropout, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d,
-    "flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split", "contiguous", "expand",
-    "swapaxes", "movedim", "unbind", "t",
+    nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d,
+    nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.ChannelShuffle,
+    nn.PixelShuffle, torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze,
+    torch.unsqueeze, torch.chunk, torch.split, torch.movedim, torch.swapaxes, functional.dropout,
+    functional.max_pool1d, functional.max_pool2d, functional.max_pool3d, functional.adaptive_max_pool2d,
+    "flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split",
+    "contiguous", "expand", "swapaxes", "movedim", "unbind", "t",
 )  # fmt: skip
 CLIPS: tuple[Any, ...] = (
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, F.relu, F.relu6, F.hardtanh, torch.relu, torch.relu_, F.relu_, "relu", "relu_",
+    nn.ReLU, nn.ReLU6, nn.Hardtanh, functional.relu, functional.relu6, functional.hardtanh, torch.relu,
+    torch.relu_, functional.relu_, "relu", "relu_",
 )  # fmt: skip
 ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _POOLS: tuple[Any, ...] = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d, functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d,
+    functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d,
     torch.mean, "mean",
 )  # fmt: skip
 _FUNCTIONS: tuple[Any, ...] = (
-    nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.PReLU, nn.Mish,
-    F.silu, torch.sigmoid, F.sigmoid, F.hardswish, F.hardsigmoid, F.gelu, F.leaky_relu, F.elu, torch.tanh, F.tanh, F.mish,
+    nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.PReLU,
+    nn.Mish, functional.silu, torch.sigmoid, functional.sigmoid, functional.hardswish, functional.hardsigmoid,
+    functional.gelu, functional.leaky_relu, functional.elu, torch.tanh, functional.tanh, functional.mish,
     "sigmoid", "tanh", operator.mul, operator.imul, torch.mul, "mul", "mul_", torch.cat, torch.concat,
 )  # fmt: skip
 _ATTENTION: tuple[Any, ...] = (
     nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
     nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer, nn.LSTMCell, nn.GRUCell,
-    F.scaled_dot_product_attention, F.layer_norm, F.softmax, torch.softmax, "softmax",
+    functional.scaled_dot_product_attention, functional.layer_norm, functional.softmax, torch.softmax,
+    "softmax",
 )  # fmt: skip
 
 
@@ -88,7 +95,11 @@ def source_of(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
         if matches(node, traced, MOVES) and node.args and isinstance(node.args[0], fx.Node):
             node = node.args[0]
             continue
-        if node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        if (
+            node.op == "call_function"
+            and node.target is operator.getitem
+            and isinstance(node.args[0], fx.Node)
+        ):
             parent = node.args[0]
             if matches(parent, traced, (torch.chunk, torch.split, "chunk", "split", "unbind")):
                 node = parent
@@ -160,7 +171,8 @@ def _last_placeholder(traced: fx.GraphModule, source: fx.Node) -> fx.Node:
     """Where to insert behind a source: placeholders stay together at the top."""
     if source.op != "placeholder":
         return source
-    return [n for n in traced.graph.nodes if n.op == "placeholder"][-1]
+    placeholders: list[fx.Node] = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    return placeholders[-1]
 
 
 def _first_move(value: fx.Node, source: fx.Node) -> fx.Node:

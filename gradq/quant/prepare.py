@@ -1,7 +1,7 @@
 """`prepare` makes a quantized copy of a model; `restore` undoes it; `finalize` folds live batch norm.
 
-The order: copy → trace → check that the graph computes what the model did → fold batch norm → equalize (if asked) →
-swap layers → place activation quantizers. The user's model is never touched.
+The order: copy → trace → check that the graph computes what the model did → fold batch norm → equalize (if
+asked) → swap layers → place activation quantizers. The user's model is never touched.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def prepare(model: nn.Module, example_inputs: Any, config: Config | None = None)
 
     Args:
         model: any model `torch.fx` can trace; untouched.
-        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; used to trace and to check.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; used to trace and to
+            check.
         config: formats and placement; `Config()` if None.
 
     Returns:
@@ -131,10 +132,14 @@ def prepare_info(model: nn.Module) -> PrepareInfo:
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
-            raise NonFiniteError(f"parameter {name} holds NaN or Inf; repair or reload the checkpoint before quantizing")
+            raise NonFiniteError(
+                f"parameter {name} holds NaN or Inf; repair or reload the checkpoint before quantizing"
+            )
 
 
-def _check_same(model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_same(
+    model: nn.Module, traced: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """The traced graph must compute what the model computes."""
     results = []
     for candidate in (copy.deepcopy(model).eval(), traced):
@@ -243,7 +248,9 @@ class _Swapper:
                 if new is not module:
                     _set_module(self.traced, name, new)
             elif node.op == "get_attr" and _is_weight(self.traced, node):
-                self.info.float_islands.append((str(node.target), "a bare parameter; put it in a layer to quantize it"))
+                self.info.float_islands.append(
+                    (str(node.target), "a bare parameter; put it in a layer to quantize it")
+                )
 
     def swap(self, name: str, module: nn.Module, node: fx.Node | None) -> nn.Module:
         """The quantized form of a module (or the module itself); `node` is None inside a composite."""
@@ -281,7 +288,9 @@ class _Swapper:
         elif isinstance(module, nn.MultiheadAttention):
             if fmt is None:
                 return module
-            new = QuantMultiheadAttention.from_float(module, fmt, act, num_inputs=_distinct_inputs(node), **kw)
+            new = QuantMultiheadAttention.from_float(
+                module, fmt, act, num_inputs=_distinct_inputs(node), **kw
+            )
         elif isinstance(module, nn.Linear):
             if fmt is None:
                 return module
@@ -304,7 +313,7 @@ class _Swapper:
             layer.weight_quant = known
 
     def _swap_inside(self, name: str, module: nn.Module) -> nn.Module:
-        """Swap the layers inside one of torch's transformer containers, on a copy that shares the parameters."""
+        """Swap the layers inside one of torch's transformer containers, on a copy with shared parameters."""
         memo: dict[int, Any] = {id(p): p for p in [*module.parameters(), *module.buffers()]}
         module = copy.deepcopy(module, memo)
         if type(module) is nn.TransformerEncoder:
@@ -362,7 +371,7 @@ def _attach_live(traced: fx.GraphModule, info: PrepareInfo) -> None:
             continue
         layer.attach_batch_norm(traced.get_submodule(record.batch_norm))
         node = nodes[record.batch_norm]
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        node.replace_all_uses_with(node.args[0])
         traced.graph.erase_node(node)
         traced.delete_submodule(record.batch_norm)
 
@@ -371,8 +380,8 @@ def _attach_live(traced: fx.GraphModule, info: PrepareInfo) -> None:
 def finalize(model: nn.Module) -> nn.Module:
     """Fold every live batch norm into its convolution, in place: afterwards the model is ready to export.
 
-    The folded weight is the very tensor that was quantized while training, so in evaluation the model computes the
-    same up to the rounding of fp32.
+    The folded weight is the very tensor that was quantized while training, so in evaluation the model
+    computes the same up to the rounding of fp32.
 
     Args:
         model: from `prepare` with ``batch_norm="train"``, or built by hand. Others are left as they are.
@@ -400,8 +409,8 @@ def finalize(model: nn.Module) -> nn.Module:
 def restore(model: nn.Module) -> nn.Module:
     """Undo `prepare`: a float model of the user's class, with the weights as they are now.
 
-    A model that was not trained since comes back bit for bit. Folded batch norms are unfolded: their statistics and
-    γ stay, weights and β carry what was learned.
+    A model that was not trained since comes back bit for bit. Folded batch norms are unfolded: their
+    statistics and γ stay, weights and β carry what was learned.
 
     Args:
         model: from `prepare`, possibly inside DDP.
@@ -424,5 +433,3 @@ def restore(model: nn.Module) -> nn.Module:
             now.weight, now.bias, out.get_submodule(record.layer), out.get_submodule(record.batch_norm)
         )
     return out.train(traced.training)
-
-

@@ -56,7 +56,9 @@ class _QuantCell(QuantLayer):
         device = self.weight_ih.device
         for attribute, key in (("weight_quant", "weight_ih"), ("hidden_weight_quant", "weight_hh")):
             weight = getattr(self, key)
-            quantizer = WeightQuant(fmt, weight.shape, observer=weight_observer, name=f"{name}.{key}").to(device)
+            quantizer = WeightQuant(fmt, weight.shape, observer=weight_observer, name=f"{name}.{key}").to(
+                device
+            )
             quantizer.fit(weight)
             setattr(self, attribute, quantizer)
         self.input_quant = self.hidden_quant = None
@@ -85,7 +87,7 @@ class _QuantCell(QuantLayer):
         )
 
 
-class QuantLSTMCell(_QuantCell, nn.LSTMCell):  # type: ignore[misc]
+class QuantLSTMCell(_QuantCell, nn.LSTMCell):
     """`nn.LSTMCell` with quantized weights, input and hidden state; the cell state stays in float.
 
     Args:
@@ -99,10 +101,8 @@ class QuantLSTMCell(_QuantCell, nn.LSTMCell):  # type: ignore[misc]
         nn.LSTMCell.__init__(self, input_size, hidden_size, bias)
         self._attach_cell(**kw)
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x (B, I) and (h, c), each (B, H) → the next (h, c)."""
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """X (B, I) and (h, c), each (B, H) → the next (h, c)."""
         if hx is None:
             zeros = x.new_zeros(*x.shape[:-1], self.hidden_size)
             hx = (zeros, zeros)
@@ -112,7 +112,7 @@ class QuantLSTMCell(_QuantCell, nn.LSTMCell):  # type: ignore[misc]
         return o.sigmoid() * c.tanh(), c
 
 
-class QuantGRUCell(_QuantCell, nn.GRUCell):  # type: ignore[misc]
+class QuantGRUCell(_QuantCell, nn.GRUCell):
     """`nn.GRUCell` with quantized weights, input and hidden state.
 
     Args:
@@ -126,8 +126,8 @@ class QuantGRUCell(_QuantCell, nn.GRUCell):  # type: ignore[misc]
         nn.GRUCell.__init__(self, input_size, hidden_size, bias)
         self._attach_cell(**kw)
 
-    def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x (B, I) and h (B, H) → the next h."""
+    def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:
+        """X (B, I) and h (B, H) → the next h."""
         h = x.new_zeros(*x.shape[:-1], self.hidden_size) if hx is None else hx
         from_x, from_h = self._gates(x, h)
         xr, xz, xn = from_x.chunk(3, -1)

@@ -1,12 +1,13 @@
 """The integer reference: a prepared model in integer arithmetic, the truth every exporter is tested against.
 
-It runs the prepared graph, but between quantizers it carries integer codes, and between a layer and its output
-quantizer 32-bit accumulators; floats appear only where the INT8 runtime would have them. The float simulation
-(fake quantization) differs from it by one code in a small share of elements; the reference does not.
+It runs the prepared graph, but between quantizers it carries integer codes, and between a layer and its
+output quantizer 32-bit accumulators; floats appear only where the INT8 runtime would have them. The float
+simulation (fake quantization) differs from it by one code in a small share of elements; the reference does
+not.
 
-What runs on codes: convolutions, linear layers, ReLU and its like, additions, pooling and moving of elements; the
-projections of attention and of recurrent cells. What runs in float: everything else (softmax, layer norm, GELU,
-layers left in float, weights in groups), on dequantized values.
+What runs on codes: convolutions, linear layers, ReLU and its like, additions, pooling and moving of elements;
+the projections of attention and of recurrent cells. What runs in float: everything else (softmax, layer norm,
+GELU, layers left in float, weights in groups), on dequantized values.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from gradq.errors import UnsupportedError
 from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant
 from gradq.quant.integer import Accumulator, Codes, PendingSum, quantize_activation
-from gradq.quant.modules import QuantLayer, _QuantConv
+from gradq.quant.modules import QuantLayer
 from gradq.quant.placement import ADDS, CLIPS, MOVES, matches, weight_layer
 from gradq.quant.prepare import finalize
 
@@ -70,7 +71,9 @@ class IntegerReference:
         names = [str(n.target) for n in self.model.graph.nodes if n.op == "placeholder"]
         unknown = set(kwargs) - set(names)
         if unknown or len(args) + len(kwargs) > len(names):
-            raise UnsupportedError(f"the prepared model takes {names}; got {len(args)} arguments and {sorted(kwargs)}")
+            raise UnsupportedError(
+                f"the prepared model takes {names}; got {len(args)} arguments and {sorted(kwargs)}"
+            )
         return _Executor(self.model).run(*args, *(kwargs[n] for n in names[len(args) :]))
 
     @torch.no_grad()
@@ -104,8 +107,7 @@ class _Executor(fx.Interpreter):
                 return self._quantize(str(n.target), module, first)
             layer = weight_layer(n, self.traced)
             if layer is not None and isinstance(first, Codes) and layer.input_quant is None:
-                if not (isinstance(layer, _QuantConv) and layer.padding_mode != "zeros"):
-                    return layer.integer_forward(first)
+                return layer.integer_forward(first)
         if matches(n, self.traced, CLIPS) and isinstance(first, Pending):
             return _clip(self.traced, n, first)
         if matches(n, self.traced, ADDS) and len(args) == 2 and not kwargs and _addable(args[0], args[1]):
@@ -136,9 +138,11 @@ class _Executor(fx.Interpreter):
             return getattr(self, n.op)(n.target, args, kwargs)
         args = (codes.codes.double(), *args[1:])
         out = getattr(self, n.op)(n.target, args, kwargs)
-        return fx.node.map_aggregate(
-            out, lambda t: replace(codes, codes=t.to(torch.int32)) if isinstance(t, Tensor) else t
-        )
+
+        def to_codes(t: Any) -> Any:
+            return replace(codes, codes=t.to(torch.int32)) if isinstance(t, Tensor) else t
+
+        return fx.node.map_aggregate(out, to_codes)
 
 
 def _to_float(value: Any) -> Any:
@@ -148,9 +152,7 @@ def _to_float(value: Any) -> Any:
 
 
 def _addable(a: Any, b: Any) -> bool:
-    return (
-        isinstance(a, Codes) and isinstance(b, Codes) and a.scale.numel() == 1 and b.scale.numel() == 1
-    )
+    return isinstance(a, Codes) and isinstance(b, Codes) and a.scale.numel() == 1 and b.scale.numel() == 1
 
 
 def _clip(traced: fx.GraphModule, n: fx.Node, value: Accumulator | PendingSum) -> Accumulator | PendingSum:

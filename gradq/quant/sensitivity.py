@@ -1,8 +1,8 @@
 """Which layers cost accuracy: quantize one weight at a time, measure what happens to the outputs.
 
-The measure is the KL divergence of the softmax of the outputs from the float model's, averaged over samples: it asks
-what the user asks. (The weights' own squared error fails as a sensitivity below 4 bits.) For outputs that are not
-logits use ``metric="mse"``: the squared error relative to the outputs' power.
+The measure is the KL divergence of the softmax of the outputs from the float model's, averaged over samples:
+it asks what the user asks. (The weights' own squared error fails as a sensitivity below 4 bits.) For outputs
+that are not logits use ``metric="mse"``: the squared error relative to the outputs' power.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from gradq.errors import CalibrationError, ConfigError, GradqError
@@ -82,7 +82,9 @@ class SensitivityReport:
         lines = [f"{'layer':{width}} {'elements':>10}" + "".join(f"{b:>8}-bit" for b in widths)]
         for name in self.names():
             size = next(row.num_elements for row in self.rows if row.name == name)
-            lines.append(f"{name:{width}} {size:>10}" + "".join(f"{self.cost(name, b):>12.3g}" for b in widths))
+            lines.append(
+                f"{name:{width}} {size:>10}" + "".join(f"{self.cost(name, b):>12.3g}" for b in widths)
+            )
         return "\n".join([*lines, f"({self.metric} of the outputs with only that layer quantized)"])
 
     def to_csv(self, path: str | Path) -> None:
@@ -101,12 +103,16 @@ class SensitivityReport:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise GradqError("plotting needs matplotlib; install it with: pip install 'gradq[plot]'") from error
+            raise GradqError(
+                "plotting needs matplotlib; install it with: pip install 'gradq[plot]'"
+            ) from error
         names = self.names()
         figure = Figure(figsize=(max(6.0, 0.35 * len(names) + 2), 4.5), layout="constrained")
         axes = figure.subplots()
         for bits in self.widths():
-            axes.plot(range(len(names)), [self.cost(n, bits) for n in names], marker="o", label=f"{bits} bits")
+            axes.plot(
+                range(len(names)), [self.cost(n, bits) for n in names], marker="o", label=f"{bits} bits"
+            )
         axes.set_yscale("symlog", linthresh=1e-6)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axes.set_ylabel("KL divergence of the outputs" if self.metric == "kl" else "relative squared error")
@@ -132,10 +138,12 @@ def divergence(reference: Sequence[Tensor], output: Sequence[Tensor], metric: st
     total = 0.0
     for a, b in zip(reference, output, strict=True):
         if metric == "kl":
-            p, q = F.log_softmax(a.double(), -1), F.log_softmax(b.double(), -1)
+            p, q = functional.log_softmax(a.double(), -1), functional.log_softmax(b.double(), -1)
             total += float((p.exp() * (p - q)).sum(-1).mean())
         else:
-            total += float((a.double() - b.double()).square().sum() / a.double().square().sum().clamp(min=1e-30))
+            total += float(
+                (a.double() - b.double()).square().sum() / a.double().square().sum().clamp(min=1e-30)
+            )
     return total / max(1, len(reference))
 
 
@@ -183,7 +191,10 @@ def sensitivity(
         jobs = [(name, bits) for name in found for bits in widths]
         for name, bits in progress(jobs, "measuring sensitivity", show=show_progress):
             weight, quantizer = found[name]
-            saved = (quantizer.format, {k: v.clone() for k, v in quantizer.state_dict().items() if isinstance(v, Tensor)})
+            saved = (
+                quantizer.format,
+                {k: v.clone() for k, v in quantizer.state_dict().items() if isinstance(v, Tensor)},
+            )
             try:
                 quantizer.set_bits(bits, weight)
                 quantizer.mode = "quantize"

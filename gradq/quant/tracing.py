@@ -33,7 +33,7 @@ class ModeConstant(nn.Module):
         eval: the value in evaluation.
     """
 
-    def __init__(self, train: Any, eval: Any) -> None:  # noqa: A002
+    def __init__(self, train: Any, eval: Any) -> None:
         super().__init__()
         self.train_value, self.eval_value = train, eval
 
@@ -47,7 +47,7 @@ class QuantGraph(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         """Pickle as fx does, and the notes with it."""
-        function, arguments = super().__reduce__()  # type: ignore[misc]
+        function, arguments = super().__reduce__()
         return _rebuild, (function, arguments, self.meta, self.training)
 
 
@@ -135,7 +135,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], confi
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
-        raise ConfigError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
+        raise ConfigError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
     fixed = {
         name: parameter.default
         for name, parameter in signature.parameters.items()
@@ -170,7 +172,8 @@ def _trace_once(model: nn.Module, fixed: dict[str, Any], config: Config) -> fx.G
         raise TraceError(
             f"cannot trace {type(model).__name__}: {error}\n  at {where}\n"
             "Either make this line independent of the data; or leave the module that holds it in float with "
-            "Config(skip=(name,)); or place gradq.quant.QuantLinear, QuantConv1d/2d/3d, QuantEmbedding and ActQuant "
+            "Config(skip=(name,)); or place gradq.quant.QuantLinear, QuantConv1d/2d/3d, QuantEmbedding and "
+            "ActQuant "
             "in the model by hand and call quant.calibrate on it, without prepare."
         ) from error
 
@@ -193,9 +196,15 @@ def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model_name: str) -> dict
     constants: dict[str, ModeConstant] = {}
     pairs = list(zip(train.nodes, evaluation.nodes, strict=False))
     for a, b in pairs:
-        if a.op != b.op or a.target != b.target or len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
+        if (
+            a.op != b.op
+            or a.target != b.target
+            or len(a.args) != len(b.args)
+            or a.kwargs.keys() != b.kwargs.keys()
+        ):
             raise TraceError(
-                f"{model_name}.forward takes another path in training than in evaluation: {a.format_node()} against "
+                f"{model_name}.forward takes another path in training than in evaluation: {a.format_node()} "
+                "against "
                 f"{b.format_node()}; make the forward the same in both, or skip the module that holds it"
             )
         for key, (u, v) in _constants(a, b):
@@ -214,13 +223,14 @@ def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model_name: str) -> dict
                 else:
                     b.update_kwarg(key, node)
     if len(train.nodes) + len(constants) != len(evaluation.nodes):
-        raise TraceError(f"{model_name}.forward does not do the same operations in training and in evaluation")
+        raise TraceError(
+            f"{model_name}.forward does not do the same operations in training and in evaluation"
+        )
     return constants
 
 
 def _constants(a: fx.Node, b: fx.Node) -> Iterator[tuple[int | str, tuple[Any, Any]]]:
-    for i, pair in enumerate(zip(a.args, b.args, strict=True)):
-        yield i, pair
+    yield from enumerate(zip(a.args, b.args, strict=True))
     for key in a.kwargs:
         yield key, (a.kwargs[key], b.kwargs[key])
 
@@ -263,7 +273,7 @@ def _erase_users(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def float_tensors(traced: fx.GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, int]:
-    """Run the example; the names of the nodes whose value is a floating tensor, with its number of dimensions."""
+    """Run the example; the nodes whose value is a floating tensor, with its number of dimensions."""
     found: dict[str, int] = {}
 
     class Recorder(fx.Interpreter):

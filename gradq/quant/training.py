@@ -48,15 +48,16 @@ def param_groups(
 class RangeSchedule:
     """Freezes ranges and batch-norm statistics at given steps; call `step` after each ``optimizer.step()``.
 
-    Scales are held for the first steps (weights settle), then learned, then frozen for the rest, as the published
-    recipes do (Jacob et al. 2018 §3.1; Jain et al. 2020 §5.2). A held scale still receives gradients, so DDP sees no
-    unused parameter; its value is put back after the optimizer's step.
+    Scales are held for the first steps (weights settle), then learned, then frozen for the rest, as the
+    published recipes do (Jacob et al. 2018 §3.1; Jain et al. 2020 §5.2). A held scale still receives
+    gradients, so DDP sees no unused parameter; its value is put back after the optimizer's step.
 
     Args:
         model: prepared, possibly inside DDP.
         learn_from: first step whose update of the scales counts.
         freeze_at: first step from which scales are frozen; None for never.
-        freeze_batch_norm_at: first step from which live batch norm stops updating its statistics; None for never.
+        freeze_batch_norm_at: first step from which live batch norm stops updating its statistics; None for
+            never.
 
     Raises:
         ConfigError: negative steps, or a freeze before learning begins.

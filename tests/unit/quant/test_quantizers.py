@@ -155,7 +155,11 @@ class TestConformance:
         else:
             low, high = float(quantizer.codebook.min()) - 0.5, float(quantizer.codebook.max()) + 0.5
         rule = torch.where((v >= low) & (v <= high), code - v, code)
-        count = math.prod(wide.shape[1:]) if isinstance(quantizer, ActQuant) else wide.numel() // quantizer.num_rows
+        count = (
+            math.prod(wide.shape[1:])
+            if isinstance(quantizer, ActQuant)
+            else wide.numel() // quantizer.num_rows
+        )
         factor = 1 / math.sqrt(max(1, count) * quantizer.format.qmax)
         expected = (rule * as_rows(weight)).sum(1) * quantizer.scale.detach().double() * math.log(2) * factor
         assert torch.allclose(got.double(), expected, rtol=1e-3, atol=1e-6)
@@ -210,7 +214,9 @@ def test_saturated_scale_gradient_equals_finite_differences():
     for element in range(2):
         scale = torch.tensor([0.25], requires_grad=True)
         fake_quantize(x, scale, zero, -8, 7, 1.0)[element].backward()
-        values = [float(fake_quantize(x, torch.tensor([s]), zero, -8, 7, 1.0)[element]) for s in (0.249, 0.251)]
+        values = [
+            float(fake_quantize(x, torch.tensor([s]), zero, -8, 7, 1.0)[element]) for s in (0.249, 0.251)
+        ]
         assert float(scale.grad) == pytest.approx((values[1] - values[0]) / 0.002, rel=1e-4)
 
 
@@ -279,7 +285,11 @@ def test_uncalibrated_is_an_error_that_names_the_tensor():
 
 def test_set_range_checks():
     quantizer = ActQuant(name="a")
-    for scale, match in ((torch.zeros(1), "positive"), (torch.ones(2), "shape"), (torch.tensor([math.inf]), "finite")):
+    for scale, match in (
+        (torch.zeros(1), "positive"),
+        (torch.ones(2), "shape"),
+        (torch.tensor([math.inf]), "finite"),
+    ):
         with pytest.raises(ConfigError, match=match):
             quantizer.set_range(scale, torch.zeros(1))
     with pytest.raises(ConfigError, match="dynamically"):
@@ -314,7 +324,9 @@ def test_fitted_table_is_sorted_distinct_and_holds_zero():
 def test_fitting_lowers_the_error():
     v = (torch.randn(4000, generator=torch.Generator().manual_seed(0)).exp() * 9).clamp(max=127)
     start = fixed_table("codebook", 4)
-    errors = [((t.float()[nearest_code(v, t.float())] - v) ** 2).mean() for t in (start, fit_codebook(v, start))]
+    errors = [
+        ((t.float()[nearest_code(v, t.float())] - v) ** 2).mean() for t in (start, fit_codebook(v, start))
+    ]
     assert errors[1] < 0.5 * errors[0]
 
 
