@@ -48,8 +48,6 @@ class QuantLayer(nn.Module):
         name: str,
     ) -> None:
         """Create the quantizers and fit the weight's."""
-        if isinstance(self, _QuantConv):
-            self.bn = None
         weight = self.effective_weight()
         fmt = parse_format(weights, "weights")
         if self.is_convolution and fmt.granularity == "group":
@@ -185,6 +183,10 @@ class _QuantConv(QuantLayer):
     torch_class: ClassVar[type[nn.Module]]
     bn: nn.Module | None
     bn_frozen: bool = False
+
+    def _attach(self, weights: str | Format, activations: str | Format | None, **kw: str) -> None:  # type: ignore[override]
+        self.bn = None
+        super()._attach(weights, activations, **kw)
 
     def _bn_scale(self) -> Tensor:
         """(O,) γ/σ with the running σ; 1 where γ is 0, so that the division is defined."""

@@ -66,6 +66,10 @@ class _QuantCell(QuantLayer):
             self.input_quant = ActQuant(activations, observer=observer, name=f"{name}.input").to(device)
             self.hidden_quant = ActQuant(activations, observer=observer, name=f"{name}.hidden").to(device)
 
+    def effective_weight(self) -> Tensor:
+        """(gates·H, I), the input's weight."""
+        return self.weight_ih
+
     def effective_bias(self) -> Tensor | None:
         """The input's bias."""
         return self.bias_ih  # type: ignore[return-value]
