@@ -103,11 +103,11 @@ class PendingSum:
             return quantize_activation(self.dequantize(), quantizer)
         a = (self.left.scale / scale).double()
         b = (self.right.scale / scale).double()
-        # fma(b, z_b, a·z_a) and two more fused multiply-adds: each rounds once to fp32.
-        offset = (b * self.right.zero_point + (a * self.left.zero_point).float().double()).float()
+        # fma(a, code_a, fma(b, code_b, z − fma(a, z_a, b·z_b))): each fused step rounds once to fp32.
+        offset = (a * self.left.zero_point + (b * self.right.zero_point).float().double()).float()
         fixed = (zero_point.float() - offset).double()
-        partial = (self.left.codes.double() * a + fixed).float().double()
-        v = (self.right.codes.double() * b + partial).float()
+        partial = (self.right.codes.double() * b + fixed).float().double()
+        v = (self.left.codes.double() * a + partial).float()
         return Codes(v.round().clamp(fmt.qmin, fmt.qmax).to(torch.int32), scale, zero_point)
 
 
