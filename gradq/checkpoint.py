@@ -14,6 +14,7 @@ are reset, and a log line says so.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from gradq.errors import CheckpointError
 from gradq.feedback import Residuals
 from gradq.sync import GradientSync
 
-__all__ = ["load_checkpoint", "load_state_dict", "state_dict"]
+__all__ = ["HasSync", "load_checkpoint", "load_state_dict", "state_dict"]
 
 _log = logging.getLogger("gradq")
 _FORMAT = 1
@@ -93,14 +94,18 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
     """
     sync = handle.sync
     saved = _saved_shapes(Path(checkpoint_id), key)
+    _check_fit({name: shape[1] for name, shape in saved["local"].items()}, sync)
     scalars = {name: torch.zeros((), dtype=torch.int64) for name in ("format", "step", "world_size")}
     _load({key: scalars}, checkpoint_id, sync)
     if int(scalars["world_size"]) == sync.world_size:
         state = state_dict(sync)
         for kind in ("local", "shard"):
-            state[kind] = {name: row for name, row in state[kind].items() if name in saved[kind]}
+            state[kind] = {n: row for n, row in state[kind].items() if saved[kind].get(n) == row.shape}
         _load({key: state}, checkpoint_id, sync)
         load_state_dict(sync, state)
+        _log_difference(
+            "no longer use feedback; their residuals were dropped", saved["local"], state["local"]
+        )
         return
     local: dict[str, Tensor] = {}
     for name, shape in saved["local"].items():  # one at a time: all ranks' rows of one parameter in memory
@@ -126,12 +131,7 @@ def _restore(
     shard_rows = {
         name: _own_row(rows, sync, same) for name, rows in shard.items() if same and name in wanted_shard
     }
-    for name, row in rows.items():
-        if row.numel() != wanted_local[name]:
-            raise CheckpointError(
-                f"the saved residual of {name!r} has {row.numel()} elements, the parameter has "
-                f"{wanted_local[name]}; this checkpoint is of another model"
-            )
+    _check_fit({name: row.numel() for name, row in rows.items()}, sync)
     shard_rows = {name: row for name, row in shard_rows.items() if row.numel() == wanted_shard[name]}
     sync.feedback.local.clear()
     sync.feedback.shard.clear()
@@ -148,19 +148,27 @@ def _restore(
             saved_world_size,
             step,
         )
-    for kind, names in (
-        ("had no saved local residual and start at zero", sorted(wanted_local.keys() - rows.keys())),
-        (
-            "no longer use feedback; their saved residuals were dropped",
-            sorted(local.keys() - wanted_local.keys()),
-        ),
-        (
-            "had no saved shard residual that fits and start at zero",
-            sorted(wanted_shard.keys() - shard_rows.keys()),
-        ),
-    ):
-        if names and same:
-            _log.warning("resumed at step %d: %d parameters (%s, ...) %s", step, len(names), names[0], kind)
+    _log_difference("no longer use feedback; their residuals were dropped", local, wanted_local)
+    _log_difference("have no saved local residual and start at zero", wanted_local, rows)
+    if same:
+        _log_difference("have no saved shard residual that fits and start at zero", wanted_shard, shard_rows)
+
+
+def _check_fit(saved_numel: Mapping[str, int], sync: GradientSync) -> None:
+    for name, numel in saved_numel.items():
+        info = sync.parameters.get(name)
+        if info is None or info.numel != numel:
+            ours = "does not exist" if info is None else f"has {info.numel}"
+            raise CheckpointError(
+                f"the saved residual of {name!r} has {numel} elements, the parameter of this model {ours}; "
+                "this checkpoint is of another model"
+            )
+
+
+def _log_difference(what: str, these: Mapping[str, object], those: Mapping[str, object]) -> None:
+    names = sorted(these.keys() - those.keys())
+    if names:
+        _log.warning("resumed: %d parameters (%s, ...) %s", len(names), names[0], what)
 
 
 def _shapes(sync: GradientSync) -> tuple[dict[str, int], dict[str, int]]:

@@ -3,6 +3,7 @@
 This module has no `from __future__ import annotations`: DDP compares the hook's annotations with real types.
 """
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -44,7 +45,8 @@ class HookState:
         feedback: error feedback: "auto" (at 4 bits and below), True or False. It keeps two fp32 copies of
             the compressed gradients.
         exact: names or shell patterns of parameters that travel exact besides those with fewer than 1024
-            elements or one dimension; or a predicate over `ParameterInfo` that decides alone.
+            elements or one dimension; or a predicate over `ParameterInfo` that decides alone. See
+            `FixedPolicy` for casts such as "bf16".
         seed: of the stochastic rounding. Same seed, same bytes.
         collective: "auto" (direct at two ranks, else two_phase), "direct" or "two_phase".
         residual_dtype: "fp32", or "bf16" for half the memory at an unrecovered rounding of 2**-9.
@@ -89,11 +91,12 @@ class HookState:
         try:
             parameters = _describe(inner, self._names)
             self.spec, policy = self._policy(spec)
-            self.sync = GradientSync(parameters, policy, str(spec), group, config)
+            self.sync = GradientSync(parameters, policy, _label(self.spec), group, config)
         except MismatchError:
             raise
         except GradqError as error:  # the other ranks are waiting in the handshake: tell them
-            agree({"error": str(error)}, group)
+            with contextlib.suppress(MismatchError):
+                agree({"error": str(error)}, group)
             raise
 
     def _policy(self, spec: str | Codec | Spec | Policy) -> tuple[Spec | Policy, Policy | None]:
@@ -135,8 +138,17 @@ class HookState:
             SpecError, ConfigError: the spec is wrong; MismatchError: the ranks disagree. The old one stays.
         """
         asked, policy = self._policy(spec)
-        self.sync.set_policy(policy, str(spec))
+        self.sync.set_policy(policy, _label(asked))
         self.spec = asked
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the averaging, None while it works.
+
+        The training loop gets it from `backward()` as a RuntimeError whose text has its type and message:
+        DDP passes errors through C++, which keeps nothing else. This is the original, with its cause.
+        """
+        return self.sync.failure
 
     def stats(self, *, parameters: bool = False) -> Stats:
         """Totals of this rank since the start.
@@ -167,7 +179,12 @@ class HookState:
         self.sync.close()
 
     def __repr__(self) -> str:
-        return f"<gradq {self.spec} over {self.sync.world_size} ranks, {self.stats()}>"
+        return f"<gradq {_label(self.spec)} over {self.sync.world_size} ranks, {self.stats()}>"
+
+
+def _label(spec: Spec | Policy) -> str:
+    """A name that is equal on all ranks; the `repr` of a policy may hold addresses."""
+    return str(spec) if isinstance(spec, Spec) else type(spec).__name__
 
 
 def hook(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -262,7 +279,7 @@ def _describe(module: nn.Module, names: dict[Tensor, str]) -> list[ParameterInfo
     for path, child in module.named_modules():
         if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.sparse and child.weight.requires_grad:
             raise UnsupportedError(
-                f"{path or 'the model'} makes sparse gradients, which cannot be compressed; use sparse=False"
+                f"module {path!r} makes sparse gradients, which cannot be compressed; use sparse=False"
             )
     parameters = []
     for index, (parameter, name) in enumerate(names.items()):

@@ -219,6 +219,15 @@ class Shrinks(UniformCodec):
 
 
 @frozen
+class OffToOneSide(UniformCodec):
+    """unbiased"""
+
+    def decode(self, payload, out):
+        super().decode(payload, out)
+        out.add_(0.02 / 31)  # 2 % of a step of 6 bits
+
+
+@frozen
 class ClaimsContractive(UniformCodec):
     """contractive"""
 
@@ -306,6 +315,7 @@ BROKEN = [
     (TakesIntegers, {}),
     (ClaimsUnbiased, {}),
     (Shrinks, {}),
+    (OffToOneSide, {}),
     (ClaimsContractive, {"num_bits": 2}),
     (NoResidual, {"num_bits": 4}),
     (SendsResidualTwice, {}),
