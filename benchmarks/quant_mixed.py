@@ -55,7 +55,9 @@ class DeepCNN(nn.Module):
         self.stem, self.bn = nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         layers: list[nn.Module] = []
         inputs = width
-        for stage, (count, w) in enumerate(zip((3, 4, 6, 3), (width, 2 * width, 4 * width, 8 * width), strict=True)):
+        for stage, (count, w) in enumerate(
+            zip((3, 4, 6, 3), (width, 2 * width, 4 * width, 8 * width), strict=True)
+        ):
             for i in range(count):
                 layers.append(Bottleneck(inputs, w, 2 if i == 0 and stage in (1, 2) else 1))
                 inputs = 4 * w

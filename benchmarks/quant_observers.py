@@ -29,7 +29,9 @@ from gradq.quant.observers import OBSERVERS  # noqa: E402
 FORMATS = ("int4", "nf4", "codebook4", "pot4", "int4-g32", "nf4-g32", "int3", "codebook3", "int8")
 
 
-def activation_errors(model: Any, images: torch.Tensor, held_out: torch.Tensor, bits: int) -> dict[str, float]:
+def activation_errors(
+    model: Any, images: torch.Tensor, held_out: torch.Tensor, bits: int
+) -> dict[str, float]:
     """Mean over tensors of the NMSE on held-out activations, by observer."""
     errors = {}
     for name in OBSERVERS:
@@ -128,7 +130,13 @@ def main() -> None:
         means = [statistics.mean(r[name] for r in runs) for name in FORMATS]
         lines.append(f"| {kind} | " + " | ".join(f"{m:.3g}" for m in means) + " |")
         print(lines[-1], flush=True)
-    lines += ["", "## Refinements of PTQ, CNN, without labels", "", "| weights | refinement | accuracy | KL |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "## Refinements of PTQ, CNN, without labels",
+        "",
+        "| weights | refinement | accuracy | KL |",
+        "|---|---|---|---|",
+    ]
     every = [refinements(models["cnn", s], data) for s in range(args.seeds)]
     for rows in zip(*every, strict=True):
         spec, what = rows[0][:2]

@@ -12,8 +12,8 @@ from gradq.quant.mixed import assign_bits, average_bits, choose_bits, model_byte
 from gradq.quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding, QuantLinear
 from gradq.quant.prepare import finalize, prepare, prepare_info, restore
 from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell
-from gradq.quant.refine import correct_bias, round_weights
 from gradq.quant.reference import IntegerReference, integer_reference
+from gradq.quant.refine import correct_bias, round_weights
 from gradq.quant.sensitivity import SensitivityReport, divergence, sensitivity
 from gradq.quant.training import RangeSchedule, param_groups
 

@@ -109,7 +109,9 @@ def correct_bias(
             _record(
                 model, layers, batches, to_inputs, lambda n, i, o: sums[n].append(_channel_mean(layers[n], o))
             )
-        for name, layer in progress(layers.items(), "correcting biases", total=len(layers), show=show_progress):
+        for name, layer in progress(
+            layers.items(), "correcting biases", total=len(layers), show=show_progress
+        ):
             now = _means(model, name, layer, batches, to_inputs)
             assert layer.bias is not None
             layer.bias += (torch.stack(sums[name]).mean(0) - now).to(layer.bias.dtype)
@@ -177,8 +179,12 @@ def round_weights(
     model = unwrap(model)
     batches = _batches(loader, num_batches)
     with evaluating(model):
-        layers = {n: m for n, m in _layers(model, batches, to_inputs).items() if m.weight_quant.format.is_uniform}
-        for name, layer in progress(layers.items(), "rounding weights", total=len(layers), show=show_progress):
+        layers = {
+            n: m for n, m in _layers(model, batches, to_inputs).items() if m.weight_quant.format.is_uniform
+        }
+        for name, layer in progress(
+            layers.items(), "rounding weights", total=len(layers), show=show_progress
+        ):
             with float_mode(model):
                 _, targets = _inputs_and_outputs(model, name, layer, batches, to_inputs)
             inputs, _ = _inputs_and_outputs(model, name, layer, batches, to_inputs)
@@ -225,7 +231,9 @@ def _round_layer(layer: Layer, inputs: list[Tensor], targets: list[Tensor], step
         nearest = fraction.round()
 
         def error(choice: Tensor) -> float:
-            return sum(float((run(x, choice) - t).square().mean()) for x, t in zip(inputs, targets, strict=True))
+            return sum(
+                float((run(x, choice) - t).square().mean()) for x, t in zip(inputs, targets, strict=True)
+            )
 
         best = h if error(h) <= error(nearest) else nearest
         codes = (down + best + zero_point).clamp(fmt.qmin, fmt.qmax)

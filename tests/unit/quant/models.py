@@ -37,7 +37,9 @@ class CNN(nn.Module):
 class MLP(nn.Module):
     def __init__(self, bias=True):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(12, 24, bias), nn.ReLU(), nn.Linear(24, 24, bias), nn.ReLU(), nn.Linear(24, 4))
+        self.layers = nn.Sequential(
+            nn.Linear(12, 24, bias), nn.ReLU(), nn.Linear(24, 24, bias), nn.ReLU(), nn.Linear(24, 4)
+        )
 
     def forward(self, x):
         return self.layers(x)

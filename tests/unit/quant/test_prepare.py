@@ -60,7 +60,9 @@ class TestEveryModel:
         folded = {r.batch_norm for r in quant.prepare_info(qmodel).folded}
         expected = {k for k, _ in model.named_parameters() if k.rpartition(".")[0] not in folded}
         assert expected <= own
-        assert len(own - expected) == sum(model.get_submodule(r.layer).bias is None for r in quant.prepare_info(qmodel).folded)
+        assert len(own - expected) == sum(
+            model.get_submodule(r.layer).bias is None for r in quant.prepare_info(qmodel).folded
+        )
 
     @torch.no_grad()
     def test_restore_gives_the_model_back_bit_for_bit(self, name):
@@ -79,7 +81,9 @@ class TestEveryModel:
         fresh.load_state_dict(qmodel.state_dict())
         exported = torch.export.export(qmodel, (batches[0],)).module()
         pickled = pickle.loads(pickle.dumps(qmodel))
-        assert quant.prepare_info(copy.deepcopy(pickled)).activations == quant.prepare_info(qmodel).activations
+        assert (
+            quant.prepare_info(copy.deepcopy(pickled)).activations == quant.prepare_info(qmodel).activations
+        )
         for candidate in (copy.deepcopy(qmodel), pickled, fresh, exported):
             for a, b in zip(expected, leaves(candidate(batches[0])), strict=True):
                 assert torch.equal(a, b)
@@ -93,7 +97,11 @@ class TestEveryModel:
 
     def test_each_tensor_has_one_quantizer(self, name):
         _, _, qmodel = ready(name)
-        nodes = [n for n in qmodel.graph.nodes if n.op == "call_module" and isinstance(qmodel.get_submodule(n.target), quant.ActQuant)]
+        nodes = [
+            n
+            for n in qmodel.graph.nodes
+            if n.op == "call_module" and isinstance(qmodel.get_submodule(n.target), quant.ActQuant)
+        ]
         sources = [n.args[0] for n in nodes]
         assert len(set(sources)) == len(sources) == len(quant.prepare_info(qmodel).activations)
         # nothing is quantized twice in a row, through whatever only moves elements
@@ -130,7 +138,11 @@ def test_placement_in_a_residual_network():
 
 def test_placement_in_a_transformer_is_the_inputs_of_matmuls():
     _, _, qmodel = ready("gpt")
-    assert quant.prepare_info(qmodel).activations == ["quant_norm", "quant_scaled_dot_product_attention", "quant_add_1"]
+    assert quant.prepare_info(qmodel).activations == [
+        "quant_norm",
+        "quant_scaled_dot_product_attention",
+        "quant_add_1",
+    ]
     full = quant.prepare(*(lambda m, b: (m, b[0]))(*build("gpt")), quant.Config(placement="full"))
     assert len(quant.prepare_info(full).activations) > 3
 
@@ -339,8 +351,15 @@ def test_attention_is_the_torch_layer():
         mask = torch.triu(torch.ones(3, 3, dtype=torch.bool), 1)
         padding = torch.tensor([[False, False, True], [False] * 3, [False] * 3])
         for inputs, count in (((a, a, a), 1), ((a, b, b), 2), ((a, b, c), 3)):
-            own = quant.QuantMultiheadAttention.from_float(layer, "int8", "int8", num_inputs=count, name="m").eval()
-            for kw in ({}, {"attn_mask": mask}, {"key_padding_mask": padding, "need_weights": False}, {"average_attn_weights": False}):
+            own = quant.QuantMultiheadAttention.from_float(
+                layer, "int8", "int8", num_inputs=count, name="m"
+            ).eval()
+            for kw in (
+                {},
+                {"attn_mask": mask},
+                {"key_padding_mask": padding, "need_weights": False},
+                {"average_attn_weights": False},
+            ):
                 with float_mode(own):
                     expected, got = layer(*inputs, **kw), own(*inputs, **kw)
                 assert torch.allclose(expected[0], got[0], atol=1e-6)

@@ -66,7 +66,9 @@ def test_codes_differ_from_the_simulation_in_few_elements_by_one():
     assert list(codes) == quant.prepare_info(qmodel).activations
     seen = {}
     hooks = [
-        qmodel.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, (m, o)))
+        qmodel.get_submodule(name).register_forward_hook(
+            lambda m, i, o, name=name: seen.__setitem__(name, (m, o))
+        )
         for name in codes
     ]
     qmodel(batches[0])
@@ -93,7 +95,10 @@ def test_the_accumulator_is_exact():
     out = integer_linear(codes, w, quantizer, bias)
     wq = quantizer.quantize(w).tolist()
     bq = integer_bias(bias, codes.scale, quantizer.scale).tolist()
-    expected = [[sum((a - 7) * b for a, b in zip(row, col, strict=True)) + c for col, c in zip(wq, bq, strict=True)] for row in x.tolist()]
+    expected = [
+        [sum((a - 7) * b for a, b in zip(row, col, strict=True)) + c for col, c in zip(wq, bq, strict=True)]
+        for row in x.tolist()
+    ]
     assert out.total.tolist() == expected
 
 
@@ -144,7 +149,10 @@ def run_onnx(nodes, inputs, output_type, initializers):
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in inputs.items()],
+        [
+            helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+            for k, v in inputs.items()
+        ],
         [helper.make_tensor_value_info("y", output_type, None)],
         [numpy_helper.from_array(v, k) for k, v in initializers.items()],
     )
@@ -183,7 +191,11 @@ def test_convolution_equals_onnx_runtime_bit_for_bit(seed):
     result = output_quantizer(0.061, 128 - seed * 60)
     mine = out.requantize(result).codes
     node = onnx.helper.make_node(
-        "QLinearConv", ["x", "sx", "zx", "w", "sw", "zw", "sy", "zy", "b"], ["y"], pads=[1, 1, 1, 1], kernel_shape=[3, 3]
+        "QLinearConv",
+        ["x", "sx", "zx", "w", "sw", "zw", "sy", "zy", "b"],
+        ["y"],
+        pads=[1, 1, 1, 1],
+        kernel_shape=[3, 3],
     )
     scale = quantizer.scale.numpy()
     theirs = run_onnx(
@@ -206,7 +218,11 @@ def test_linear_equals_onnx_runtime_bit_for_bit(has_output_scale):
     onnx = pytest.importorskip("onnx")
     g = torch.Generator().manual_seed(0)
     w, bias = torch.randn(33, 70, generator=g), torch.randn(33, generator=g)
-    codes = Codes(torch.randint(0, 256, (17, 70), generator=g).int(), torch.tensor([0.03]), torch.tensor([99], dtype=torch.int32))
+    codes = Codes(
+        torch.randint(0, 256, (17, 70), generator=g).int(),
+        torch.tensor([0.03]),
+        torch.tensor([99], dtype=torch.int32),
+    )
     quantizer = WeightQuant("int8", w.shape)
     quantizer.fit(w)
     out = integer_linear(codes, w, quantizer, bias)
@@ -221,7 +237,12 @@ def test_linear_equals_onnx_runtime_bit_for_bit(has_output_scale):
         "sy": result.scale[0].numpy(), "zy": result.zero_point[0].to(torch.uint8).numpy(),
     }  # fmt: skip
     kind = onnx.TensorProto.UINT8 if has_output_scale else onnx.TensorProto.FLOAT
-    theirs = run_onnx([node], {"x": codes.codes.to(torch.uint8).numpy()}, kind, {k: v for k, v in values.items() if k in names})
+    theirs = run_onnx(
+        [node],
+        {"x": codes.codes.to(torch.uint8).numpy()},
+        kind,
+        {k: v for k, v in values.items() if k in names},
+    )
     if has_output_scale:
         assert torch.equal(out.requantize(result).codes, theirs.int())
     else:
@@ -242,7 +263,9 @@ def test_addition_equals_onnx_runtime_bit_for_bit():
         right = Codes(b.int(), torch.tensor([sb]), torch.tensor([zb], dtype=torch.int32))
         result = output_quantizer(sy, zy)
         mine = PendingSum(left, right).requantize(result).codes
-        node = onnx.helper.make_node("QLinearAdd", ["a", "sa", "za", "b", "sb", "zb", "sy", "zy"], ["y"], domain="com.microsoft")
+        node = onnx.helper.make_node(
+            "QLinearAdd", ["a", "sa", "za", "b", "sb", "zb", "sy", "zy"], ["y"], domain="com.microsoft"
+        )
         byte = torch.uint8
         theirs = run_onnx(
             [node],
@@ -261,7 +284,12 @@ def test_addition_equals_onnx_runtime_bit_for_bit():
 def test_quantize_linear_equals_onnx_runtime_bit_for_bit():
     onnx = pytest.importorskip("onnx")
     quantizer = output_quantizer(0.037, 100)
-    x = torch.cat([torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 5, (torch.arange(-200, 200) + 0.5) * 0.037])
+    x = torch.cat(
+        [
+            torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 5,
+            (torch.arange(-200, 200) + 0.5) * 0.037,
+        ]
+    )
     node = onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])
     values = {"s": quantizer.scale[0].numpy(), "z": quantizer.zero_point[0].to(torch.uint8).numpy()}
     theirs = run_onnx([node], {"x": x.numpy()}, onnx.TensorProto.UINT8, values)
