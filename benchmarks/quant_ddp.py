@@ -1,4 +1,4 @@
-"""QAT under DDP with compressed gradients against QAT without compression: same float model, same data, 2 ranks.
+"""QAT under DDP with compressed gradients against QAT without: same float model, same data, 2 ranks.
 
     python benchmarks/quant_ddp.py                      # writes benchmarks/results/quant_ddp.csv and .md
 

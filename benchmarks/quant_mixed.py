@@ -2,7 +2,8 @@
 
     python benchmarks/quant_mixed.py                 # writes benchmarks/results/quant_mixed.csv and .md
 
-The network has ResNet-50's layout (16 bottlenecks, 53 convolutions) with a quarter of its width, trained on digits.
+The network has ResNet-50's layout (16 bottlenecks, 53 convolutions) with a quarter of its width, trained on
+digits.
 Accuracies are those of the integer reference, on 450 held-out images.
 """
 
@@ -99,16 +100,33 @@ def main() -> None:
             for bits in (8, 4, 3):
                 qmodel = ptq(model, f"int{bits}", observer)
                 note(seed, f"uniform {bits}, {observer} scales", qmodel, bits, quant.model_bytes(qmodel))
-        qmodel = ptq(model, "int8", "mse")
-        report = quant.sensitivity(qmodel, list(images[:128].split(64)), show_progress=False)
-        if seed == 0:
-            report.to_csv(args.out.with_name("quant_sensitivity.csv"))
-            report.plot(args.out.with_name("quant_sensitivity.png"))
-        for budget in (4.0, 3.0):
-            quant.assign_bits(qmodel, report, average_bits=budget)
-            note(seed, f"mixed {budget:g}", qmodel, quant.average_bits(qmodel), quant.model_bytes(qmodel))
+        loader = list(images[:128].split(64))
+        for observer in ("mse", "minmax"):
+            qmodel = ptq(model, "int3", observer)
+            quant.correct_bias(qmodel, loader, show_progress=False)
+            note(
+                seed, f"uniform 3, {observer} scales, biases corrected", qmodel, 3, quant.model_bytes(qmodel)
+            )
+            qmodel = ptq(model, "int8", observer)
+            report = quant.sensitivity(qmodel, loader, show_progress=False)
+            if seed == 0 and observer == "mse":
+                report.to_csv(args.out.with_name("quant_sensitivity.csv"))
+                report.plot(args.out.with_name("quant_sensitivity.png"))
+            for budget in (4.0, 3.0):
+                quant.assign_bits(qmodel, report, average_bits=budget)
+                what = f"mixed {budget:g}, {observer} scales"
+                note(seed, what, qmodel, quant.average_bits(qmodel), quant.model_bytes(qmodel))
+            quant.correct_bias(qmodel, loader, show_progress=False)
+            what = f"mixed 3, {observer} scales, biases corrected"
+            note(seed, what, qmodel, quant.average_bits(qmodel), quant.model_bytes(qmodel))
         digits.fit(qmodel, images, labels, epochs=args.qat_epochs, lr=2e-4, seed=seed + 1)
-        note(seed, "mixed 3, QAT", qmodel, quant.average_bits(qmodel), quant.model_bytes(qmodel))
+        note(
+            seed,
+            "mixed 3, minmax scales, biases corrected, QAT",
+            qmodel,
+            quant.average_bits(qmodel),
+            quant.model_bytes(qmodel),
+        )
         with args.out.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["seed", "what", "accuracy", "bits", "bytes"])
@@ -116,8 +134,9 @@ def main() -> None:
     lines = [
         f"# Mixed bits on a deep CNN (ResNet-50's layout, {args.seeds} seeds), integer reference",
         "",
-        f"`python benchmarks/quant_mixed.py --seeds {args.seeds} --epochs {args.epochs}`, {time.strftime('%Y-%m-%d')}, "
-        f"torch {torch.__version__}, {platform.machine()}. Before training, but for the last row.",
+        f"`python benchmarks/quant_mixed.py --seeds {args.seeds} --epochs {args.epochs}`, "
+        f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {platform.machine()}. "
+        "Before training, but for the last row.",
         "",
         "| weights | accuracy, mean | min … max | bits | bytes |",
         "|---|---|---|---|---|",

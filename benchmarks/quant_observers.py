@@ -45,7 +45,6 @@ def activation_errors(
             found.append(float((out.double() - x).square().sum() / x.square().sum()))
 
         hooks = [q.register_forward_hook(hook) for q in quantizers(qmodel).values()]
-        # each tensor is measured as the float model makes it: quantizers pass the error on, so look at one at a time
         with torch.no_grad():
             qmodel(held_out)
         for handle in hooks:
@@ -141,7 +140,8 @@ def main() -> None:
     for rows in zip(*every, strict=True):
         spec, what = rows[0][:2]
         lines.append(
-            f"| {spec} | {what} | {statistics.mean(r[2] for r in rows):.2f} | {statistics.mean(r[3] for r in rows):.4f} |"
+            f"| {spec} | {what} | {statistics.mean(r[2] for r in rows):.2f} "
+            f"| {statistics.mean(r[3] for r in rows):.4f} |"
         )
     args.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

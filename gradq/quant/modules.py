@@ -184,7 +184,7 @@ class _QuantConv(QuantLayer):
     bn: nn.Module | None
     bn_frozen: bool = False
 
-    def _attach(self, weights: str | Format, activations: str | Format | None, **kw: str) -> None:  # type: ignore[override]
+    def _attach(self, weights: str | Format, activations: str | Format | None, **kw: str) -> None:
         self.bn = None
         super()._attach(weights, activations, **kw)
 

@@ -1,7 +1,7 @@
 """Refinements of post-training quantization that need data but no labels: bias correction, weight rounding.
 
-Both compare what a layer computes in the quantized model with what it computes in the float model, one layer after
-another in the order in which they run, on a few fixed batches.
+Both compare what a layer computes in the quantized model with what it computes in the float model, one layer
+after another in the order in which they run, on a few fixed batches.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def correct_bias(
 ) -> nn.Module:
     """Shift each bias by what quantization shifts the mean of the layer's output, in place.
 
-    Nagel et al. 2019 (arXiv:1906.04721, §4.2, the empirical form). Layers without a bias and layers with live batch
-    norm are left as they are.
+    Nagel et al. 2019 (arXiv:1906.04721, §4.2, the empirical form). Layers without a bias and layers with live
+    batch norm are left as they are.
 
     Args:
         model: prepared and calibrated.
@@ -113,8 +113,8 @@ def correct_bias(
             layers.items(), "correcting biases", total=len(layers), show=show_progress
         ):
             now = _means(model, name, layer, batches, to_inputs)
-            assert layer.bias is not None
-            layer.bias += (torch.stack(sums[name]).mean(0) - now).to(layer.bias.dtype)
+            bias: Any = layer.bias
+            bias += (torch.stack(sums[name]).mean(0) - now).to(bias.dtype)
     return model
 
 
@@ -154,9 +154,10 @@ def round_weights(
 ) -> nn.Module:
     """Choose for each weight whether to round it up or down, so that each layer's output stays, in place.
 
-    AdaRound (Nagel et al. 2020, arXiv:2004.10568): a rectified sigmoid says how far up a weight is rounded; it is
-    driven to 0 or 1 while the layer's output error is minimized. The chosen codes become the weights, which are
-    therefore on the grid afterwards. For uniform formats; other layers and live batch norm are left as they are.
+    AdaRound (Nagel et al. 2020, arXiv:2004.10568): a rectified sigmoid says how far up a weight is rounded;
+    it is driven to 0 or 1 while the layer's output error is minimized. The chosen codes become the weights,
+    which are therefore on the grid afterwards. For uniform formats; other layers and live batch norm are left
+    as they are.
 
     Args:
         model: prepared and calibrated.
@@ -192,7 +193,7 @@ def round_weights(
     return model
 
 
-def _round_layer(layer: Layer, inputs: list[Tensor], targets: list[Tensor], steps: int, lr: float) -> None:
+def _round_layer(layer: Any, inputs: list[Tensor], targets: list[Tensor], steps: int, lr: float) -> None:
     quantizer = layer.weight_quant
     fmt = quantizer.format
     rows = quantizer.rows(layer.weight.detach()).float()
@@ -209,7 +210,8 @@ def _round_layer(layer: Layer, inputs: list[Tensor], targets: list[Tensor], step
         if layer.input_quant is not None:
             x = layer.input_quant(x)
         if isinstance(layer, _QuantConv):
-            out: Tensor = layer._conv_forward(x, weight, layer.bias)  # type: ignore[operator]
+            convolution: Any = layer
+            out: Tensor = convolution._conv_forward(x, weight, layer.bias)
             return out
         return functional.linear(x, weight, layer.bias)
 
@@ -224,7 +226,7 @@ def _round_layer(layer: Layer, inputs: list[Tensor], targets: list[Tensor], step
                 beta = 20 - 18 * (progress_share - 0.2) / 0.8
                 loss = loss + 1e-2 * (1 - (2 * h - 1).abs().pow(beta)).mean()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     with torch.no_grad():
         h = ((1.2 * torch.sigmoid(v) - 0.1) >= 0.5).float()

@@ -36,7 +36,7 @@ def test_fitted_quantizers_are_idempotent_bounded_and_never_make_nan(values, spe
     limit = quantizer.rows(x).abs().amax() * 1.6 + 1e-30
     assert (y.abs() <= limit).all()
     if quantizer.format.is_uniform and not quantizer.format.symmetric:
-        # min-max and asymmetric: nothing saturates, so no error exceeds half a step (and rounding of the ends)
+        # min-max and asymmetric: nothing saturates, so no error exceeds half a step (plus the ends)
         step = quantizer.scale.detach()[:, None]
         assert (quantizer.rows(y - x).abs() <= step * 1.0001).all()
 

@@ -42,7 +42,7 @@ def test_sensitivity_measures_and_leaves_the_model_as_it_was(tmp_path):
     assert len((tmp_path / "r.csv").read_text().splitlines()) == 22
     report.plot(tmp_path / "r.png")
     assert (tmp_path / "r.png").stat().st_size > 5000
-    with pytest.raises(ConfigError, match="no row for stem.weight at 5 bits"):
+    with pytest.raises(ConfigError, match=r"no row for stem\.weight at 5 bits"):
         report.cost("stem.weight", 5)
     with pytest.raises(ConfigError, match="metric is 'l1'; legal: kl, mse"):
         quant.sensitivity(qmodel, batches, metric="l1")
@@ -213,7 +213,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("field", "value", "match"),
         [
-            ("observer", "best", "Config.observer is 'best'; legal: average"),
+            ("observer", "best", r"Config\.observer is 'best'; legal: average"),
             ("placement", "some", "legal: auto, full, matmul"),
             ("batch_norm", "keep", "legal: fold, train"),
             ("weights", "int1", "bits is 1"),

@@ -126,7 +126,7 @@ def test_compiled_model_computes_and_trains_the_same():
 
 
 def test_placement_in_a_residual_network():
-    """Input, every ReLU, both inputs of each addition, and the pool; not the output, not between conv and ReLU."""
+    """Input, every ReLU, both inputs of each addition, the pool; no output, nothing between conv and ReLU."""
     _, _, qmodel = ready("cnn")
     assert quant.prepare_info(qmodel).activations == [
         "quant_x", "quant_relu",

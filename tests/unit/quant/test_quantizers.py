@@ -60,7 +60,8 @@ class TestConformance:
     def test_error_is_small(self, spec, x):
         quantizer = make(spec, x)
         y = quantizer(x)
-        assert y.shape == x.shape and y.dtype == x.dtype
+        assert y.shape == x.shape
+        assert y.dtype == x.dtype
         nmse = float(((y - x) ** 2).sum() / (x**2).sum())
         bits = quantizer.format.bits
         assert nmse < {2: 0.5, 3: 0.12, 4: 0.05, 5: 0.01, 6: 3e-3, 7: 7e-4, 8: 2e-4}[bits]
@@ -195,7 +196,7 @@ def test_export_and_compile(spec, x):
 
 
 def test_scale_gradient_equals_finite_differences_of_the_soft_form():
-    """With the rounding error held fixed, y(s) = s·(v₀ + e) is smooth; its slope must be LSQ's inside the range."""
+    """With the rounding error held fixed, y(s) = s·(v₀ + e) is smooth; its slope is LSQ's inside."""
     x = torch.tensor([0.31, -0.72, 1.4, -2.0], dtype=torch.float64)
     scale = torch.tensor([0.25], requires_grad=True)
     zero = torch.zeros(1, dtype=torch.int32)
@@ -264,7 +265,8 @@ def test_codes_and_scales_give_the_fake_quantized_weight(spec, x):
     quantizer = make(spec, x)
     codes = quantizer.quantize(x)
     assert codes.dtype == torch.int32
-    assert codes.min() >= -128 and codes.max() <= 255
+    assert codes.min() >= -128
+    assert codes.max() <= 255
     rows = (quantizer.rows(codes) - quantizer.zero_point[:, None]) * quantizer.scale[:, None]
     assert torch.allclose(quantizer.unrows(rows, x.shape), quantizer(x), rtol=1e-6)
     assert len(codes.unique()) <= 2**quantizer.format.bits or quantizer.codebook is None
@@ -308,7 +310,8 @@ def test_tables():
     assert fixed_table("pot", 4).tolist() == [-128, -64, -32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32, 64]
     for kind, bits in (("nf", 4), ("pot", 2), ("pot", 3), ("codebook", 2), ("codebook", 3), ("codebook", 4)):
         table = fixed_table(kind, bits)
-        assert len(table) == 2**bits and table.dtype == torch.int8
+        assert len(table) == 2**bits
+        assert table.dtype == torch.int8
         assert torch.equal(table, table.sort().values)
     with pytest.raises(ConfigError, match="nf5"):
         fixed_table("nf", 5)
@@ -317,7 +320,8 @@ def test_tables():
 def test_fitted_table_is_sorted_distinct_and_holds_zero():
     for v in (torch.zeros(100), torch.full((9,), 60.0), torch.randn(1000) * 40):
         table = fit_codebook(v, fixed_table("codebook", 4))
-        assert len(table.unique()) == 16 and 0 in table.tolist()
+        assert len(table.unique()) == 16
+        assert 0 in table.tolist()
         assert torch.equal(table, table.sort().values)
 
 
@@ -381,5 +385,6 @@ def test_set_bits_refits(x):
 def test_parameters_have_one_dimension(x):
     for spec in ("int4-tensor", "int4", "int4-g8"):
         parameter = make(spec, x).log2_scale
-        assert isinstance(parameter, nn.Parameter) and parameter.ndim == 1
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.ndim == 1
     assert ActQuant().log2_scale.shape == (1,)

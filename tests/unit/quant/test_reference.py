@@ -1,4 +1,4 @@
-"""The integer reference: against the float simulation, against exact integers, and against ONNX Runtime's kernels."""
+"""The integer reference: against the float simulation, exact integers, and ONNX Runtime's kernels."""
 
 import copy
 
@@ -204,7 +204,8 @@ def test_convolution_equals_onnx_runtime_bit_for_bit(seed):
         onnx.TensorProto.UINT8,
         {
             "sx": codes.scale[0].numpy(), "zx": codes.zero_point[0].to(torch.uint8).numpy(),
-            "w": quantizer.quantize(w).to(torch.int8).numpy(), "sw": scale, "zw": torch.zeros(16, dtype=torch.int8).numpy(),
+            "w": quantizer.quantize(w).to(torch.int8).numpy(), "sw": scale,
+            "zw": torch.zeros(16, dtype=torch.int8).numpy(),
             "sy": result.scale[0].numpy(), "zy": result.zero_point[0].to(torch.uint8).numpy(),
             "b": integer_bias(bias, codes.scale, quantizer.scale).numpy(),
         },
