@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from gradq.errors import ConfigError
 from gradq.quant.fake import FakeQuantize
 
-__all__ = ["ToInputs", "evaluating", "float_mode", "progress", "run_batch", "unwrap"]
+__all__ = ["ToInputs", "evaluating", "float_mode", "limited", "progress", "run_batch", "unwrap"]
 
 T = TypeVar("T")
 ToInputs = Callable[[Any], Any]

@@ -18,7 +18,7 @@ from gradq.quant.batches import ToInputs, evaluating, limited, progress, run_bat
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.modules import QuantLayer
 
-__all__ = ["calibrate", "quantizers"]
+__all__ = ["calibrate", "quantizers", "weights"]
 
 
 def quantizers(model: nn.Module) -> dict[str, ActQuant]:

@@ -28,7 +28,7 @@ from gradq.quant.formats import Format
 from gradq.quant.modules import QuantLayer
 from gradq.quant.recurrent import _QuantCell
 
-__all__ = ["CLIPS", "MOVES", "has_attention", "matches", "place_activations"]
+__all__ = ["CLIPS", "MOVES", "has_attention", "matches", "place_activations", "source_of", "weight_layer"]
 
 MOVES: tuple[Any, ...] = (
     nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d,

@@ -15,7 +15,7 @@ from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
 from gradq.quant.modules import QuantLayer, _share
 
-__all__ = ["QuantGRUCell", "QuantLSTMCell"]
+__all__ = ["QuantGRUCell", "QuantLSTMCell", "refuse_recurrent"]
 
 
 class _QuantCell(QuantLayer):

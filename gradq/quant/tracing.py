@@ -18,7 +18,7 @@ from gradq.quant.config import Config
 from gradq.quant.fake import FakeQuantize
 from gradq.quant.modules import QuantLayer
 
-__all__ = ["example_arguments", "trace"]
+__all__ = ["ModeConstant", "QuantGraph", "example_arguments", "float_tensors", "trace"]
 
 _FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace")
 _HERE = str(Path(__file__).parent)

@@ -1,4 +1,4 @@
-"""Accuracy of PTQ and QAT on digits, and of QAT with compressed gradients; the full tables are in benchmarks/."""
+"""Accuracy of PTQ and QAT on digits, also with compressed gradients; the full tables are in benchmarks/."""
 
 import statistics
 import sys
@@ -88,7 +88,7 @@ def test_issue_6_on_digits(data):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_compressed_gradients_train_the_same_within_two_standard_deviations():
-    """QAT at w4a8 under DDP, 2 ranks: held-out loss with int8 and int4 gradients against none. Replicas are checked."""
+    """QAT at w4a8 under DDP, 2 ranks: held-out loss with int8 and int4 gradients against none."""
     options = {"weights": "int4", "float_epochs": 10, "epochs": 3, "lr": 5e-4, "codecs": quant_ddp.CODECS}
     rows = quant_ddp.measure(3, options, say=lambda *a, **k: None)
     found = {codec: [r[3] for r in rows if r[1] == codec] for codec in quant_ddp.CODECS}
