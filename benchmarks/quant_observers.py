@@ -32,7 +32,7 @@ FORMATS = ("int4", "nf4", "codebook4", "pot4", "int4-g32", "nf4-g32", "int3", "c
 def activation_errors(
     model: Any, images: torch.Tensor, held_out: torch.Tensor, bits: int
 ) -> dict[str, float]:
-    """Mean over tensors of the NMSE on held-out activations, by observer."""
+    """Geometric mean over tensors of the NMSE on held-out activations, by observer."""
     errors = {}
     for name in OBSERVERS:
         config = quant.Config(activations=f"int{bits}", observer=name, weights="int8")
@@ -49,7 +49,7 @@ def activation_errors(
             qmodel(held_out)
         for handle in hooks:
             handle.remove()
-        errors[name] = statistics.mean(found)
+        errors[name] = statistics.geometric_mean(found)
     return errors
 
 
@@ -111,7 +111,7 @@ def main() -> None:
         f"`python benchmarks/quant_observers.py --seeds {args.seeds}`, {time.strftime('%Y-%m-%d')}, torch "
         f"{torch.__version__}, {platform.machine()}. Means over {args.seeds} seeds.",
         "",
-        "## Observers: NMSE of held-out activations, mean over tensors (quantized inputs included)",
+        "## Observers: NMSE of held-out activations, geometric mean over tensors",
         "",
         "| model, bits | " + " | ".join(OBSERVERS) + " |",
         "|---|" + "---|" * len(OBSERVERS),

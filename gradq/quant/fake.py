@@ -11,6 +11,7 @@ shape (R,), never 0-dim. Zero points are calibrated and then frozen: they are in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ class FakeQuantize(nn.Module):
             )
         self._require_range()
         return torch.exp2(self.log2_scale.float())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
+        """As torch, but scales stay fp32 when a model is moved to fp16 or bf16: their digits are the range."""
+        exact = None if self.log2_scale is None else self.log2_scale.detach().clone()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if exact is not None and self.log2_scale is not None and self.log2_scale.dtype != exact.dtype:
+            self.log2_scale.data = exact.to(self.log2_scale.device)
+        return self
 
     def _require_range(self) -> None:
         if not self.initialized:

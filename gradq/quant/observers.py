@@ -404,6 +404,9 @@ class EntropyObserver(_SearchObserver):
         p = (counts + tails.gather(1, index) / bins.gather(1, index).clamp(min=1)) * present
         p, q = p / p.sum(1, keepdim=True).clamp(min=1e-300), q / q.sum(1, keepdim=True).clamp(min=1e-300)
         divergence = (p * ((p + 1e-12).log() - (q + 1e-12).log())).sum(1)
+        # A tail that is clipped to a level where no value lies has probability 0 there.
+        lost = (tails * (bins == 0)).sum(1) / counts.sum(1).clamp(min=1)
+        divergence = divergence - lost * math.log(1e-12)
         # Even the true distribution diverges from its noisy histogram, by (bins − levels) / 2N on average
         # (Miller 1955); uncorrected, the noise of few samples would ask for ever narrower ranges.
         noise = (present.sum(1) - (bins > 0).sum(1)) / (2 * counts.sum(1).clamp(min=1))

@@ -88,6 +88,18 @@ def test_rules_differ_as_they_should():
     assert nmse(x, *found["mse"], ACT4) == min(nmse(x, *r, ACT4) for r in found.values())
 
 
+def test_entropy_survives_discrete_values_and_relu():
+    """Pixels of 17 levels, and a spike of exact zeros: both broke naive histograms."""
+    g = torch.Generator().manual_seed(0)
+    for x, limit in (
+        (torch.randint(0, 17, (20_000,), generator=g) / 16.0, 1e-4),
+        (torch.randn(50_000, generator=g).relu(), 1e-3),
+    ):
+        observer = make_observer("entropy", ACT)
+        observer.update(x)
+        assert nmse(x, *observer.range(), ACT) < limit
+
+
 def test_average_moves_slowly():
     observer = make_observer("average", ACT)
     observer.update(torch.tensor([-1.0, 1.0]))
