@@ -117,7 +117,7 @@ def _clip(x: Tensor, low: float | None, high: float | None) -> Tensor:
 
 def _clip_is_implied(low: float | None, high: float | None, quantizer: ActQuant) -> bool:
     """True if the quantizer's own saturation already clips at least as tightly."""
-    scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
+    scale, zero_point = float(quantizer.scale.detach()), int(quantizer.zero_point)
     smallest = (quantizer.format.qmin - zero_point) * scale
     largest = (quantizer.format.qmax - zero_point) * scale
     return (low is None or smallest >= low) and (high is None or largest <= high)
