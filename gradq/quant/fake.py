@@ -77,7 +77,7 @@ class FakeQuantize(nn.Module):
         return torch.exp2(self.log2_scale.float())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
-        """As torch, but scales stay fp32 when a model is moved to fp16 or bf16: their digits are the range."""
+        """As torch, but scales stay fp32 when a model moves to fp16 or bf16: their digits matter."""
         exact = None if self.log2_scale is None else self.log2_scale.detach().clone()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if exact is not None and self.log2_scale is not None and self.log2_scale.dtype != exact.dtype:
