@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from gradq.checkpoint import load_checkpoint
 from gradq.errors import (
+    CalibrationError,
     CheckpointError,
     ConfigError,
     GradqError,
     KernelError,
     MismatchError,
+    NonFiniteError,
     PeerError,
+    QuantError,
     SpecError,
+    TraceError,
     UnsupportedError,
     WireError,
 )
@@ -29,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Assignment",
+    "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "Event",
@@ -37,12 +42,15 @@ __all__ = [
     "HookState",
     "KernelError",
     "MismatchError",
+    "NonFiniteError",
     "ParameterInfo",
     "ParameterStats",
     "PeerError",
+    "QuantError",
     "Spec",
     "SpecError",
     "Stats",
+    "TraceError",
     "UnsupportedError",
     "WireError",
     "compress",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 __all__ = [
+    "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "GradqError",
     "KernelError",
     "MismatchError",
+    "NonFiniteError",
     "PeerError",
+    "QuantError",
     "SpecError",
+    "TraceError",
     "UnsupportedError",
     "WireError",
 ]
@@ -49,3 +53,19 @@ class PeerError(GradqError, RuntimeError):
 
 class CheckpointError(GradqError, RuntimeError):
     """A saved state does not fit this model or was not saved the way it is being loaded."""
+
+
+class QuantError(GradqError):
+    """Base of the errors of `gradq.quant`: a model that cannot be prepared, calibrated or executed."""
+
+
+class CalibrationError(QuantError, RuntimeError):
+    """A quantizer is used before it has a range; the message names it and says how to calibrate."""
+
+
+class NonFiniteError(QuantError, ValueError):
+    """A tensor to be quantized holds NaN or Inf; the message names the tensor."""
+
+
+class TraceError(QuantError, RuntimeError):
+    """`torch.fx` cannot trace the model; the message names the line and the modules to place by hand."""

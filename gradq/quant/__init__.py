@@ -1,0 +1,53 @@
+"""Quantization-aware training and post-training quantization that export without surprises.
+
+The path: `prepare` → `calibrate` → (train) → `finalize` → `integer_reference` or `gradq.export`.
+"""
+
+from gradq.quant.attention import QuantMultiheadAttention
+from gradq.quant.calibrate import calibrate
+from gradq.quant.config import Config, detect_target
+from gradq.quant.fake import ActQuant, WeightQuant
+from gradq.quant.formats import Format, parse_format
+from gradq.quant.mixed import assign_bits, average_bits, choose_bits, model_bytes
+from gradq.quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding, QuantLinear
+from gradq.quant.prepare import finalize, prepare, prepare_info, restore
+from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell
+from gradq.quant.reference import IntegerReference, integer_reference
+from gradq.quant.refine import correct_bias, round_weights
+from gradq.quant.sensitivity import SensitivityReport, divergence, sensitivity
+from gradq.quant.training import RangeSchedule, param_groups
+
+__all__ = [
+    "ActQuant",
+    "Config",
+    "Format",
+    "IntegerReference",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantEmbedding",
+    "QuantGRUCell",
+    "QuantLSTMCell",
+    "QuantLinear",
+    "QuantMultiheadAttention",
+    "RangeSchedule",
+    "SensitivityReport",
+    "WeightQuant",
+    "assign_bits",
+    "average_bits",
+    "calibrate",
+    "choose_bits",
+    "correct_bias",
+    "detect_target",
+    "divergence",
+    "finalize",
+    "integer_reference",
+    "model_bytes",
+    "param_groups",
+    "parse_format",
+    "prepare",
+    "prepare_info",
+    "restore",
+    "round_weights",
+    "sensitivity",
+]

@@ -1,0 +1,219 @@
+"""Integer arithmetic of the layers: codes in, 32-bit accumulators out, one fp32 multiplier to requantize.
+
+This is what ONNX Runtime's ``QLinearConv``, ``QGemm``, ``MatMulInteger`` and ``QLinearAdd`` compute, in plain
+torch. Sums of products are taken in fp64, where integers below 2**53 are exact.
+
+Shapes: activations (B, …, I) for linear layers and (B, I, *spatial) for convolutions; O output channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gradq.errors import NonFiniteError
+from gradq.quant.fake import ActQuant, WeightQuant
+from gradq.quant.ops import quantize
+
+__all__ = [
+    "Accumulator",
+    "Codes",
+    "PendingSum",
+    "integer_bias",
+    "integer_conv",
+    "integer_linear",
+    "quantize_activation",
+]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized activation: ``value = (codes − zero_point)·scale``.
+
+    Attributes:
+        codes: int32, any shape.
+        scale: fp32, (1,), or (…, 1) per token.
+        zero_point: int32, the shape of `scale`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def dequantize(self) -> Tensor:
+        """fp32 values."""
+        return (self.codes - self.zero_point).to(torch.float32) * self.scale
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Codes:
+        """Apply a function that only moves or selects elements."""
+        return replace(self, codes=function(self.codes))
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """Output of an integer layer before requantization: ``value = total·multiplier``.
+
+    Attributes:
+        total: fp64 holding integers, bias included.
+        multiplier: fp32, input scale times weight scale, broadcasts against `total`.
+        low: values below are raised to it (0 after ReLU).
+        high: values above are lowered to it (6 after ReLU6).
+    """
+
+    total: Tensor
+    multiplier: Tensor
+    low: float | None = None
+    high: float | None = None
+
+    def dequantize(self) -> Tensor:
+        """fp32 values."""
+        return _clip(self.total.to(torch.float32) * self.multiplier, self.low, self.high)
+
+    def requantize(self, quantizer: ActQuant) -> Codes:
+        """Codes: ``saturate(round(fp32(total)·fp32(multiplier / scale)) + zero_point)``."""
+        scale, zero_point, fmt = quantizer.scale.detach(), quantizer.zero_point, quantizer.format
+        if not _clip_is_implied(self.low, self.high, quantizer):
+            return quantize_activation(self.dequantize(), quantizer)
+        v = self.total.to(torch.float32) * (self.multiplier / scale)
+        codes = (v.round() + zero_point).clamp(fmt.qmin, fmt.qmax).to(torch.int32)
+        return Codes(codes, scale, zero_point)
+
+
+@dataclass(frozen=True)
+class PendingSum:
+    """A sum of two quantized tensors before requantization (``QLinearAdd``)."""
+
+    left: Codes
+    right: Codes
+    low: float | None = None
+    high: float | None = None
+
+    def dequantize(self) -> Tensor:
+        """fp32 values."""
+        return _clip(self.left.dequantize() + self.right.dequantize(), self.low, self.high)
+
+    def requantize(self, quantizer: ActQuant) -> Codes:
+        """Codes, in the order of operations of ONNX Runtime's x86 kernel (with FMA)."""
+        scale, zero_point, fmt = quantizer.scale.detach(), quantizer.zero_point, quantizer.format
+        if not _clip_is_implied(self.low, self.high, quantizer):
+            return quantize_activation(self.dequantize(), quantizer)
+        a = (self.left.scale / scale).double()
+        b = (self.right.scale / scale).double()
+        # fma(a, code_a, fma(b, code_b, z − fma(a, z_a, b·z_b))): each fused step rounds once to fp32.
+        offset = (a * self.left.zero_point + (b * self.right.zero_point).float().double()).float()
+        fixed = (zero_point.float() - offset).double()
+        partial = (self.right.codes.double() * b + fixed).float().double()
+        v = (self.left.codes.double() * a + partial).float()
+        return Codes(v.round().clamp(fmt.qmin, fmt.qmax).to(torch.int32), scale, zero_point)
+
+
+def _clip(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    return x if low is None and high is None else x.clamp(low, high)
+
+
+def _clip_is_implied(low: float | None, high: float | None, quantizer: ActQuant) -> bool:
+    """True if the quantizer's own saturation already clips at least as tightly."""
+    scale, zero_point = float(quantizer.scale.detach()), int(quantizer.zero_point)
+    smallest = (quantizer.format.qmin - zero_point) * scale
+    largest = (quantizer.format.qmax - zero_point) * scale
+    return (low is None or smallest >= low) and (high is None or largest <= high)
+
+
+def quantize_activation(x: Tensor, quantizer: ActQuant) -> Codes:
+    """Codes of a float tensor, by division as ONNX does.
+
+    Raises:
+        NonFiniteError: NaN or Inf in `x`; the message names the tensor.
+        CalibrationError: the quantizer has no range.
+    """
+    if not bool(x.isfinite().all()):
+        raise NonFiniteError(f"{quantizer.name} holds NaN or Inf where the integer reference quantizes it")
+    fmt = quantizer.format
+    x = x.to(torch.float32)
+    if not fmt.is_dynamic:
+        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point
+    elif x.numel() == 0:
+        scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    else:
+        scale, zero_point = quantizer.dynamic_range(x)
+    return Codes(quantize(x, scale, zero_point, fmt.qmin, fmt.qmax), scale, zero_point)
+
+
+def integer_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
+    """The int32 bias with scale exactly input scale × weight scale: the same numbers for every exporter.
+
+    Args:
+        bias: (O,) floating.
+        input_scale: (1,) fp32.
+        weight_scale: (1,) or (O,) fp32.
+
+    Returns:
+        (O,) int32.
+    """
+    step = (input_scale * weight_scale).double()
+    return (bias.double() / step).round().clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
+
+
+def _integer_weight(weight: Tensor, quantizer: WeightQuant) -> Tensor:
+    """(codes − zero_point) in fp64, the weight's shape."""
+    codes = quantizer.quantize(weight)
+    rows = quantizer.rows(codes) - quantizer.zero_point[:, None]
+    return quantizer.unrows(rows, weight.shape).double()
+
+
+def integer_linear(
+    x: Codes, weight: Tensor, quantizer: WeightQuant, bias: Tensor | None
+) -> Accumulator | Tensor:
+    """A linear layer on codes.
+
+    Args:
+        x: (B, …, I) codes.
+        weight: (O, I) floating.
+        quantizer: its quantizer.
+        bias: (O,) or None.
+
+    Returns:
+        An accumulator (B, …, O); for grouped weights, whose scales cannot leave the sum, and for per-token
+        activations with a bias, the fp32 result.
+    """
+    if quantizer.format.granularity == "group":
+        return functional.linear(x.dequantize(), quantizer(weight.detach()).float(), bias)
+    total = functional.linear((x.codes - x.zero_point).double(), _integer_weight(weight, quantizer))
+    weight_scale = quantizer.scale.detach()
+    multiplier = x.scale * weight_scale
+    if bias is None:
+        return Accumulator(total, multiplier)
+    if x.scale.numel() != 1 or x.scale.ndim > 1:
+        return total.float() * multiplier + bias.float()
+    return Accumulator(total + integer_bias(bias, x.scale, weight_scale), multiplier)
+
+
+def integer_conv(
+    x: Codes,
+    weight: Tensor,
+    quantizer: WeightQuant,
+    bias: Tensor | None,
+    convolve: Callable[[Tensor, Tensor, None], Tensor],
+) -> Accumulator:
+    """A convolution on codes.
+
+    Args:
+        x: (B, I, *spatial) codes with one scale.
+        weight: (O, I / groups, *kernel) floating.
+        quantizer: its quantizer.
+        bias: (O,) or None.
+        convolve: the layer's own convolution (stride, padding, …) as a function of input, weight and bias.
+
+    Returns:
+        An accumulator (B, O, *spatial).
+    """
+    total = convolve((x.codes - x.zero_point).double(), _integer_weight(weight, quantizer), None)
+    weight_scale = quantizer.scale.detach()
+    shape = (-1,) + (1,) * (weight.ndim - 2)
+    if bias is not None:
+        total = total + integer_bias(bias, x.scale, weight_scale).view(shape)
+    return Accumulator(total, (x.scale * weight_scale).view(shape))

@@ -1,0 +1,304 @@
+"""From a model to an fx graph of leaf layers, or an error that names the line that cannot be traced."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from gradq.errors import ConfigError, TraceError
+from gradq.quant.config import Config
+from gradq.quant.fake import FakeQuantize
+from gradq.quant.modules import QuantLayer
+
+__all__ = ["ModeConstant", "QuantGraph", "example_arguments", "float_tensors", "trace"]
+
+_FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace")
+_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class ModeConstant(nn.Module):
+    """A constant that differs between training and evaluation, such as a functional dropout's rate.
+
+    Args:
+        train: the value while training.
+        eval: the value in evaluation.
+    """
+
+    def __init__(self, train: Any, eval: Any) -> None:
+        super().__init__()
+        self.train_value, self.eval_value = train, eval
+
+    def forward(self) -> Any:
+        """The value for the current mode."""
+        return self.train_value if self.training else self.eval_value
+
+
+class QuantGraph(fx.GraphModule):
+    """A graph module that keeps its ``meta`` when it is pickled (fx's own drops it)."""
+
+    def __reduce__(self) -> Any:
+        """Pickle as fx does, and the notes with it."""
+        function, arguments = super().__reduce__()
+        return _rebuild, (function, arguments, self.meta, self.training)
+
+
+def _rebuild(function: Any, arguments: Any, meta: dict[str, Any], training: bool) -> QuantGraph:
+    plain = function(*arguments)
+    out = QuantGraph(plain, plain.graph, type(plain).__name__)
+    out.meta.update(meta)
+    out.training = training
+    return out
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, config: Config | None = None) -> None:
+        super().__init__()
+        self.config = config or Config()  # fx makes one without arguments when it unpickles a graph
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (QuantLayer, FakeQuantize)) or self.config.is_skipped(module_qualified_name):
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Assertions hold for the example and fall away; any other branch on a tensor is an error."""
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _HERE)):
+            frame = frame.f_back
+        if frame is not None:
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+            if line.strip().startswith("assert "):
+                return True
+        return super().to_bool(obj)
+
+
+@contextmanager
+def _factories_accept_proxies() -> Iterator[None]:
+    """Let ``torch.arange(x.size(1))`` and its like be recorded: torch does not dispatch their sizes to fx."""
+    saved = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def wrap(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found: list[fx.Proxy] = []
+            fx.node.map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else a)
+            if found:
+                return found[0].tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, function in saved.items():
+            setattr(torch, name, wrap(function))
+        yield
+    finally:
+        for name, function in saved.items():
+            setattr(torch, name, function)
+
+
+def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from what the user gave: a tensor, a tuple or list, or a dict.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, dict):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)) and example_inputs:
+        return tuple(example_inputs), {}
+    raise ConfigError(
+        f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of arguments, "
+        "or a dict of keyword arguments"
+    )
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> fx.GraphModule:
+    """Trace a model in both modes and merge what differs.
+
+    Arguments of ``forward`` that the example leaves out keep their defaults.
+
+    Args:
+        model: the model; its submodules are shared with the result.
+        args: example positional arguments.
+        kwargs: example keyword arguments.
+        config: modules it skips become leaves, so a module that cannot be traced can be skipped.
+
+    Returns:
+        A graph module whose leaves are torch's layers.
+
+    Raises:
+        TraceError: the model cannot be traced, or its structure depends on the mode.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise ConfigError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
+    fixed = {
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in given and parameter.default is not inspect.Parameter.empty
+    }
+    mode = model.training
+    graphs = {}
+    try:
+        for training in (True, False):
+            model.train(training)
+            graphs[training] = _trace_once(model, fixed, config)
+    finally:
+        model.train(mode)
+    graph = graphs[False]
+    constants = _merge_modes(graphs[True], graph, type(model).__name__)
+    _drop_fixed(graph)
+    for name, module in constants.items():
+        setattr(model, name, module)
+    traced = QuantGraph(model, graph, type(model).__name__)
+    for name in constants:
+        delattr(model, name)
+    traced.train(mode)
+    return traced
+
+
+def _trace_once(model: nn.Module, fixed: dict[str, Any], config: Config) -> fx.Graph:
+    try:
+        with _factories_accept_proxies():
+            return _Tracer(config).trace(model, concrete_args=fixed or None)
+    except Exception as error:
+        where = _user_line(error)
+        raise TraceError(
+            f"cannot trace {type(model).__name__}: {error}\n  at {where}\n"
+            "Either make this line independent of the data; or leave the module that holds it in float with "
+            "Config(skip=(name,)); or place gradq.quant.QuantLinear, QuantConv1d/2d/3d, QuantEmbedding and "
+            "ActQuant "
+            "in the model by hand and call quant.calibrate on it, without prepare."
+        ) from error
+
+
+def _user_line(error: BaseException) -> str:
+    """``file:line: source`` of the innermost frame that is neither torch's nor ours."""
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith((_TORCH, _HERE, "<"))
+    ]  # fmt: skip
+    if not frames:
+        return "unknown line"
+    last = frames[-1]
+    source = (last.line or linecache.getline(last.filename, last.lineno or 0)).strip()
+    return f"{last.filename}:{last.lineno} in {last.name}: {source}"
+
+
+def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model_name: str) -> dict[str, ModeConstant]:
+    """Compare the graphs of both modes; constants that differ become `ModeConstant` nodes of `evaluation`."""
+    constants: dict[str, ModeConstant] = {}
+    pairs = list(zip(train.nodes, evaluation.nodes, strict=False))
+    for a, b in pairs:
+        if (
+            a.op != b.op
+            or a.target != b.target
+            or len(a.args) != len(b.args)
+            or a.kwargs.keys() != b.kwargs.keys()
+        ):
+            raise TraceError(
+                f"{model_name}.forward takes another path in training than in evaluation: {a.format_node()} "
+                "against "
+                f"{b.format_node()}; make the forward the same in both, or skip the module that holds it"
+            )
+        for key, (u, v) in _constants(a, b):
+            if not _same(u, v):
+                if _holds_node(u) or _holds_node(v):
+                    raise TraceError(
+                        f"{model_name}.forward reads other tensors in training than in evaluation: "
+                        f"{a.format_node()} against {b.format_node()}; make the forward the same in both"
+                    )
+                name = f"mode_constant_{len(constants)}"
+                constants[name] = ModeConstant(u, v)
+                with evaluation.inserting_before(b):
+                    node = evaluation.call_module(name)
+                if isinstance(key, int):
+                    b.update_arg(key, node)
+                else:
+                    b.update_kwarg(key, node)
+    if len(train.nodes) + len(constants) != len(evaluation.nodes):
+        raise TraceError(
+            f"{model_name}.forward does not do the same operations in training and in evaluation"
+        )
+    return constants
+
+
+def _constants(a: fx.Node, b: fx.Node) -> Iterator[tuple[int | str, tuple[Any, Any]]]:
+    yield from enumerate(zip(a.args, b.args, strict=True))
+    for key in a.kwargs:
+        yield key, (a.kwargs[key], b.kwargs[key])
+
+
+def _same(u: Any, v: Any) -> bool:
+    if isinstance(u, fx.Node) or isinstance(v, fx.Node):
+        return isinstance(u, fx.Node) and isinstance(v, fx.Node) and u.name == v.name
+    if isinstance(u, (tuple, list)) and isinstance(v, (tuple, list)):
+        return len(u) == len(v) and all(_same(x, y) for x, y in zip(u, v, strict=True))
+    if isinstance(u, slice) and isinstance(v, slice):
+        return all(_same(x, y) for x, y in ((u.start, v.start), (u.stop, v.stop), (u.step, v.step)))
+    return bool(type(u) is type(v) and (u is v or u == v))
+
+
+def _holds_node(value: Any) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)
+    return bool(found)
+
+
+def _drop_fixed(graph: fx.Graph) -> None:
+    """Remove the placeholders of arguments that keep their defaults, with fx's assertions on them."""
+    for node in list(graph.nodes):
+        if node.op == "placeholder" and node.args and all(_is_assertion(user) for user in node.users):
+            _erase_users(graph, node)
+            graph.erase_node(node)
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    return "assert" in name or (name == "eq" and all(_is_assertion(user) for user in node.users))
+
+
+def _erase_users(graph: fx.Graph, node: fx.Node) -> None:
+    for user in list(node.users):
+        _erase_users(graph, user)
+        graph.erase_node(user)
+
+
+def float_tensors(traced: fx.GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, int]:
+    """Run the example; the nodes whose value is a floating tensor, with its number of dimensions."""
+    found: dict[str, int] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                found[n.name] = value.ndim
+            return value
+
+    names = [n.target for n in traced.graph.nodes if n.op == "placeholder"]
+    ordered = [*args, *(kwargs[str(name)] for name in names[len(args) :] if name in kwargs)]
+    mode = traced.training
+    traced.eval()
+    try:
+        with torch.no_grad():
+            Recorder(traced).run(*ordered)
+    finally:
+        traced.train(mode)
+    return found
