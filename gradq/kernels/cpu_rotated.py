@@ -24,13 +24,39 @@ from gradq.kernels.cpu import (
     _unpack,
 )
 from gradq.kernels.rotated import POLYNOMIALS, payload_bytes
-from gradq.kernels.vector import hadamard_rows
+from gradq.kernels.vector import (
+    as_row,
+    as_words,
+    constant_row,
+    constant_words,
+    hadamard_rows,
+    load_bytes,
+    load_row,
+    load_words,
+    maximum,
+    maximum_words,
+    minimum,
+    store_bytes,
+    store_row,
+    store_words,
+    to_float,
+    to_int,
+)
 
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
 _CONSTANTS = {
-    bits: np.array([p.top, *p.to_index, *p.to_level], np.float32) for bits, p in POLYNOMIALS.items()
+    bits: np.array(
+        [p.top, *p.to_index, *p.to_level, 1 << (bits - 1), (1 << (bits - 1)) - 0.5],
+        np.float32,
+    )
+    for bits, p in POLYNOMIALS.items()
 }
+
+
+@_inline
+def _zero() -> Any:
+    return constant_row(np.float32(0))
 
 
 @_inline
@@ -40,9 +66,14 @@ def _sign_words(tile_key: Any, words: Any) -> None:
 
 
 @_inline
-def _hadamard(z: Any, first_row: Any, size: Any) -> None:
-    """The unnormalized transform of `size` rows, a power of two."""
-    at = z.ctypes.data + 64 * first_row
+def _sign_bits(words_at: Any, row: Any) -> Any:
+    left = constant_words(np.uint32(31 - (row & 31)))
+    return (load_words(words_at + 64 * (row >> 5)) << left) & constant_words(np.uint32(0x80000000))
+
+
+@_inline
+def _hadamard(at: Any, size: Any) -> None:
+    """The unnormalized transform of `size` rows, a power of two, in place."""
     distance = 1
     while 16 * distance <= size:
         for block in range(0, size, 16 * distance):
@@ -50,20 +81,19 @@ def _hadamard(z: Any, first_row: Any, size: Any) -> None:
                 hadamard_rows(at + 64 * row, 64 * distance)
         distance *= 16
     while distance < size:
-        half = 16 * distance
-        for start in range(16 * first_row, 16 * (first_row + size), 2 * half):
-            a, b = z[start : start + half], z[start + half : start + 2 * half]
-            for j in range(len(a)):
-                p, q = a[j], b[j]
-                a[j] = p + q
-                b[j] = p - q
+        for row in range(size):
+            if row & distance == 0:
+                first, second = at + 64 * row, at + 64 * (row + distance)
+                a, b = load_row(first), load_row(second)
+                store_row(first, a + b)
+                store_row(second, a - b)
         distance *= 2
 
 
 @_inline
-def _multiply(z: Any, factor: Any) -> None:
-    for j in range(len(z)):
-        z[j] *= factor
+def _multiply(at: Any, rows: Any, factor: Any) -> None:
+    for row in range(rows):
+        store_row(at + 64 * row, load_row(at + 64 * row) * constant_row(factor))
 
 
 @_inline
@@ -76,63 +106,153 @@ def _window(rows: Any) -> Any:
 
 
 @_inline
-def _rotate(z: Any, rows: Any) -> None:
+def _rotate(at: Any, rows: Any) -> None:
     size = _window(rows)
-    _hadamard(z, 0, size)
+    _hadamard(at, size)
     if size != rows:
         factor = np.float32(1.0 / np.sqrt(float(size)))
-        _multiply(z[: 16 * size], factor)
-        _hadamard(z, rows - size, size)
-        _multiply(z[16 * (rows - size) : 16 * rows], factor)
+        last = at + 64 * (rows - size)
+        _multiply(at, size, factor)
+        _hadamard(last, size)
+        _multiply(last, size, factor)
 
 
 @_inline
-def _unrotate(z: Any, rows: Any) -> None:
+def _unrotate(at: Any, rows: Any) -> None:
     size = _window(rows)
-    _hadamard(z, rows - size, size)
     if size != rows:
         factor = np.float32(1.0 / np.sqrt(float(size)))
-        _multiply(z[16 * (rows - size) : 16 * rows], factor)
-        _hadamard(z, 0, size)
-        _multiply(z[: 16 * size], factor)
+        last = at + 64 * (rows - size)
+        _hadamard(last, size)
+        _multiply(last, size, factor)
+        _hadamard(at, size)
+        _multiply(at, size, factor)
+    else:
+        _hadamard(at, size)
 
 
 @_inline
-def _flip_signs(z: Any, words: Any, rows: Any) -> None:
-    bits = z.view(np.uint32)
-    for row in range(rows):
-        words_C = words[16 * (row >> 5) : 16 * (row >> 5) + 16]
-        left = np.uint32(31 - (row & 31))
-        bits_C = bits[16 * row : 16 * row + 16]
-        for c in range(16):
-            bits_C[c] ^= np.uint32(words_C[c] << left) & np.uint32(0x80000000)
+def _read(x_L: Any, residual_L: Any, unscale: Any, with_residual: Any, value_at: Any, value: Any) -> Any:
+    """Value = x + residual * unscale, the last row filled up with zeros; the bits of the largest magnitude."""
+    L = len(x_L)
+    x_at, residual_at = x_L.ctypes.data, residual_L.ctypes.data
+    bits = constant_words(np.uint32(0))
+    magnitude = constant_words(np.uint32(0x7FFFFFFF))
+    factor = constant_row(unscale)
+    if L & 15:
+        for j in range(L & ~15, (L + 15) & ~15):
+            value[j] = np.float32(0)
+            if j < L:
+                value[j] = x_L[j] + residual_L[j] * unscale if with_residual else x_L[j]
+        bits = as_words(load_row(value_at + 4 * (L & ~15))) & magnitude
+    if with_residual:
+        for row in range(L >> 4):
+            v = load_row(x_at + 64 * row) + load_row(residual_at + 64 * row) * factor
+            store_row(value_at + 64 * row, v)
+            bits = maximum_words(bits, as_words(v) & magnitude)
+    else:
+        for row in range(L >> 4):
+            v = load_row(x_at + 64 * row)
+            store_row(value_at + 64 * row, v)
+            bits = maximum_words(bits, as_words(v) & magnitude)
+    return bits
 
 
 @_inline
-def _fold(sums_4C: Any, groups: Any, sums_G: Any) -> None:
+def _fold(s0: Any, s1: Any, s2: Any, s3: Any, groups: Any, scratch_C: Any, sums_G: Any) -> None:
     """The four accumulators of each column to sums over the columns of each group."""
+    store_row(scratch_C.ctypes.data, (s0 + s1) + (s2 + s3))
     for g in range(groups):
         sums_G[g] = np.float32(0)
     for c in range(16):
-        low, high = sums_4C[0, c] + sums_4C[1, c], sums_4C[2, c] + sums_4C[3, c]
-        sums_G[c * groups // 16] += low + high
+        sums_G[c * groups // 16] += scratch_C[c]
 
 
 @_inline
-def _energy(z: Any, rows: Any, groups: Any, sums_4C: Any, energy_G: Any) -> None:
-    sums_4C[:] = np.float32(0)
-    for row in range(rows):
-        z_C, sums_C = z[16 * row : 16 * row + 16], sums_4C[row & 3]
-        for c in range(16):
-            sums_C[c] += z_C[c] * z_C[c]
-    _fold(sums_4C, groups, energy_G)
+def _square(at: Any) -> Any:
+    z = load_row(at)
+    return z * z
 
 
 @_inline
-def _level(code: Any, middle: Any, a0: Any, a1: Any, a2: Any, a3: Any) -> Any:
-    m = np.float32(np.int32(code)) - middle
+def _energy(at: Any, rows: Any, groups: Any, scratch_C: Any, energy_G: Any) -> None:
+    s0, s1, s2, s3 = _zero(), _zero(), _zero(), _zero()
+    for quad in range(rows >> 2):
+        s0 = s0 + _square(at + 256 * quad)
+        s1 = s1 + _square(at + 256 * quad + 64)
+        s2 = s2 + _square(at + 256 * quad + 128)
+        s3 = s3 + _square(at + 256 * quad + 192)
+    rest = at + 64 * (rows & ~3)
+    if rows & 3 > 0:
+        s0 = s0 + _square(rest)
+    if rows & 3 > 1:
+        s1 = s1 + _square(rest + 64)
+    if rows & 3 > 2:
+        s2 = s2 + _square(rest + 128)
+    _fold(s0, s1, s2, s3, groups, scratch_C, energy_G)
+
+
+@_inline
+def _level(code: Any, constants: Any) -> Any:
+    """The levels of a row of codes."""
+    m = to_float(code) - constant_row(constants[10])
     m2 = m * m
-    return m * (a0 + m2 * (a1 + m2 * (a2 + m2 * a3)))
+    inner = constant_row(constants[7]) + m2 * constant_row(constants[8])
+    return m * (constant_row(constants[5]) + m2 * (constant_row(constants[6]) + m2 * inner))
+
+
+@_inline
+def _quantize_row(at: Any, codes_at: Any, inverse: Any, constants: Any) -> Any:
+    """Store the codes of a row, replace it by its levels; level * z and level²."""
+    z = load_row(at)
+    top = constants[0]
+    y = minimum(maximum(z * inverse, constant_row(-top)), constant_row(top))
+    y2 = y * y
+    inner = constant_row(constants[3]) + y2 * constant_row(constants[4])
+    u = y * (constant_row(constants[1]) + y2 * (constant_row(constants[2]) + y2 * inner))
+    code = to_int(u + constant_row(constants[9]))
+    store_bytes(codes_at, code)
+    level = _level(code, constants)
+    store_row(at, level)
+    return level * z, level * level
+
+
+@_inline
+def _quantize(
+    at: Any,
+    codes_at: Any,
+    rows: Any,
+    groups: Any,
+    constants: Any,
+    inverse: Any,
+    scratch_C: Any,
+    inner_G: Any,
+    norm_G: Any,
+) -> None:
+    """Codes of z and sums of ⟨level, z⟩ and ‖level‖²; z becomes the levels."""
+    i0, i1, i2, i3 = _zero(), _zero(), _zero(), _zero()
+    n0, n1, n2, n3 = _zero(), _zero(), _zero(), _zero()
+    for quad in range(rows >> 2):
+        i, n = _quantize_row(at + 256 * quad, codes_at + 64 * quad, inverse, constants)
+        i0, n0 = i0 + i, n0 + n
+        i, n = _quantize_row(at + 256 * quad + 64, codes_at + 64 * quad + 16, inverse, constants)
+        i1, n1 = i1 + i, n1 + n
+        i, n = _quantize_row(at + 256 * quad + 128, codes_at + 64 * quad + 32, inverse, constants)
+        i2, n2 = i2 + i, n2 + n
+        i, n = _quantize_row(at + 256 * quad + 192, codes_at + 64 * quad + 48, inverse, constants)
+        i3, n3 = i3 + i, n3 + n
+    rest = rows & ~3
+    if rows & 3 > 0:
+        i, n = _quantize_row(at + 64 * rest, codes_at + 16 * rest, inverse, constants)
+        i0, n0 = i0 + i, n0 + n
+    if rows & 3 > 1:
+        i, n = _quantize_row(at + 64 * rest + 64, codes_at + 16 * rest + 16, inverse, constants)
+        i1, n1 = i1 + i, n1 + n
+    if rows & 3 > 2:
+        i, n = _quantize_row(at + 64 * rest + 128, codes_at + 16 * rest + 32, inverse, constants)
+        i2, n2 = i2 + i, n2 + n
+    _fold(i0, i1, i2, i3, groups, scratch_C, inner_G)
+    _fold(n0, n1, n2, n3, groups, scratch_C, norm_G)
 
 
 @_inline
@@ -141,54 +261,8 @@ def _bf16(bits: Any) -> Any:
 
 
 @_inline
-def _quantize(
-    z: Any,
-    codes: Any,
-    rows: Any,
-    num_bits: Any,
-    constants: Any,
-    inverse_C: Any,
-    inner_4C: Any,
-    norm_4C: Any,
-) -> None:
-    """Codes of z, and the accumulators of ⟨level, z⟩ and ‖level‖²; z becomes the levels."""
-    top = constants[0]
-    k0, k1, k2, k3 = constants[1], constants[2], constants[3], constants[4]
-    a0, a1, a2, a3 = constants[5], constants[6], constants[7], constants[8]
-    half = np.float32(1 << (num_bits - 1))
-    middle = np.float32(half - np.float32(0.5))
-    inner_4C[:] = np.float32(0)
-    norm_4C[:] = np.float32(0)
-    for row in range(rows):
-        z_C, codes_C = z[16 * row : 16 * row + 16], codes[16 * row : 16 * row + 16]
-        inner_C, norm_C = inner_4C[row & 3], norm_4C[row & 3]
-        for c in range(16):
-            value = z_C[c]
-            y = min(max(value * inverse_C[c], -top), top)
-            y2 = y * y
-            u = y * (k0 + y2 * (k1 + y2 * (k2 + y2 * k3)))
-            code = np.int32(u + half)
-            codes_C[c] = np.uint8(code)
-            level = _level(code, middle, a0, a1, a2, a3)
-            z_C[c] = level
-            inner_C[c] += level * value
-            norm_C[c] += level * level
-
-
-@_inline
-def _levels(codes: Any, z: Any, num_bits: Any, constants: Any) -> None:
-    a0, a1, a2, a3 = constants[5], constants[6], constants[7], constants[8]
-    middle = np.float32(np.float32(1 << (num_bits - 1)) - np.float32(0.5))
-    for j in range(len(codes)):
-        z[j] = _level(codes[j], middle, a0, a1, a2, a3)
-
-
-@_inline
-def _scale_rows(z: Any, rows: Any, scale_C: Any) -> None:
-    for row in range(rows):
-        z_C = z[16 * row : 16 * row + 16]
-        for c in range(16):
-            z_C[c] *= scale_C[c]
+def _as_bits(value: Any) -> Any:
+    return np.float32(value).view(np.uint32)
 
 
 @_jit
@@ -211,20 +285,13 @@ def _encode(
     payload = carray(_u8_pointer(payload_at), nbytes)
     residual = carray(_f32_pointer(residual_at), n)
     new_residual = carray(_f32_pointer(new_residual_at), n)
-    value_T = np.empty(4096, np.float32)
-    z_T = np.empty(4096, np.float32)
-    codes_T = np.empty(4096, np.uint8)
-    words = np.empty(128, np.uint32)
-    sums_4C, inner_4C, norm_4C = (
-        np.empty((4, 16), np.float32),
-        np.empty((4, 16), np.float32),
-        np.empty((4, 16), np.float32),
-    )
+    value_T, z_T = np.empty(4096, np.float32), np.empty(4096, np.float32)
+    codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
+    scratch_C, column_C, bits_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.uint32)
     energy_G, inner_G, norm_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
-    scale_C, inverse_C = np.empty(16, np.float32), np.empty(16, np.float32)
-    bits_G = np.empty(16, np.uint32)
-    unscale = np.float32(loss_scale)
-    rescale = np.float32(inverse_loss_scale)
+    value_at, z_at, codes_T_at = value_T.ctypes.data, z_T.ctypes.data, codes_T.ctypes.data
+    words_at, column_at = words.ctypes.data, column_C.ctypes.data
+    unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
     for k in range(4):
         payload[k] = np.uint8(np.uint32(base) >> np.uint32(8 * k))
     scales_at = 4
@@ -234,44 +301,36 @@ def _encode(
         L = min(4096, n - start)
         rows = (L + 15) // 16
         groups = (L + 255) // 256
-        x_L = x[start : start + L]
-        value, z, codes = value_T[: 16 * rows], z_T[: 16 * rows], codes_T[: 16 * rows]
-        for j in range(L, 16 * rows):
-            value[j] = np.float32(0)
-        if residual_at != 0:
-            residual_L = residual[start : start + L]
-            for j in range(len(x_L)):
-                value[j] = x_L[j] + residual_L[j] * unscale
-        else:
-            for j in range(len(x_L)):
-                value[j] = x_L[j]
+        x_L, residual_L = x[start : start + L], residual[start : start + L]
+        magnitudes = _read(x_L, residual_L, unscale, residual_at != 0, value_at, value_T)
+        store_words(bits_G.ctypes.data, magnitudes)
         absmax = np.uint32(0)
-        value_bits = value.view(np.uint32)
-        for j in range(len(value_bits)):
-            absmax = max(absmax, np.uint32(value_bits[j] & np.uint32(0x7FFFFFFF)))
+        for c in range(16):
+            absmax = max(absmax, bits_G[c])
         exponent = np.int32(absmax >> np.uint32(23))
         to_unit = _as_float(np.uint32(min(max(254 - exponent, 1), 253)) << np.uint32(23))
         lost = exponent == 255
         tile_key = _mix32(np.uint32(np.uint32(base) + np.uint32(tile)))
         _sign_words(tile_key, words)
         if lost or exponent == 0:
-            z[:] = np.float32(0)
+            for row in range(rows):
+                store_row(z_at + 64 * row, _zero())
         else:
-            for j in range(len(value)):
-                z[j] = value[j] * to_unit
-            _flip_signs(z, words, rows)
-            _rotate(z, rows)
-        _energy(z, rows, groups, sums_4C, energy_G)
+            factor = constant_row(to_unit)
+            for row in range(rows):
+                v = as_row(as_words(load_row(value_at + 64 * row)) ^ _sign_bits(words_at, row))
+                store_row(z_at + 64 * row, v * factor)
+            _rotate(z_at, rows)
+        _energy(z_at, rows, groups, scratch_C, energy_G)
         for c in range(16):
             g = c * groups // 16
             count = ((g + 1) * 16 + groups - 1) // groups - (g * 16 + groups - 1) // groups
             energy = energy_G[g]
             sigma = np.sqrt(energy / np.float32(count * rows))
             coded = energy >= np.float32(2.0**-90)
-            inverse_C[c] = np.float32(1) / sigma if coded else np.float32(0)
-        _quantize(z, codes, rows, num_bits, constants, inverse_C, inner_4C, norm_4C)
-        _fold(inner_4C, groups, inner_G)
-        _fold(norm_4C, groups, norm_G)
+            column_C[c] = np.float32(1) / sigma if coded else np.float32(0)
+        inverse = load_row(column_at)
+        _quantize(z_at, codes_T_at, rows, groups, constants, inverse, scratch_C, inner_G, norm_G)
         transforms = np.float32(rows if _window(rows) == rows else 1)
         for g in range(groups):
             scale = np.float32(0)
@@ -293,27 +352,30 @@ def _encode(
             payload[scales_at + 2 * g + 1] = np.uint8(bits >> np.uint32(8))
         scales_at += 2 * groups
         size = 2 * rows * num_bits
-        _pack(codes, payload[codes_at : codes_at + size], num_bits)
+        _pack(codes_T[: 16 * rows], payload[codes_at : codes_at + size], num_bits)
         codes_at += size
         if new_residual_at != 0:
             new_L = new_residual[start : start + L]
             if lost:
-                residual_L = residual[start : start + L]
                 for j in range(len(new_L)):
                     new_L[j] = residual_L[j]
             else:
                 for c in range(16):
-                    scale_C[c] = _bf16(bits_G[c * groups // 16])
-                _scale_rows(z, rows, scale_C)
-                _unrotate(z, rows)
-                _flip_signs(z, words, rows)
-                for j in range(len(new_L)):
-                    new_L[j] = (value[j] - z[j]) * rescale
-
-
-@_inline
-def _as_bits(value: Any) -> Any:
-    return np.float32(value).view(np.uint32)
+                    column_C[c] = _bf16(bits_G[c * groups // 16])
+                scale = load_row(column_at)
+                for row in range(rows):
+                    store_row(z_at + 64 * row, load_row(z_at + 64 * row) * scale)
+                _unrotate(z_at, rows)
+                factor = constant_row(rescale)
+                for row in range(rows):
+                    decoded = as_row(as_words(load_row(z_at + 64 * row)) ^ _sign_bits(words_at, row))
+                    error = (load_row(value_at + 64 * row) - decoded) * factor
+                    if row < L >> 4:
+                        store_row(new_L.ctypes.data + 64 * row, error)
+                    else:
+                        store_row(value_at + 64 * row, error)
+                for j in range(L & ~15, L):
+                    new_L[j] = value_T[j]
 
 
 @_jit
@@ -330,10 +392,9 @@ def _decode_mean(
     """Decode is the mean of one row."""
     payloads = carray(_u8_pointer(payloads_at), (num_rows - 1) * row_stride + nbytes)
     out = carray(_f32_pointer(out_at), n)
-    z_T = np.empty(4096, np.float32)
-    codes_T = np.empty(4096, np.uint8)
-    words = np.empty(128, np.uint32)
-    scale_C = np.empty(16, np.float32)
+    z_T, column_C = np.empty(4096, np.float32), np.empty(16, np.float32)
+    codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
+    z_at, codes_T_at, words_at = z_T.ctypes.data, codes_T.ctypes.data, words.ctypes.data
     divisor = np.float32(num_rows)
     for tile in range((n + 4095) // 4096):
         start = tile * 4096
@@ -344,7 +405,7 @@ def _decode_mean(
         size = 2 * rows * num_bits
         codes_at = 4 + 2 * ((n + 255) // 256) + tile * 512 * num_bits
         out_L = out[start : start + L]
-        z, codes = z_T[: 16 * rows], codes_T[: 16 * rows]
+        z = z_T[:L]
         for rank in range(num_rows):
             payload = payloads[rank * row_stride : rank * row_stride + nbytes]
             base = np.uint32(0)
@@ -353,16 +414,19 @@ def _decode_mean(
             for c in range(16):
                 at = scales_at + 2 * (c * groups // 16)
                 bits = np.uint32(np.uint32(payload[at]) | (np.uint32(payload[at + 1]) << np.uint32(8)))
-                scale_C[c] = _bf16(bits)
-            if scale_C[0] != scale_C[0]:
+                column_C[c] = _bf16(bits)
+            if column_C[0] != column_C[0]:
                 z[:] = np.float32(np.nan)
             else:
                 _sign_words(_mix32(np.uint32(base + np.uint32(tile))), words)
-                _unpack(payload[codes_at : codes_at + size], codes, num_bits)
-                _levels(codes, z, num_bits, constants)
-                _scale_rows(z, rows, scale_C)
-                _unrotate(z, rows)
-                _flip_signs(z, words, rows)
+                _unpack(payload[codes_at : codes_at + size], codes_T[: 16 * rows], num_bits)
+                scale = load_row(column_C.ctypes.data)
+                for row in range(rows):
+                    store_row(z_at + 64 * row, _level(load_bytes(codes_T_at + 16 * row), constants) * scale)
+                _unrotate(z_at, rows)
+                for row in range(rows):
+                    decoded = as_words(load_row(z_at + 64 * row)) ^ _sign_bits(words_at, row)
+                    store_words(z_at + 64 * row, decoded)
             if rank == 0:
                 for j in range(len(out_L)):
                     out_L[j] = z[j]
