@@ -46,10 +46,7 @@ from gradq.kernels.vector import (
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
 _CONSTANTS = {
-    bits: np.array(
-        [p.top, *p.to_index, *p.to_level, 1 << (bits - 1), (1 << (bits - 1)) - 0.5],
-        np.float32,
-    )
+    bits: np.array([p.top, *p.to_index, *p.to_level, 1 << (bits - 1)], np.float32)
     for bits, p in POLYNOMIALS.items()
 }
 
@@ -72,22 +69,44 @@ def _sign_bits(words_at: Any, row: Any) -> Any:
 
 
 @_inline
-def _hadamard(at: Any, size: Any) -> None:
-    """The unnormalized transform of `size` rows, a power of two, in place."""
-    distance = 1
-    while 16 * distance <= size:
-        for block in range(0, size, 16 * distance):
-            for row in range(block, block + distance):
-                hadamard_rows(at + 64 * row, 64 * distance)
-        distance *= 16
-    while distance < size:
-        for row in range(size):
-            if row & distance == 0:
-                first, second = at + 64 * row, at + 64 * (row + distance)
-                a, b = load_row(first), load_row(second)
-                store_row(first, a + b)
-                store_row(second, a - b)
-        distance *= 2
+def _signed_row(z_at: Any, words_at: Any, row: Any, scale: Any) -> Any:
+    return as_row(as_words(load_row(z_at + 64 * row) * scale) ^ _sign_bits(words_at, row))
+
+
+@_inline
+def _low_stages(at: Any, size: Any) -> None:
+    """Distances 1, 2, 4, 8 of `size` rows, a power of two, in place."""
+    if size >= 16:
+        for row in range(0, size, 16):
+            hadamard_rows(at + 64 * row, 64)
+    else:
+        distance = 1
+        while distance < size:
+            _stage(at, size, distance)
+            distance *= 2
+
+
+@_inline
+def _high_stages(at: Any, size: Any) -> None:
+    """Distances 16, 32, ... of `size` rows, a power of two, in place."""
+    if size == 256:
+        for row in range(16):
+            hadamard_rows(at + 64 * row, 1024)
+    else:
+        distance = 16
+        while distance < size:
+            _stage(at, size, distance)
+            distance *= 2
+
+
+@_inline
+def _stage(at: Any, size: Any, distance: Any) -> None:
+    for row in range(size):
+        if row & distance == 0:
+            first, second = at + 64 * row, at + 64 * (row + distance)
+            a, b = load_row(first), load_row(second)
+            store_row(first, a + b)
+            store_row(second, a - b)
 
 
 @_inline
@@ -108,12 +127,14 @@ def _window(rows: Any) -> Any:
 @_inline
 def _rotate(at: Any, rows: Any) -> None:
     size = _window(rows)
-    _hadamard(at, size)
+    _low_stages(at, size)
+    _high_stages(at, size)
     if size != rows:
         factor = np.float32(1.0 / np.sqrt(float(size)))
         last = at + 64 * (rows - size)
         _multiply(at, size, factor)
-        _hadamard(last, size)
+        _low_stages(last, size)
+        _high_stages(last, size)
         _multiply(last, size, factor)
 
 
@@ -123,12 +144,15 @@ def _unrotate(at: Any, rows: Any) -> None:
     if size != rows:
         factor = np.float32(1.0 / np.sqrt(float(size)))
         last = at + 64 * (rows - size)
-        _hadamard(last, size)
+        _high_stages(last, size)
+        _low_stages(last, size)
         _multiply(last, size, factor)
-        _hadamard(at, size)
+        _high_stages(at, size)
+        _low_stages(at, size)
         _multiply(at, size, factor)
     else:
-        _hadamard(at, size)
+        _high_stages(at, size)
+        _low_stages(at, size)
 
 
 @_inline
@@ -169,50 +193,78 @@ def _fold(s0: Any, s1: Any, s2: Any, s3: Any, groups: Any, scratch_C: Any, sums_
 
 
 @_inline
-def _square(at: Any) -> Any:
-    z = load_row(at)
-    return z * z
+def _to_unit_row(value_at: Any, z_at: Any, words_at: Any, row: Any, factor: Any) -> Any:
+    """Store a row of value with its signs and in units of the tile; its squares."""
+    v = as_row(as_words(load_row(value_at + 64 * row)) ^ _sign_bits(words_at, row)) * factor
+    store_row(z_at + 64 * row, v)
+    return v * v
 
 
 @_inline
-def _energy(at: Any, rows: Any, groups: Any, scratch_C: Any, energy_G: Any) -> None:
+def _to_unit(
+    value_at: Any, z_at: Any, words_at: Any, rows: Any, to_unit: Any, groups: Any, scratch_C: Any, sums_G: Any
+) -> None:
+    """Step 2 but for the transform: signs, unit, energy; of a full tile also the low stages."""
     s0, s1, s2, s3 = _zero(), _zero(), _zero(), _zero()
-    for quad in range(rows >> 2):
-        s0 = s0 + _square(at + 256 * quad)
-        s1 = s1 + _square(at + 256 * quad + 64)
-        s2 = s2 + _square(at + 256 * quad + 128)
-        s3 = s3 + _square(at + 256 * quad + 192)
-    rest = at + 64 * (rows & ~3)
+    factor = constant_row(to_unit)
+    for row in range(0, rows & ~3, 4):
+        s0 = s0 + _to_unit_row(value_at, z_at, words_at, row, factor)
+        s1 = s1 + _to_unit_row(value_at, z_at, words_at, row + 1, factor)
+        s2 = s2 + _to_unit_row(value_at, z_at, words_at, row + 2, factor)
+        s3 = s3 + _to_unit_row(value_at, z_at, words_at, row + 3, factor)
+        if rows == 256 and row & 12 == 12:
+            hadamard_rows(z_at + 64 * (row - 12), 64)
+    rest = rows & ~3
     if rows & 3 > 0:
-        s0 = s0 + _square(rest)
+        s0 = s0 + _to_unit_row(value_at, z_at, words_at, rest, factor)
     if rows & 3 > 1:
-        s1 = s1 + _square(rest + 64)
+        s1 = s1 + _to_unit_row(value_at, z_at, words_at, rest + 1, factor)
     if rows & 3 > 2:
-        s2 = s2 + _square(rest + 128)
-    _fold(s0, s1, s2, s3, groups, scratch_C, energy_G)
+        s2 = s2 + _to_unit_row(value_at, z_at, words_at, rest + 2, factor)
+    _fold(s0, s1, s2, s3, groups, scratch_C, sums_G)
 
 
 @_inline
-def _level(code: Any, constants: Any) -> Any:
+def _rows_of(constants: Any) -> Any:
+    """Constants as rows, for `_quantize_row` and `_level`; outside of loops, or they are loaded every time."""
+    middle = np.float32(constants[9] - np.float32(0.5))
+    return (
+        constant_row(-constants[0]),
+        constant_row(constants[0]),
+        constant_row(constants[1]),
+        constant_row(constants[2]),
+        constant_row(constants[3]),
+        constant_row(constants[4]),
+        constant_row(constants[9]),
+        (
+            constant_row(middle),
+            constant_row(constants[5]),
+            constant_row(constants[6]),
+            constant_row(constants[7]),
+            constant_row(constants[8]),
+        ),
+    )
+
+
+@_inline
+def _level(code: Any, to_level: Any) -> Any:
     """The levels of a row of codes."""
-    m = to_float(code) - constant_row(constants[10])
+    middle, a0, a1, a2, a3 = to_level
+    m = to_float(code) - middle
     m2 = m * m
-    inner = constant_row(constants[7]) + m2 * constant_row(constants[8])
-    return m * (constant_row(constants[5]) + m2 * (constant_row(constants[6]) + m2 * inner))
+    return m * (a0 + m2 * (a1 + m2 * (a2 + m2 * a3)))
 
 
 @_inline
 def _quantize_row(at: Any, codes_at: Any, inverse: Any, constants: Any) -> Any:
     """Store the codes of a row, replace it by its levels; level * z and level²."""
+    bottom, top, k0, k1, k2, k3, half, to_level = constants
     z = load_row(at)
-    top = constants[0]
-    y = minimum(maximum(z * inverse, constant_row(-top)), constant_row(top))
+    y = minimum(maximum(z * inverse, bottom), top)
     y2 = y * y
-    inner = constant_row(constants[3]) + y2 * constant_row(constants[4])
-    u = y * (constant_row(constants[1]) + y2 * (constant_row(constants[2]) + y2 * inner))
-    code = to_int(u + constant_row(constants[9]))
+    code = to_int(y * (k0 + y2 * (k1 + y2 * (k2 + y2 * k3))) + half)
     store_bytes(codes_at, code)
-    level = _level(code, constants)
+    level = _level(code, to_level)
     store_row(at, level)
     return level * z, level * level
 
@@ -223,33 +275,46 @@ def _quantize(
     codes_at: Any,
     rows: Any,
     groups: Any,
-    constants: Any,
+    rows_of_constants: Any,
     inverse: Any,
+    with_residual: Any,
     scratch_C: Any,
     inner_G: Any,
     norm_G: Any,
 ) -> None:
-    """Codes of z and sums of ⟨level, z⟩ and ‖level‖²; z becomes the levels."""
+    """Codes of z and sums of ⟨level, z⟩ and ‖level‖²; z becomes the levels.
+
+    Of a full tile this includes the transform's high stages before, and those of its inverse after.
+    """
     i0, i1, i2, i3 = _zero(), _zero(), _zero(), _zero()
     n0, n1, n2, n3 = _zero(), _zero(), _zero(), _zero()
-    for quad in range(rows >> 2):
-        i, n = _quantize_row(at + 256 * quad, codes_at + 64 * quad, inverse, constants)
+    step = 16 if rows == 256 else 1  # between rows
+    for first in range(0, rows & ~3, 4):
+        row = (first >> 4) + ((first & 15) << 4) if rows == 256 else first
+        if rows == 256 and first & 15 == 0:
+            hadamard_rows(at + 64 * row, 1024)
+        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants)
         i0, n0 = i0 + i, n0 + n
-        i, n = _quantize_row(at + 256 * quad + 64, codes_at + 64 * quad + 16, inverse, constants)
+        row += step
+        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants)
         i1, n1 = i1 + i, n1 + n
-        i, n = _quantize_row(at + 256 * quad + 128, codes_at + 64 * quad + 32, inverse, constants)
+        row += step
+        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants)
         i2, n2 = i2 + i, n2 + n
-        i, n = _quantize_row(at + 256 * quad + 192, codes_at + 64 * quad + 48, inverse, constants)
+        row += step
+        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants)
         i3, n3 = i3 + i, n3 + n
+        if rows == 256 and with_residual and first & 12 == 12:
+            hadamard_rows(at + 64 * (row - 240), 1024)
     rest = rows & ~3
     if rows & 3 > 0:
-        i, n = _quantize_row(at + 64 * rest, codes_at + 16 * rest, inverse, constants)
+        i, n = _quantize_row(at + 64 * rest, codes_at + 16 * rest, inverse, rows_of_constants)
         i0, n0 = i0 + i, n0 + n
     if rows & 3 > 1:
-        i, n = _quantize_row(at + 64 * rest + 64, codes_at + 16 * rest + 16, inverse, constants)
+        i, n = _quantize_row(at + 64 * rest + 64, codes_at + 16 * rest + 16, inverse, rows_of_constants)
         i1, n1 = i1 + i, n1 + n
     if rows & 3 > 2:
-        i, n = _quantize_row(at + 64 * rest + 128, codes_at + 16 * rest + 32, inverse, constants)
+        i, n = _quantize_row(at + 64 * rest + 128, codes_at + 16 * rest + 32, inverse, rows_of_constants)
         i2, n2 = i2 + i, n2 + n
     _fold(i0, i1, i2, i3, groups, scratch_C, inner_G)
     _fold(n0, n1, n2, n3, groups, scratch_C, norm_G)
@@ -291,6 +356,7 @@ def _encode(
     energy_G, inner_G, norm_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
     value_at, z_at, codes_T_at = value_T.ctypes.data, z_T.ctypes.data, codes_T.ctypes.data
     words_at, column_at = words.ctypes.data, column_C.ctypes.data
+    rows_of_constants = _rows_of(constants)
     unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
     for k in range(4):
         payload[k] = np.uint8(np.uint32(base) >> np.uint32(8 * k))
@@ -315,28 +381,30 @@ def _encode(
         if lost or exponent == 0:
             for row in range(rows):
                 store_row(z_at + 64 * row, _zero())
+            for g in range(groups):
+                energy_G[g] = np.float32(0)
         else:
-            factor = constant_row(to_unit)
-            for row in range(rows):
-                v = as_row(as_words(load_row(value_at + 64 * row)) ^ _sign_bits(words_at, row))
-                store_row(z_at + 64 * row, v * factor)
-            _rotate(z_at, rows)
-        _energy(z_at, rows, groups, scratch_C, energy_G)
+            _to_unit(value_at, z_at, words_at, rows, to_unit, groups, scratch_C, energy_G)
+            if rows != 256:
+                _rotate(z_at, rows)
+        gain = np.float32(rows if _window(rows) == rows else 1)
         for c in range(16):
             g = c * groups // 16
             count = ((g + 1) * 16 + groups - 1) // groups - (g * 16 + groups - 1) // groups
             energy = energy_G[g]
-            sigma = np.sqrt(energy / np.float32(count * rows))
+            sigma = np.sqrt(energy * gain / np.float32(count * rows))
             coded = energy >= np.float32(2.0**-90)
             column_C[c] = np.float32(1) / sigma if coded else np.float32(0)
         inverse = load_row(column_at)
-        _quantize(z_at, codes_T_at, rows, groups, constants, inverse, scratch_C, inner_G, norm_G)
-        transforms = np.float32(rows if _window(rows) == rows else 1)
+        with_residual = new_residual_at != 0
+        _quantize(
+            z_at, codes_T_at, rows, groups, rows_of_constants, inverse, with_residual, scratch_C, inner_G, norm_G
+        )
         for g in range(groups):
             scale = np.float32(0)
             if energy_G[g] >= np.float32(2.0**-90):
-                scale = energy_G[g] / inner_G[g] if unbiased else inner_G[g] / norm_G[g]
-                scale = (scale / transforms) / to_unit
+                scale = energy_G[g] / inner_G[g] if unbiased else (inner_G[g] / norm_G[g]) / gain
+                scale = scale / to_unit
             bits = np.uint32(0)
             if scale >= np.float32(2.0**-126):
                 word = np.uint32(0x8000)
@@ -355,23 +423,23 @@ def _encode(
         _pack(codes_T[: 16 * rows], payload[codes_at : codes_at + size], num_bits)
         codes_at += size
         if new_residual_at != 0:
-            new_L = new_residual[start : start + L]
+            new_L, new_at = new_residual[start : start + L], new_residual_at + 4 * start
             if lost:
                 for j in range(len(new_L)):
                     new_L[j] = residual_L[j]
             else:
                 for c in range(16):
                     column_C[c] = _bf16(bits_G[c * groups // 16])
-                scale = load_row(column_at)
+                scale, factor = load_row(column_at), constant_row(rescale)
+                if rows != 256:
+                    _unrotate(z_at, rows)
                 for row in range(rows):
-                    store_row(z_at + 64 * row, load_row(z_at + 64 * row) * scale)
-                _unrotate(z_at, rows)
-                factor = constant_row(rescale)
-                for row in range(rows):
-                    decoded = as_row(as_words(load_row(z_at + 64 * row)) ^ _sign_bits(words_at, row))
+                    if rows == 256 and row & 15 == 0:
+                        hadamard_rows(z_at + 64 * row, 64)
+                    decoded = _signed_row(z_at, words_at, row, scale)
                     error = (load_row(value_at + 64 * row) - decoded) * factor
                     if row < L >> 4:
-                        store_row(new_L.ctypes.data + 64 * row, error)
+                        store_row(new_at + 64 * row, error)
                     else:
                         store_row(value_at + 64 * row, error)
                 for j in range(L & ~15, L):
@@ -395,6 +463,7 @@ def _decode_mean(
     z_T, column_C = np.empty(4096, np.float32), np.empty(16, np.float32)
     codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
     z_at, codes_T_at, words_at = z_T.ctypes.data, codes_T.ctypes.data, words.ctypes.data
+    to_level = _rows_of(constants)[7]
     divisor = np.float32(num_rows)
     for tile in range((n + 4095) // 4096):
         start = tile * 4096
@@ -421,12 +490,17 @@ def _decode_mean(
                 _sign_words(_mix32(np.uint32(base + np.uint32(tile))), words)
                 _unpack(payload[codes_at : codes_at + size], codes_T[: 16 * rows], num_bits)
                 scale = load_row(column_C.ctypes.data)
+                for k in range(rows):
+                    row = (k >> 4) + ((k & 15) << 4) if rows == 256 else k
+                    store_row(z_at + 64 * row, _level(load_bytes(codes_T_at + 16 * row), to_level))
+                    if rows == 256 and k & 15 == 15:
+                        hadamard_rows(z_at + 64 * (row - 240), 1024)
+                if rows != 256:
+                    _unrotate(z_at, rows)
                 for row in range(rows):
-                    store_row(z_at + 64 * row, _level(load_bytes(codes_T_at + 16 * row), constants) * scale)
-                _unrotate(z_at, rows)
-                for row in range(rows):
-                    decoded = as_words(load_row(z_at + 64 * row)) ^ _sign_bits(words_at, row)
-                    store_words(z_at + 64 * row, decoded)
+                    if rows == 256 and row & 15 == 0:
+                        hadamard_rows(z_at + 64 * row, 64)
+                    store_row(z_at + 64 * row, _signed_row(z_at, words_at, row, scale))
             if rank == 0:
                 for j in range(len(out_L)):
                     out_L[j] = z[j]

@@ -14,17 +14,20 @@ Encoding a tile:
 
 1. value = x + loss_scale * residual. With NaN, Inf, or a scale that could decode to Inf, the tile is sent as
    scales of NaN and its residual stays as it was. Below 2**-126 it is sent as scales of 0.
-2. Signs, then a power of two that brings the largest magnitude into [1, 2), then the Hadamard transform of
-   each column: adds and subtracts at distances 1, 2, 4, ... R of rows that are no power of two take the
-   largest power of two R' that fits twice, over the first R' rows and over the last R', each times R'**-½.
+2. Signs; a power of two that brings the largest magnitude into [1, 2); the energy of each group; then the
+   Hadamard transform of each column: sums and differences of rows at distances 1, 2, 4, ... R. If R is no
+   power of two, then with R' the largest one below: the first R' rows, times R'**-½, then the last R'.
 3. σ² = energy / elements of the group. code = trunc(u(clamp(z / σ)) + 2**(num_bits - 1)), see `Polynomials`.
 4. With c the levels of the codes: scale = ‖z‖² / ⟨c, z⟩ (unbiased over rotations) or ⟨c, z⟩ / ‖c‖² (least
    squares). An unbiased scale is rounded to bf16 up or down at random, the other to the nearest.
 5. The new residual is value - decoded, / loss_scale.
 
-Sums over rows have four accumulators, row r in number r % 4, added as (0 + 1) + (2 + 3); then the columns of
-a group from the left. Decoding: scale times level, transform, signs. The factor 1 / R of two transforms is a
-part of the scale.
+Decoding: transform the levels back (distances 16, 32, ... R, then 1, 2, 4, 8), times the scale, signs. The
+factor R of two transforms that are a power of two long is divided out of the scale.
+
+Sums over rows have four accumulators, the k-th row added to number k % 4, together (0 + 1) + (2 + 3); then
+the columns of a group from the left. Rows are taken in order, but for step 4 in a full tile, which takes rows
+0, 16, 32, ... 240, 1, 17, ...
 
 References:
     Vargaftik et al., "EDEN: Communication-efficient and robust distributed mean estimation", ICML 2022 (the
@@ -34,7 +37,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +49,7 @@ from gradq.kernels.rotated import (
     HEADER_BYTES,
     POLYNOMIALS,
     TILE,
+    TILE_ROWS,
     Polynomials,
 )
 
@@ -88,12 +92,11 @@ def signs(base: int, first_tile: int, num_tiles: int, rows: int) -> Tensor:
     return (1.0 - 2.0 * bits.to(torch.float32)).reshape(num_tiles, -1, COLUMNS)[:, :rows]
 
 
-def _hadamard(z_TRC: Tensor) -> Tensor:
-    shape, distance = z_TRC.shape, 1
-    while distance < shape[1]:
-        pairs = z_TRC.view(shape[0], -1, 2, distance, COLUMNS)
+def _hadamard(z_TRC: Tensor, distances: Sequence[int]) -> Tensor:
+    shape = z_TRC.shape
+    for distance in distances:
+        pairs = z_TRC.reshape(shape[0], -1, 2, distance, COLUMNS)
         z_TRC = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2)
-        distance *= 2
     return z_TRC.reshape(shape)
 
 
@@ -103,24 +106,39 @@ def _windows(rows: int) -> tuple[int, Tensor]:
     return size, torch.tensor(size**-0.5, dtype=torch.float32)
 
 
+def _gain(rows: int) -> int:
+    """What a transform multiplies energies by."""
+    return rows if rows & (rows - 1) == 0 else 1
+
+
 def rotate(z_TRC: Tensor) -> Tensor:
     """The transform of each column: orthogonal, but for a factor √R where R is a power of two."""
     rows = z_TRC.shape[1]
     size, factor = _windows(rows)
+    distances = [1 << k for k in range(size.bit_length() - 1)]
     if size == rows:
-        return _hadamard(z_TRC)
-    z_TRC = torch.cat((_hadamard(z_TRC[:, :size].contiguous()) * factor, z_TRC[:, size:]), 1)
-    return torch.cat((z_TRC[:, :-size], _hadamard(z_TRC[:, -size:].contiguous()) * factor), 1)
+        return _hadamard(z_TRC, distances)
+    z_TRC = torch.cat((_hadamard(z_TRC[:, :size], distances) * factor, z_TRC[:, size:]), 1)
+    return torch.cat((z_TRC[:, :-size], _hadamard(z_TRC[:, -size:], distances) * factor), 1)
 
 
 def unrotate(z_TRC: Tensor) -> Tensor:
     """The inverse of `rotate`, but for a factor R where R is a power of two."""
     rows = z_TRC.shape[1]
     size, factor = _windows(rows)
+    distances = [1 << k for k in range(size.bit_length() - 1)]
+    distances = distances[4:] + distances[:4]
     if size == rows:
-        return _hadamard(z_TRC)
-    z_TRC = torch.cat((z_TRC[:, :-size], _hadamard(z_TRC[:, -size:].contiguous()) * factor), 1)
-    return torch.cat((_hadamard(z_TRC[:, :size].contiguous()) * factor, z_TRC[:, size:]), 1)
+        return _hadamard(z_TRC, distances)
+    z_TRC = torch.cat((z_TRC[:, :-size], _hadamard(z_TRC[:, -size:], distances) * factor), 1)
+    return torch.cat((_hadamard(z_TRC[:, :size], distances) * factor, z_TRC[:, size:]), 1)
+
+
+def _by_sixteens(z_TRC: Tensor) -> Tensor:
+    """Full tiles with their rows in the order 0, 16, 32, ... 240, 1, 17, ...; others as they are."""
+    if z_TRC.shape[1] != TILE_ROWS:
+        return z_TRC
+    return z_TRC.view(-1, 16, 16, COLUMNS).transpose(1, 2).reshape(z_TRC.shape)
 
 
 def _sum_groups(terms_TRC: Tensor, groups: int) -> Tensor:
@@ -226,21 +244,20 @@ def _encode_tiles(
     to_unit_T = ((254 - exponent_T).clamp(1, 253) << 23).view(torch.float32)[:, None, None]
     usable = (finite_T & normal_T)[:, :, None]
     unit_TRC = torch.where(usable, (value_TRC * signs_TRC) * to_unit_T, 0.0)
+    energy_TG = _sum_groups(unit_TRC * unit_TRC, groups)
     z_TRC = rotate(unit_TRC)
-    energy_TG = _sum_groups(z_TRC * z_TRC, groups)
     count_G = torch.bincount(torch.arange(COLUMNS) * groups // COLUMNS).to(torch.float32) * rows
-    sigma_TG = torch.sqrt(energy_TG / count_G)
+    sigma_TG = torch.sqrt(energy_TG * _gain(rows) / count_G)
     coded_TG = energy_TG >= 2.0**-90
     inverse_TG = torch.where(coded_TG, 1.0 / sigma_TG, 0.0)
     codes_TRC = _quantize(z_TRC * _by_column(inverse_TG), num_bits, polynomials)
     level_TRC = _level(codes_TRC, num_bits, polynomials)
-    inner_TG = _sum_groups(level_TRC * z_TRC, groups)
+    inner_TG = _sum_groups(_by_sixteens(level_TRC * z_TRC), groups)
     if unbiased:
         scale_TG = energy_TG / inner_TG
     else:
-        scale_TG = inner_TG / _sum_groups(level_TRC * level_TRC, groups)
-    transforms = rows if rows & (rows - 1) == 0 else 1
-    scale_TG = torch.where(coded_TG, (scale_TG / transforms) / to_unit_T[:, :, 0], 0.0)
+        scale_TG = (inner_TG / _sum_groups(_by_sixteens(level_TRC * level_TRC), groups)) / _gain(rows)
+    scale_TG = torch.where(coded_TG, scale_TG / to_unit_T[:, :, 0], 0.0)
     bits_TG = _round_scales(scale_TG, words_TG)
     overflow_T = ~torch.isfinite(_scale_values(bits_TG) * TILE).all(1, keepdim=True)
     bits_TG = torch.where(~finite_T | overflow_T, _BF16_NAN, bits_TG)
@@ -249,7 +266,7 @@ def _encode_tiles(
 
 def _decode_tiles(bits_TG: Tensor, codes_TRC: Tensor, signs_TRC: Tensor, num_bits: int) -> Tensor:
     level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
-    return unrotate(level_TRC * _by_column(_scale_values(bits_TG))) * signs_TRC
+    return (unrotate(level_TRC) * _by_column(_scale_values(bits_TG))) * signs_TRC
 
 
 def _open(payload: Tensor, numel: int, num_bits: int) -> tuple[Tensor, Tensor]:
