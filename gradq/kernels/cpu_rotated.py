@@ -36,6 +36,8 @@ from gradq.kernels.vector import (
     maximum,
     maximum_words,
     minimum,
+    select_less,
+    square_root,
     store_bytes,
     store_row,
     store_words,
@@ -49,6 +51,11 @@ _CONSTANTS = {
     bits: np.array([p.top, *p.to_index, *p.to_level, 1 << (bits - 1)], np.float32)
     for bits, p in POLYNOMIALS.items()
 }
+
+
+@_inline
+def _as_bits(value: Any) -> Any:
+    return np.float32(value).view(np.uint32)
 
 
 @_inline
@@ -156,72 +163,80 @@ def _unrotate(at: Any, rows: Any) -> None:
 
 
 @_inline
-def _read(x_L: Any, residual_L: Any, unscale: Any, with_residual: Any, value_at: Any, value: Any) -> Any:
-    """Value = x + residual * unscale, the last row filled up with zeros; the bits of the largest magnitude."""
-    L = len(x_L)
-    x_at, residual_at = x_L.ctypes.data, residual_L.ctypes.data
-    bits = constant_words(np.uint32(0))
-    magnitude = constant_words(np.uint32(0x7FFFFFFF))
-    factor = constant_row(unscale)
-    if L & 15:
-        for j in range(L & ~15, (L + 15) & ~15):
-            value[j] = np.float32(0)
-            if j < L:
-                value[j] = x_L[j] + residual_L[j] * unscale if with_residual else x_L[j]
-        bits = as_words(load_row(value_at + 4 * (L & ~15))) & magnitude
-    if with_residual:
-        for row in range(L >> 4):
-            v = load_row(x_at + 64 * row) + load_row(residual_at + 64 * row) * factor
-            store_row(value_at + 64 * row, v)
-            bits = maximum_words(bits, as_words(v) & magnitude)
-    else:
-        for row in range(L >> 4):
-            v = load_row(x_at + 64 * row)
-            store_row(value_at + 64 * row, v)
-            bits = maximum_words(bits, as_words(v) & magnitude)
-    return bits
-
-
-@_inline
-def _fold(s0: Any, s1: Any, s2: Any, s3: Any, groups: Any, scratch_C: Any, sums_G: Any) -> None:
-    """The four accumulators of each column to sums over the columns of each group."""
-    store_row(scratch_C.ctypes.data, (s0 + s1) + (s2 + s3))
-    for g in range(groups):
-        sums_G[g] = np.float32(0)
+def _fold(s0: Any, s1: Any, s2: Any, s3: Any, groups: Any, scratch_C: Any, sums_G: Any) -> Any:
+    """The four accumulators of each column to the sum over its group."""
+    sums = (s0 + s1) + (s2 + s3)
+    if groups == 16:
+        return sums
+    store_row(scratch_C.ctypes.data, sums)
+    sums_G[:] = np.float32(0)
     for c in range(16):
         sums_G[c * groups // 16] += scratch_C[c]
+    for c in range(16):
+        scratch_C[c] = sums_G[c * groups // 16]
+    return load_row(scratch_C.ctypes.data)
 
 
 @_inline
-def _to_unit_row(value_at: Any, z_at: Any, words_at: Any, row: Any, factor: Any) -> Any:
-    """Store a row of value with its signs and in units of the tile; its squares."""
-    v = as_row(as_words(load_row(value_at + 64 * row)) ^ _sign_bits(words_at, row)) * factor
-    store_row(z_at + 64 * row, v)
-    return v * v
+def _start_row(
+    x_at: Any, residual_at: Any, z_at: Any, words_at: Any, row: Any, unscale: Any, to_unit: Any
+) -> Any:
+    """Store a row of x + residual with its signs, in units of the tile; magnitudes before that, and squares."""
+    value = load_row(x_at + 64 * row)
+    if residual_at != 0:
+        value = value + load_row(residual_at + 64 * row) * unscale
+    z = as_row(as_words(value) ^ _sign_bits(words_at, row)) * to_unit
+    store_row(z_at + 64 * row, z)
+    return as_words(value) & constant_words(np.uint32(0x7FFFFFFF)), z * z
 
 
 @_inline
-def _to_unit(
-    value_at: Any, z_at: Any, words_at: Any, rows: Any, to_unit: Any, groups: Any, scratch_C: Any, sums_G: Any
-) -> None:
-    """Step 2 but for the transform: signs, unit, energy; of a full tile also the low stages."""
+def _start(
+    x_at: Any,
+    residual_at: Any,
+    z_at: Any,
+    words_at: Any,
+    rows: Any,
+    unscale: Any,
+    to_unit: Any,
+    groups: Any,
+    scratch_C: Any,
+    sums_G: Any,
+) -> Any:
+    """Steps 1 and 2 but for the transform; of a full tile its low stages too.
+
+    Returns:
+        The bits of the largest magnitude, and the energy of each column's group.
+    """
     s0, s1, s2, s3 = _zero(), _zero(), _zero(), _zero()
-    factor = constant_row(to_unit)
+    bits = constant_words(np.uint32(0))
+    loss, unit = constant_row(unscale), constant_row(to_unit)
     for row in range(0, rows & ~3, 4):
-        s0 = s0 + _to_unit_row(value_at, z_at, words_at, row, factor)
-        s1 = s1 + _to_unit_row(value_at, z_at, words_at, row + 1, factor)
-        s2 = s2 + _to_unit_row(value_at, z_at, words_at, row + 2, factor)
-        s3 = s3 + _to_unit_row(value_at, z_at, words_at, row + 3, factor)
+        b, s = _start_row(x_at, residual_at, z_at, words_at, row, loss, unit)
+        bits, s0 = maximum_words(bits, b), s0 + s
+        b, s = _start_row(x_at, residual_at, z_at, words_at, row + 1, loss, unit)
+        bits, s1 = maximum_words(bits, b), s1 + s
+        b, s = _start_row(x_at, residual_at, z_at, words_at, row + 2, loss, unit)
+        bits, s2 = maximum_words(bits, b), s2 + s
+        b, s = _start_row(x_at, residual_at, z_at, words_at, row + 3, loss, unit)
+        bits, s3 = maximum_words(bits, b), s3 + s
         if rows == 256 and row & 12 == 12:
             hadamard_rows(z_at + 64 * (row - 12), 64)
     rest = rows & ~3
     if rows & 3 > 0:
-        s0 = s0 + _to_unit_row(value_at, z_at, words_at, rest, factor)
+        b, s = _start_row(x_at, residual_at, z_at, words_at, rest, loss, unit)
+        bits, s0 = maximum_words(bits, b), s0 + s
     if rows & 3 > 1:
-        s1 = s1 + _to_unit_row(value_at, z_at, words_at, rest + 1, factor)
+        b, s = _start_row(x_at, residual_at, z_at, words_at, rest + 1, loss, unit)
+        bits, s1 = maximum_words(bits, b), s1 + s
     if rows & 3 > 2:
-        s2 = s2 + _to_unit_row(value_at, z_at, words_at, rest + 2, factor)
-    _fold(s0, s1, s2, s3, groups, scratch_C, sums_G)
+        b, s = _start_row(x_at, residual_at, z_at, words_at, rest + 2, loss, unit)
+        bits, s2 = maximum_words(bits, b), s2 + s
+    store_words(scratch_C.ctypes.data, bits)
+    largest = np.uint32(0)
+    for c in range(16):
+        largest = max(largest, _as_bits(scratch_C[c]))
+    return largest, _fold(s0, s1, s2, s3, groups, scratch_C, sums_G)
 
 
 @_inline
@@ -279,10 +294,9 @@ def _quantize(
     inverse: Any,
     with_residual: Any,
     scratch_C: Any,
-    inner_G: Any,
-    norm_G: Any,
-) -> None:
-    """Codes of z and sums of ⟨level, z⟩ and ‖level‖²; z becomes the levels.
+    sums_G: Any,
+) -> Any:
+    """Codes of z; z becomes the levels. Returns ⟨level, z⟩ and ‖level‖² of each column's group.
 
     Of a full tile this includes the transform's high stages before, and those of its inverse after.
     """
@@ -316,18 +330,13 @@ def _quantize(
     if rows & 3 > 2:
         i, n = _quantize_row(at + 64 * rest + 128, codes_at + 16 * rest + 32, inverse, rows_of_constants)
         i2, n2 = i2 + i, n2 + n
-    _fold(i0, i1, i2, i3, groups, scratch_C, inner_G)
-    _fold(n0, n1, n2, n3, groups, scratch_C, norm_G)
+    inner = _fold(i0, i1, i2, i3, groups, scratch_C, sums_G)
+    return inner, _fold(n0, n1, n2, n3, groups, scratch_C, sums_G)
 
 
 @_inline
 def _bf16(bits: Any) -> Any:
     return _as_float(np.uint32(bits << np.uint32(16)))
-
-
-@_inline
-def _as_bits(value: Any) -> Any:
-    return np.float32(value).view(np.uint32)
 
 
 @_jit
@@ -350,11 +359,10 @@ def _encode(
     payload = carray(_u8_pointer(payload_at), nbytes)
     residual = carray(_f32_pointer(residual_at), n)
     new_residual = carray(_f32_pointer(new_residual_at), n)
-    value_T, z_T = np.empty(4096, np.float32), np.empty(4096, np.float32)
+    z_T, tail = np.empty(4096, np.float32), np.empty(4096, np.float32)
     codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
-    scratch_C, column_C, bits_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.uint32)
-    energy_G, inner_G, norm_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
-    value_at, z_at, codes_T_at = value_T.ctypes.data, z_T.ctypes.data, codes_T.ctypes.data
+    scratch_C, column_C, sums_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
+    z_at, codes_T_at = z_T.ctypes.data, codes_T.ctypes.data
     words_at, column_at = words.ctypes.data, column_C.ctypes.data
     rows_of_constants = _rows_of(constants)
     unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
@@ -368,54 +376,70 @@ def _encode(
         rows = (L + 15) // 16
         groups = (L + 255) // 256
         x_L, residual_L = x[start : start + L], residual[start : start + L]
-        magnitudes = _read(x_L, residual_L, unscale, residual_at != 0, value_at, value_T)
-        store_words(bits_G.ctypes.data, magnitudes)
-        absmax = np.uint32(0)
-        for c in range(16):
-            absmax = max(absmax, bits_G[c])
-        exponent = np.int32(absmax >> np.uint32(23))
-        to_unit = _as_float(np.uint32(min(max(254 - exponent, 1), 253)) << np.uint32(23))
-        lost = exponent == 255
         tile_key = _mix32(np.uint32(np.uint32(base) + np.uint32(tile)))
         _sign_words(tile_key, words)
+        from_at, add_at = x_at + 4 * start, residual_at + 4 * start if residual_at != 0 else 0
+        if L & 15:  # the last row would be read past its end
+            for j in range(16 * rows):
+                tail[j] = np.float32(0)
+                if j < L:
+                    tail[j] = x_L[j] + residual_L[j] * unscale if add_at != 0 else x_L[j]
+            from_at, add_at = tail.ctypes.data, 0
+        to_unit = np.float32(1)
+        largest, energy = _start(
+            from_at, add_at, z_at, words_at, rows, unscale, to_unit, groups, scratch_C, sums_G
+        )
+        exponent = np.int32(largest >> np.uint32(23))
+        lost = exponent == 255
         if lost or exponent == 0:
             for row in range(rows):
                 store_row(z_at + 64 * row, _zero())
-            for g in range(groups):
-                energy_G[g] = np.float32(0)
+            energy = _zero()
+        elif exponent < 87 or exponent >= 167:
+            to_unit = _as_float(np.uint32(min(max(254 - exponent, 1), 253)) << np.uint32(23))
+            _, energy = _start(
+                from_at, add_at, z_at, words_at, rows, unscale, to_unit, groups, scratch_C, sums_G
+            )
+        if rows != 256:
+            _rotate(z_at, rows)
+            for c in range(16):
+                g = c * groups // 16
+                first, end = (g * 16 + groups - 1) // groups, ((g + 1) * 16 + groups - 1) // groups
+                column_C[c] = np.float32((end - first) * rows)
+            count = load_row(column_at)
         else:
-            _to_unit(value_at, z_at, words_at, rows, to_unit, groups, scratch_C, energy_G)
-            if rows != 256:
-                _rotate(z_at, rows)
-        gain = np.float32(rows if _window(rows) == rows else 1)
-        for c in range(16):
-            g = c * groups // 16
-            count = ((g + 1) * 16 + groups - 1) // groups - (g * 16 + groups - 1) // groups
-            energy = energy_G[g]
-            sigma = np.sqrt(energy * gain / np.float32(count * rows))
-            coded = energy >= np.float32(2.0**-90)
-            column_C[c] = np.float32(1) / sigma if coded else np.float32(0)
-        inverse = load_row(column_at)
-        with_residual = new_residual_at != 0
-        _quantize(
-            z_at, codes_T_at, rows, groups, rows_of_constants, inverse, with_residual, scratch_C, inner_G, norm_G
+            count = constant_row(np.float32(256))
+        gain = constant_row(np.float32(rows if _window(rows) == rows else 1))
+        least = constant_row(np.float32(2.0**-120))
+        sigma = square_root(energy * gain / count)
+        inverse = select_less(energy, least, _zero(), constant_row(np.float32(1)) / sigma)
+        inner, norm = _quantize(
+            z_at,
+            codes_T_at,
+            rows,
+            groups,
+            rows_of_constants,
+            inverse,
+            new_residual_at != 0,
+            scratch_C,
+            sums_G,
         )
-        for g in range(groups):
-            scale = np.float32(0)
-            if energy_G[g] >= np.float32(2.0**-90):
-                scale = energy_G[g] / inner_G[g] if unbiased else (inner_G[g] / norm_G[g]) / gain
-                scale = scale / to_unit
+        scale = energy / inner if unbiased else (inner / norm) / gain
+        scale = select_less(energy, least, _zero(), scale / constant_row(to_unit))
+        store_row(column_at, scale)
+        for c in range(16):
             bits = np.uint32(0)
-            if scale >= np.float32(2.0**-126):
+            if column_C[c] >= np.float32(2.0**-126):
                 word = np.uint32(0x8000)
                 if unbiased:
-                    word = _mix32(np.uint32(tile_key + np.uint32(128 + g))) & np.uint32(0xFFFF)
-                bits = np.uint32(np.uint32(_as_bits(scale) + word) >> np.uint32(16))
-            lost = lost or not _bf16(bits) * np.float32(4096) < np.float32(np.inf)
-            bits_G[g] = bits
-        for g in range(groups):
-            bits = np.uint32(0x7FC0) if lost else bits_G[g]
-            bits_G[g] = bits
+                    g = np.uint32(c if groups == 16 else c * groups // 16)
+                    word = _mix32(np.uint32(tile_key + np.uint32(128) + g)) & np.uint32(0xFFFF)
+                bits = np.uint32(np.uint32(_as_bits(column_C[c]) + word) >> np.uint32(16))
+            column_C[c] = _bf16(bits)
+            lost = lost or not column_C[c] * np.float32(4096) < np.float32(np.inf)
+        for c in range(16):
+            bits = np.uint32(0x7FC0) if lost else np.uint32(_as_bits(column_C[c]) >> np.uint32(16))
+            g = c if groups == 16 else c * groups // 16
             payload[scales_at + 2 * g] = np.uint8(bits)
             payload[scales_at + 2 * g + 1] = np.uint8(bits >> np.uint32(8))
         scales_at += 2 * groups
@@ -428,22 +452,22 @@ def _encode(
                 for j in range(len(new_L)):
                     new_L[j] = residual_L[j]
             else:
-                for c in range(16):
-                    column_C[c] = _bf16(bits_G[c * groups // 16])
-                scale, factor = load_row(column_at), constant_row(rescale)
                 if rows != 256:
                     _unrotate(z_at, rows)
+                scale, factor, loss = load_row(column_at), constant_row(rescale), constant_row(unscale)
                 for row in range(rows):
                     if rows == 256 and row & 15 == 0:
                         hadamard_rows(z_at + 64 * row, 64)
-                    decoded = _signed_row(z_at, words_at, row, scale)
-                    error = (load_row(value_at + 64 * row) - decoded) * factor
+                    value = load_row(from_at + 64 * row)
+                    if add_at != 0:
+                        value = value + load_row(add_at + 64 * row) * loss
+                    error = (value - _signed_row(z_at, words_at, row, scale)) * factor
                     if row < L >> 4:
                         store_row(new_at + 64 * row, error)
                     else:
-                        store_row(value_at + 64 * row, error)
+                        store_row(z_at + 64 * row, error)
                 for j in range(L & ~15, L):
-                    new_L[j] = value_T[j]
+                    new_L[j] = z_T[j]
 
 
 @_jit

@@ -14,9 +14,10 @@ Encoding a tile:
 
 1. value = x + loss_scale * residual. With NaN, Inf, or a scale that could decode to Inf, the tile is sent as
    scales of NaN and its residual stays as it was. Below 2**-126 it is sent as scales of 0.
-2. Signs; a power of two that brings the largest magnitude into [1, 2); the energy of each group; then the
-   Hadamard transform of each column: sums and differences of rows at distances 1, 2, 4, ... R. If R is no
-   power of two, then with R' the largest one below: the first R' rows, times R'**-½, then the last R'.
+2. Signs; where the largest magnitude is not within 2**-40 ... 2**40, a power of two that brings it into [1, 2);
+   the energy of each group (one below 2**-120 is sent as scale 0); then the Hadamard transform of each column: sums and
+   differences of rows at distances 1, 2, 4, ... R. If R is no power of two, then with R' the largest one
+   below: the first R' rows, times R'**-½, then the last R'.
 3. σ² = energy / elements of the group. code = trunc(u(clamp(z / σ)) + 2**(num_bits - 1)), see `Polynomials`.
 4. With c the levels of the codes: scale = ‖z‖² / ⟨c, z⟩ (unbiased over rotations) or ⟨c, z⟩ / ‖c‖² (least
    squares). An unbiased scale is rounded to bf16 up or down at random, the other to the nearest.
@@ -241,14 +242,15 @@ def _encode_tiles(
     absmax_T = value_TRC.view(torch.int32).bitwise_and(0x7FFFFFFF).reshape(num_tiles, -1).amax(1)
     exponent_T = absmax_T >> 23
     finite_T, normal_T = (exponent_T < 255)[:, None], (exponent_T > 0)[:, None]
-    to_unit_T = ((254 - exponent_T).clamp(1, 253) << 23).view(torch.float32)[:, None, None]
+    to_unit_T = ((254 - exponent_T).clamp(1, 253) << 23).view(torch.float32)
+    to_unit_T = torch.where((exponent_T >= 87) & (exponent_T < 167), 1.0, to_unit_T)[:, None, None]
     usable = (finite_T & normal_T)[:, :, None]
     unit_TRC = torch.where(usable, (value_TRC * signs_TRC) * to_unit_T, 0.0)
     energy_TG = _sum_groups(unit_TRC * unit_TRC, groups)
     z_TRC = rotate(unit_TRC)
     count_G = torch.bincount(torch.arange(COLUMNS) * groups // COLUMNS).to(torch.float32) * rows
     sigma_TG = torch.sqrt(energy_TG * _gain(rows) / count_G)
-    coded_TG = energy_TG >= 2.0**-90
+    coded_TG = energy_TG >= 2.0**-120
     inverse_TG = torch.where(coded_TG, 1.0 / sigma_TG, 0.0)
     codes_TRC = _quantize(z_TRC * _by_column(inverse_TG), num_bits, polynomials)
     level_TRC = _level(codes_TRC, num_bits, polynomials)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
@@ -30,7 +30,9 @@ __all__ = [
     "maximum",
     "maximum_words",
     "minimum",
+    "prefetch",
     "select_less",
+    "square_root",
     "store_bytes",
     "store_row",
     "store_words",
@@ -133,6 +135,20 @@ def _hadamard(builder: Any, base: Any, stride: Any) -> Any:
     return _VOID
 
 
+def _prefetch(builder: Any, at: Any) -> Any:
+    """Ask for a cache line to read, into the second level: a hint, harmless at any address."""
+    pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [builder.inttoptr(at, pointer), number(0), number(2), number(1)])
+    return _VOID
+
+
+def _square_root(builder: Any, a: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [_FLOATS])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.sqrt.v16f32"), [a])
+
+
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
@@ -153,6 +169,8 @@ as_words = _operation(_words, lambda builder, a: builder.bitcast(a, _INTS), _row
 as_row = _operation(_row, lambda builder, a: builder.bitcast(a, _FLOATS), _words)
 to_int = _operation(_words, lambda builder, a: builder.fptosi(a, _INTS), _row)
 to_float = _operation(_row, lambda builder, a: builder.sitofp(a, _FLOATS), _words)
+prefetch = _operation(types.int64, _prefetch, types.intp)
+square_root = _operation(_row, _square_root, _row)
 minimum = _operation(_row, _smaller, _row, _row)
 maximum = _operation(_row, _larger, _row, _row)
 maximum_words = _operation(
@@ -160,12 +178,12 @@ maximum_words = _operation(
 )
 # select_less(a, b, c, d): c where a < b, else d
 select_less = _operation(
-    _words,
+    _row,
     lambda builder, a, b, c, d: builder.select(builder.fcmp_ordered("<", a, b), c, d),
     _row,
     _row,
-    _words,
-    _words,
+    _row,
+    _row,
 )
 # the unnormalized transform of 16 rows in place, (address, stride in bytes): distances 1, 2, 4, 8
 hadamard_rows = _operation(types.int64, _hadamard, types.intp, types.intp)
@@ -183,7 +201,7 @@ def _operator(symbol: Any, kind: Any, method: str) -> None:
     overload(symbol)(implement)
 
 
-for _symbol, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+for _symbol, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
     _operator(_symbol, _row, _method)
 for _symbol, _method in (
     (operator.add, "add"),
