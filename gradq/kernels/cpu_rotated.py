@@ -25,6 +25,7 @@ from gradq.kernels.cpu import (
 )
 from gradq.kernels.rotated import POLYNOMIALS, payload_bytes
 from gradq.kernels.vector import (
+    HAS_LOOKUP,
     as_row,
     as_words,
     constant_row,
@@ -33,9 +34,11 @@ from gradq.kernels.vector import (
     load_bytes,
     load_row,
     load_words,
+    lookup,
     maximum,
     maximum_words,
     minimum,
+    prefetch,
     select_less,
     square_root,
     store_bytes,
@@ -240,9 +243,22 @@ def _start(
 
 
 @_inline
-def _rows_of(constants: Any) -> Any:
+def _rows_of(constants: Any, table: Any) -> Any:
     """Constants as rows, for `_quantize_row` and `_level`; outside of loops, or they are loaded every time."""
-    middle = np.float32(constants[9] - np.float32(0.5))
+    middle = constant_row(np.float32(constants[9] - np.float32(0.5)))
+    to_level = (
+        middle,
+        constant_row(constants[5]),
+        constant_row(constants[6]),
+        constant_row(constants[7]),
+        constant_row(constants[8]),
+    )
+    if HAS_LOOKUP:
+        for code in range(16):
+            if code < 2 * constants[9]:
+                store_row(table.ctypes.data + 64 * code, _polynomial(_words_of(code), to_level))
+        for code in range(16):
+            table[code] = table[16 * code]
     return (
         constant_row(-constants[0]),
         constant_row(constants[0]),
@@ -251,19 +267,17 @@ def _rows_of(constants: Any) -> Any:
         constant_row(constants[3]),
         constant_row(constants[4]),
         constant_row(constants[9]),
-        (
-            constant_row(middle),
-            constant_row(constants[5]),
-            constant_row(constants[6]),
-            constant_row(constants[7]),
-            constant_row(constants[8]),
-        ),
+        (to_level, load_row(table.ctypes.data)),
     )
 
 
 @_inline
-def _level(code: Any, to_level: Any) -> Any:
-    """The levels of a row of codes."""
+def _words_of(number: Any) -> Any:
+    return constant_words(np.uint32(number))
+
+
+@_inline
+def _polynomial(code: Any, to_level: Any) -> Any:
     middle, a0, a1, a2, a3 = to_level
     m = to_float(code) - middle
     m2 = m * m
@@ -271,15 +285,24 @@ def _level(code: Any, to_level: Any) -> Any:
 
 
 @_inline
-def _quantize_row(at: Any, codes_at: Any, inverse: Any, constants: Any) -> Any:
+def _level(code: Any, levels: Any, use_table: Any) -> Any:
+    """The levels of a row of codes: looked up where 16 are enough and the machine can, or computed."""
+    to_level, table = levels
+    if HAS_LOOKUP and use_table:
+        return lookup(table, code)
+    return _polynomial(code, to_level)
+
+
+@_inline
+def _quantize_row(at: Any, codes_at: Any, inverse: Any, constants: Any, use_table: Any) -> Any:
     """Store the codes of a row, replace it by its levels; level * z and level²."""
-    bottom, top, k0, k1, k2, k3, half, to_level = constants
+    bottom, top, k0, k1, k2, k3, half, levels = constants
     z = load_row(at)
     y = minimum(maximum(z * inverse, bottom), top)
     y2 = y * y
     code = to_int(y * (k0 + y2 * (k1 + y2 * (k2 + y2 * k3))) + half)
     store_bytes(codes_at, code)
-    level = _level(code, to_level)
+    level = _level(code, levels, use_table)
     store_row(at, level)
     return level * z, level * level
 
@@ -292,7 +315,10 @@ def _quantize(
     groups: Any,
     rows_of_constants: Any,
     inverse: Any,
+    use_table: Any,
     with_residual: Any,
+    next_x_at: Any,
+    next_residual_at: Any,
     scratch_C: Any,
     sums_G: Any,
 ) -> Any:
@@ -305,30 +331,33 @@ def _quantize(
     step = 16 if rows == 256 else 1  # between rows
     for first in range(0, rows & ~3, 4):
         row = (first >> 4) + ((first & 15) << 4) if rows == 256 else first
+        for ahead in range(4):
+            prefetch(next_x_at + 64 * (first + ahead))
+            prefetch(next_residual_at + 64 * (first + ahead))
         if rows == 256 and first & 15 == 0:
             hadamard_rows(at + 64 * row, 1024)
-        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants)
+        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants, use_table)
         i0, n0 = i0 + i, n0 + n
         row += step
-        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants)
+        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants, use_table)
         i1, n1 = i1 + i, n1 + n
         row += step
-        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants)
+        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants, use_table)
         i2, n2 = i2 + i, n2 + n
         row += step
-        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants)
+        i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants, use_table)
         i3, n3 = i3 + i, n3 + n
         if rows == 256 and with_residual and first & 12 == 12:
             hadamard_rows(at + 64 * (row - 240), 1024)
     rest = rows & ~3
     if rows & 3 > 0:
-        i, n = _quantize_row(at + 64 * rest, codes_at + 16 * rest, inverse, rows_of_constants)
+        i, n = _quantize_row(at + 64 * rest, codes_at + 16 * rest, inverse, rows_of_constants, use_table)
         i0, n0 = i0 + i, n0 + n
     if rows & 3 > 1:
-        i, n = _quantize_row(at + 64 * rest + 64, codes_at + 16 * rest + 16, inverse, rows_of_constants)
+        i, n = _quantize_row(at + 64 * rest + 64, codes_at + 16 * rest + 16, inverse, rows_of_constants, use_table)
         i1, n1 = i1 + i, n1 + n
     if rows & 3 > 2:
-        i, n = _quantize_row(at + 64 * rest + 128, codes_at + 16 * rest + 32, inverse, rows_of_constants)
+        i, n = _quantize_row(at + 64 * rest + 128, codes_at + 16 * rest + 32, inverse, rows_of_constants, use_table)
         i2, n2 = i2 + i, n2 + n
     inner = _fold(i0, i1, i2, i3, groups, scratch_C, sums_G)
     return inner, _fold(n0, n1, n2, n3, groups, scratch_C, sums_G)
@@ -364,7 +393,8 @@ def _encode(
     scratch_C, column_C, sums_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
     z_at, codes_T_at = z_T.ctypes.data, codes_T.ctypes.data
     words_at, column_at = words.ctypes.data, column_C.ctypes.data
-    rows_of_constants = _rows_of(constants)
+    table = np.empty(256, np.float32)
+    rows_of_constants = _rows_of(constants, table)
     unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
     for k in range(4):
         payload[k] = np.uint8(np.uint32(base) >> np.uint32(8 * k))
@@ -420,7 +450,10 @@ def _encode(
             groups,
             rows_of_constants,
             inverse,
+            num_bits <= 4,
             new_residual_at != 0,
+            x_at + 4 * (start + 4096),
+            residual_at + 4 * (start + 4096),
             scratch_C,
             sums_G,
         )
@@ -487,7 +520,7 @@ def _decode_mean(
     z_T, column_C = np.empty(4096, np.float32), np.empty(16, np.float32)
     codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
     z_at, codes_T_at, words_at = z_T.ctypes.data, codes_T.ctypes.data, words.ctypes.data
-    to_level = _rows_of(constants)[7]
+    levels = _rows_of(constants, z_T)[7]
     divisor = np.float32(num_rows)
     for tile in range((n + 4095) // 4096):
         start = tile * 4096
@@ -516,7 +549,7 @@ def _decode_mean(
                 scale = load_row(column_C.ctypes.data)
                 for k in range(rows):
                     row = (k >> 4) + ((k & 15) << 4) if rows == 256 else k
-                    store_row(z_at + 64 * row, _level(load_bytes(codes_T_at + 16 * row), to_level))
+                    store_row(z_at + 64 * row, _level(load_bytes(codes_T_at + 16 * row), levels, num_bits <= 4))
                     if rows == 256 and k & 15 == 15:
                         hadamard_rows(z_at + 64 * (row - 240), 1024)
                 if rows != 256:

@@ -13,12 +13,13 @@ import operator
 from collections.abc import Callable
 from typing import Any, cast
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
 __all__ = [
+    "HAS_LOOKUP",
     "as_row",
     "as_words",
     "constant_row",
@@ -27,6 +28,7 @@ __all__ = [
     "load_bytes",
     "load_row",
     "load_words",
+    "lookup",
     "maximum",
     "maximum_words",
     "minimum",
@@ -39,6 +41,8 @@ __all__ = [
     "to_float",
     "to_int",
 ]
+
+HAS_LOOKUP = bool(binding.get_host_cpu_features().get("avx512f"))  # whether `lookup` is one instruction here
 
 _FLOATS = ir.VectorType(ir.FloatType(), 16)
 _INTS = ir.VectorType(ir.IntType(32), 16)
@@ -149,6 +153,12 @@ def _square_root(builder: Any, a: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.sqrt.v16f32"), [a])
 
 
+def _lookup(builder: Any, table: Any, index: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
+    name = "llvm.x86.avx512.permvar.sf.512"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [table, index])
+
+
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
@@ -171,6 +181,7 @@ to_int = _operation(_words, lambda builder, a: builder.fptosi(a, _INTS), _row)
 to_float = _operation(_row, lambda builder, a: builder.sitofp(a, _FLOATS), _words)
 prefetch = _operation(types.int64, _prefetch, types.intp)
 square_root = _operation(_row, _square_root, _row)
+lookup = _operation(_row, _lookup, _row, _words)  # table[index], index < 16; only where HAS_LOOKUP
 minimum = _operation(_row, _smaller, _row, _row)
 maximum = _operation(_row, _larger, _row, _row)
 maximum_words = _operation(
