@@ -39,6 +39,7 @@ from gradq.kernels.vector import (
     maximum_words,
     minimum,
     prefetch,
+    prefetch_to_write,
     select_less,
     square_root,
     store_bytes,
@@ -319,6 +320,7 @@ def _quantize(
     with_residual: Any,
     next_x_at: Any,
     next_residual_at: Any,
+    new_residual_at: Any,
     scratch_C: Any,
     sums_G: Any,
 ) -> Any:
@@ -334,6 +336,8 @@ def _quantize(
         for ahead in range(4):
             prefetch(next_x_at + 64 * (first + ahead))
             prefetch(next_residual_at + 64 * (first + ahead))
+            if with_residual:
+                prefetch_to_write(new_residual_at + 64 * (first + ahead))
         if rows == 256 and first & 15 == 0:
             hadamard_rows(at + 64 * row, 1024)
         i, n = _quantize_row(at + 64 * row, codes_at + 16 * row, inverse, rows_of_constants, use_table)
@@ -454,6 +458,7 @@ def _encode(
             new_residual_at != 0,
             x_at + 4 * (start + 4096),
             residual_at + 4 * (start + 4096),
+            new_residual_at + 4 * start,
             scratch_C,
             sums_G,
         )

@@ -33,6 +33,7 @@ __all__ = [
     "maximum_words",
     "minimum",
     "prefetch",
+    "prefetch_to_write",
     "select_less",
     "square_root",
     "store_bytes",
@@ -139,13 +140,19 @@ def _hadamard(builder: Any, base: Any, stride: Any) -> Any:
     return _VOID
 
 
-def _prefetch(builder: Any, at: Any) -> Any:
-    """Ask for a cache line to read, into the second level: a hint, harmless at any address."""
-    pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    builder.call(function, [builder.inttoptr(at, pointer), number(0), number(2), number(1)])
-    return _VOID
+def _prefetch(for_writing: bool) -> Callable[..., Any]:
+    """Ask for a cache line, into the second level: a hint, harmless at any address."""
+
+    def emit(builder: Any, at: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(
+            function, [builder.inttoptr(at, pointer), number(int(for_writing)), number(2), number(1)]
+        )
+        return _VOID
+
+    return emit
 
 
 def _square_root(builder: Any, a: Any) -> Any:
@@ -179,7 +186,8 @@ as_words = _operation(_words, lambda builder, a: builder.bitcast(a, _INTS), _row
 as_row = _operation(_row, lambda builder, a: builder.bitcast(a, _FLOATS), _words)
 to_int = _operation(_words, lambda builder, a: builder.fptosi(a, _INTS), _row)
 to_float = _operation(_row, lambda builder, a: builder.sitofp(a, _FLOATS), _words)
-prefetch = _operation(types.int64, _prefetch, types.intp)
+prefetch = _operation(types.int64, _prefetch(False), types.intp)
+prefetch_to_write = _operation(types.int64, _prefetch(True), types.intp)
 square_root = _operation(_row, _square_root, _row)
 lookup = _operation(_row, _lookup, _row, _words)  # table[index], index < 16; only where HAS_LOOKUP
 minimum = _operation(_row, _smaller, _row, _row)
