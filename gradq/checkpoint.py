@@ -14,22 +14,19 @@ are reset, and a log line says so.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from gradq.errors import CheckpointError
 from gradq.feedback import Residuals
 from gradq.sync import GradientSync
 
-__all__ = ["load_checkpoint", "load_state_dict", "state_dict"]
+__all__ = ["HasSync", "load_checkpoint", "load_state_dict", "state_dict"]
 
 _log = logging.getLogger("gradq")
 _FORMAT = 1
@@ -43,17 +40,16 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
         parameter name, row-sharded DTensors [W, n] (shard residuals padded to the longest piece). At world
         size 1 the rows are plain tensors [1, n].
     """
-    mesh = DeviceMesh.from_group(sync.group, "cpu") if sync.world_size > 1 else None
     local, shard = {}, {}
     for name, length in _shapes(sync)[0].items():
-        local[name] = _row(_residual(sync.feedback.local, name, length), mesh)
+        local[name] = _row(_residual(sync.feedback.local, name, length), sync.group)
     for name, length in _shapes(sync)[1].items():
-        shard[name] = _row(_residual(sync.feedback.shard, name, length), mesh)
+        shard[name] = _row(_residual(sync.feedback.shard, name, length), sync.group)
     return {
         "format": torch.tensor(_FORMAT),
         "step": torch.tensor(sync.step),
         "world_size": torch.tensor(sync.world_size),
-        "rank": _row(torch.tensor([sync.rank]), mesh),
+        "rank": _row(torch.tensor([sync.rank]), sync.group),
         "local": local,
         "shard": shard,
     }
@@ -75,9 +71,10 @@ def load_state_dict(sync: GradientSync, state: dict[str, Any]) -> None:
             f"the saved state has format {int(state['format'])}, this gradq reads {_FORMAT}"
         )
     saved_world_size = int(state["world_size"])
-    if isinstance(state["rank"], DTensor) and int(state["rank"].to_local()) != sync.rank:
+    saved_rank = _shard_of(state["rank"])
+    if saved_rank is not None and int(saved_rank) != sync.rank:
         raise CheckpointError(
-            f"rank {sync.rank} was given the residuals of rank {int(state['rank'].to_local())}: torch.save "
+            f"rank {sync.rank} was given the residuals of rank {int(saved_rank)}: torch.save "
             "keeps one rank's rows only. Save with torch.distributed.checkpoint, or call full_tensor() on "
             "every entry"
         )
@@ -97,14 +94,18 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
     """
     sync = handle.sync
     saved = _saved_shapes(Path(checkpoint_id), key)
+    _check_fit({name: shape[1] for name, shape in saved["local"].items()}, sync)
     scalars = {name: torch.zeros((), dtype=torch.int64) for name in ("format", "step", "world_size")}
     _load({key: scalars}, checkpoint_id, sync)
     if int(scalars["world_size"]) == sync.world_size:
         state = state_dict(sync)
         for kind in ("local", "shard"):
-            state[kind] = {name: row for name, row in state[kind].items() if name in saved[kind]}
+            state[kind] = {n: row for n, row in state[kind].items() if saved[kind].get(n) == row.shape}
         _load({key: state}, checkpoint_id, sync)
         load_state_dict(sync, state)
+        _log_difference(
+            "no longer use feedback; their residuals were dropped", saved["local"], state["local"]
+        )
         return
     local: dict[str, Tensor] = {}
     for name, shape in saved["local"].items():  # one at a time: all ranks' rows of one parameter in memory
@@ -130,12 +131,7 @@ def _restore(
     shard_rows = {
         name: _own_row(rows, sync, same) for name, rows in shard.items() if same and name in wanted_shard
     }
-    for name, row in rows.items():
-        if row.numel() != wanted_local[name]:
-            raise CheckpointError(
-                f"the saved residual of {name!r} has {row.numel()} elements, the parameter has "
-                f"{wanted_local[name]}; this checkpoint is of another model"
-            )
+    _check_fit({name: row.numel() for name, row in rows.items()}, sync)
     shard_rows = {name: row for name, row in shard_rows.items() if row.numel() == wanted_shard[name]}
     sync.feedback.local.clear()
     sync.feedback.shard.clear()
@@ -152,19 +148,27 @@ def _restore(
             saved_world_size,
             step,
         )
-    for kind, names in (
-        ("had no saved local residual and start at zero", sorted(wanted_local.keys() - rows.keys())),
-        (
-            "no longer use feedback; their saved residuals were dropped",
-            sorted(local.keys() - wanted_local.keys()),
-        ),
-        (
-            "had no saved shard residual that fits and start at zero",
-            sorted(wanted_shard.keys() - shard_rows.keys()),
-        ),
-    ):
-        if names and same:
-            _log.warning("resumed at step %d: %d parameters (%s, ...) %s", step, len(names), names[0], kind)
+    _log_difference("no longer use feedback; their residuals were dropped", local, wanted_local)
+    _log_difference("have no saved local residual and start at zero", wanted_local, rows)
+    if same:
+        _log_difference("have no saved shard residual that fits and start at zero", wanted_shard, shard_rows)
+
+
+def _check_fit(saved_numel: Mapping[str, int], sync: GradientSync) -> None:
+    for name, numel in saved_numel.items():
+        info = sync.parameters.get(name)
+        if info is None or info.numel != numel:
+            ours = "does not exist" if info is None else f"has {info.numel}"
+            raise CheckpointError(
+                f"the saved residual of {name!r} has {numel} elements, the parameter of this model {ours}; "
+                "this checkpoint is of another model"
+            )
+
+
+def _log_difference(what: str, these: Mapping[str, object], those: Mapping[str, object]) -> None:
+    names = sorted(these.keys() - those.keys())
+    if names:
+        _log.warning("resumed: %d parameters (%s, ...) %s", len(names), names[0], what)
 
 
 def _shapes(sync: GradientSync) -> tuple[dict[str, int], dict[str, int]]:
@@ -188,18 +192,35 @@ def _residual(residuals: Residuals, name: str, numel: int) -> Tensor:
     return row
 
 
-def _row(row: Tensor, mesh: DeviceMesh | None) -> Tensor:
-    return row[None] if mesh is None else DTensor.from_local(row[None], mesh, [Shard(0)])
+def _row(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's row of a row-sharded [W, n]."""
+    if group.size() == 1:
+        return row[None]
+    from torch.distributed.device_mesh import DeviceMesh  # DTensor takes 0.6 s to import
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(row[None], DeviceMesh.from_group(group, "cpu"), [Shard(0)])
+
+
+def _shard_of(rows: Tensor) -> Tensor | None:
+    """The local rows of a DTensor, None for a plain tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return rows.to_local() if isinstance(rows, DTensor) else None
 
 
 def _own_row(rows: Tensor, sync: GradientSync, same: bool) -> Tensor:
-    if isinstance(rows, DTensor):
-        return rows.to_local()[0]
+    own = _shard_of(rows)
+    if own is not None:
+        return own[0]
     return rows[sync.rank] if same else rows.mean(0)
 
 
 def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
     """Shapes of the saved residuals, by kind and parameter name."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     try:
         metadata = FileSystemReader(path).read_metadata()
     except (OSError, RuntimeError) as error:
@@ -219,4 +240,6 @@ def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
 
 
 def _load(state: dict[str, Any], checkpoint_id: str | Path, sync: GradientSync) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     load(state, checkpoint_id=str(checkpoint_id), process_group=sync.group)

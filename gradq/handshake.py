@@ -16,14 +16,18 @@ def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
 
     Args:
         fields: what must be equal, by name; values are compared with ==. A mapping as a value is compared key
-            by key, so that the message names the entry.
+            by key, so that the message names the entry. "error" says that this rank cannot start, and why.
         group: the ranks.
 
     Raises:
-        MismatchError: on every rank, naming the first rank that differs from rank 0 and the field.
+        MismatchError: on every rank, naming the first rank that cannot start, or that differs from rank 0,
+            and the field.
     """
     everyone: list[Mapping[str, object]] = [{} for _ in range(group.size())]
     dist.all_gather_object(everyone, dict(fields), group=group)
+    for rank, theirs in enumerate(everyone):
+        if "error" in theirs:
+            raise MismatchError(f"rank {rank} cannot start: {theirs['error']}")
     for rank, theirs in enumerate(everyone):
         for field in dict.fromkeys([*everyone[0], *theirs]):
             difference = _difference(field, everyone[0].get(field), theirs.get(field))

@@ -113,7 +113,9 @@ class Metrics:
     def record(self, event: Event) -> None:
         """Count an event and hand it to the sinks."""
         with self._lock:
-            if event.parameter:
+            if not math.isfinite(event.value):
+                pass  # a sampled step with NaN or Inf in it says nothing of the codec
+            elif event.parameter:
                 self._energies[event.parameter, event.kind] += event.value
             else:
                 self._totals[event.kind] += event.value

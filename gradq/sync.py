@@ -250,6 +250,11 @@ class GradientSync:
             table[name] = ParameterStats(numel, str(entry), entry.phase1.wire_bits_per_element(numel))
         return self.metrics.stats(table)
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the averaging, None while it works."""
+        return self._executor.failure
+
     def close(self) -> None:
         """End the threads and the process groups; afterwards `average` is a plain all-reduce. Idempotent."""
         self.plan, self._has_feedback = {}, False

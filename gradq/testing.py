@@ -53,7 +53,7 @@ def run_ranks(
         RankError: a rank raised, died, or the time was up.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "gradq", "gradq.kernels.cpu"])
+    context.set_forkserver_preload(["gradq._preload"])
     results: list[Any] = [None] * world_size
     failure = ""
     with tempfile.TemporaryDirectory(prefix="gradq-ranks-") as folder:

@@ -76,8 +76,10 @@ class Header:
         """
         if received == self.pack():
             return
-        magic, version, *fields = _FORMAT.unpack(received)
         where = f"message from rank {self.sender}, bucket {self.bucket}, phase {self.phase}, step {self.step}"
+        if len(received) < HEADER_BYTES:
+            raise WireError(f"{where}: {len(received)} bytes are too few for a header")
+        magic, version, *fields = _FORMAT.unpack(received)
         if magic != _MAGIC:
             raise WireError(f"{where}: not a gradq message (it starts with {received[:4].hex()})")
         if version != VERSION:
@@ -128,7 +130,7 @@ def shard(numel: int, block_size: int, world_size: int, owner: int, rotation: in
     position = (owner + rotation) % world_size
     start = position * num_blocks // world_size * block_size
     stop = (position + 1) * num_blocks // world_size * block_size
-    return min(start, numel), min(stop, numel)
+    return start, min(stop, numel)
 
 
 def ring_bytes(nbytes: int, world_size: int) -> int:

@@ -55,7 +55,7 @@ def from_spec(spec: str) -> Codec:
     name = match["name"]
     if name not in _REGISTRY:
         close = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise SpecError(f"no codec is called {name!r}{hint} Choose from: {', '.join(names())}")
     codec = _REGISTRY[name].from_name(name)
     options = [item for item in (match["options"] or "").split(",") if item.strip()]
@@ -72,6 +72,8 @@ def _with_options(codec: Codec, options: list[str], spec: str) -> Codec:
             raise SpecError(
                 f"{spec!r}: {option.strip()!r} is not an option; {codec.name} has {', '.join(fields)}"
             )
+        if key in changes:
+            raise SpecError(f"{spec!r}: {key} is given twice")
         current = getattr(codec, key)
         try:
             changes[key] = type(current)(text) if not isinstance(current, bool) else _boolean(text)

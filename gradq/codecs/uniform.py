@@ -31,12 +31,15 @@ _ROUNDINGS = ("auto", "stochastic", "nearest")
 class UniformCodec(Codec):
     """Uniform levels around zero.
 
+    Scales are rounded up, so the largest element of a block can decode to a little more than it was (2**-8 of
+    it with bf16 scales); within that of the maximum of fp16 or bf16 the cast back to those dtypes gives Inf.
+
     Attributes:
         num_bits: 2 to 8, packed tight.
         block_size: elements that share a scale: 64 to 1024, a multiple of 64.
         rounding: "stochastic" (unbiased), "nearest" (contractive, less error), or "auto": nearest with error
             feedback, stochastic without.
-        scale_dtype: "bf16", "fp16" or "fp32". Scales are rounded up, so nothing is clipped. fp16 spends its
+        scale_dtype: "bf16", "fp16" or "fp32". fp16 spends its
             bits on precision that the error does not need; a block above 65504 * qmax becomes NaN in it.
 
     Example:
@@ -56,7 +59,7 @@ class UniformCodec(Codec):
             )
         if not (isinstance(self.block_size, int) and self.block_size in range(64, 1025, 64)):
             raise ConfigError(
-                f"UniformCodec(block_size={self.block_size!r}): block_size take 64, 128, ... 1024"
+                f"UniformCodec(block_size={self.block_size!r}): block_size takes 64, 128, ... 1024"
             )
         if self.rounding not in _ROUNDINGS:
             raise ConfigError(
@@ -82,10 +85,11 @@ class UniformCodec(Codec):
         """Nearest always is: it keeps the largest element and enlarges no error.
 
         Stochastic rounding errs by at most s²/4 an element in variance, so it is contractive for every x only
-        while block_size < 4 qmax².
+        while block_size < 4 qmax², and never with fp16 scales, which cannot be small enough for small blocks.
         """
         qmax = (1 << (self.num_bits - 1)) - 1
-        return self.rounding == "nearest" or self.block_size < 4 * qmax * qmax
+        stochastic_is = self.block_size < 4 * qmax * qmax and self.scale_dtype != "fp16"
+        return self.rounding == "nearest" or stochastic_is
 
     @property
     def wants_feedback(self) -> bool:

@@ -22,6 +22,9 @@ from gradq.metrics import Event, Metrics
 __all__ = ["PeerChannel", "open_channels"]
 
 
+_TAGS = 1 << 20
+
+
 class _Exchange:
     """Receives and sends under way."""
 
@@ -73,18 +76,21 @@ class PeerChannel:
     def __init__(self, group: dist.ProcessGroup, metrics: Metrics) -> None:
         self._group = group
         self._metrics = metrics
+        self._posted = 0
 
     def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> _Exchange:
         """See `gradq.collectives.base.Channel.post`."""
         packed = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
         peers = [(header.sender + i) % len(send) for i in range(1, len(send))]
         works: list[tuple[str, int, dist.Work]] = []
+        tag = self._posted % _TAGS  # its own, so a message can only meet the receive meant for it
+        self._posted += 1
         try:
             for peer in reversed(peers):
-                works.append(("receiving from", peer, self._group.recv([receive[peer]], peer, 0)))
+                works.append(("receiving from", peer, self._group.recv([receive[peer]], peer, tag)))
             for peer in peers:
                 send[peer][: wire.HEADER_BYTES] = packed
-                works.append(("sending to", peer, self._group.send([send[peer]], peer, 0)))
+                works.append(("sending to", peer, self._group.send([send[peer]], peer, tag)))
         except RuntimeError as error:
             raise PeerError(
                 f"rank {header.sender}: cannot reach rank {peer} in step {header.step}, "
@@ -105,7 +111,7 @@ def open_channels(
         timeout: of every exchange; the group's own by default.
 
     Returns:
-        The channels, and a function that destroys their process groups.
+        The channels, and a function that gives their process groups back.
 
     Raises:
         UnsupportedError: the group does not move CPU tensors over Gloo.
@@ -116,13 +122,17 @@ def open_channels(
     if timeout is None:
         timeout = getattr(group._get_backend(torch.device("cpu")).options, "_timeout", None)
     ranks = dist.get_process_group_ranks(group)
+    # torch names a locally synchronized group after its ranks. Destroyed and made again it would find the old
+    # one's addresses in the store and hang, so those of a subgroup live until destroy_process_group().
+    whole_world = group.size() == dist.get_world_size()
     groups = [
-        dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+        dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=not whole_world)
         for _ in range(count)
     ]
+    dist.barrier(group)  # a rank that fails right after this must not break a peer's connecting
 
     def close() -> None:
-        if dist.is_initialized():
+        if dist.is_initialized() and whole_world:
             for own in groups:
                 dist.destroy_process_group(own)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from gradq.collectives.base import Pending
+from gradq.errors import ConfigError
 
 __all__ = ["Executor"]
 
@@ -40,7 +41,7 @@ class Executor:
         self._name = name
         self._stages: list[queue.SimpleQueue[_Job | None]] = []
         self._threads: list[threading.Thread] = []
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self._closed = False
 
     def submit(self, steps: Iterator[Pending], result: Tensor) -> Future[Tensor]:
@@ -48,7 +49,12 @@ class Executor:
 
         The cause is raised from a callback of the future: `Future.set_exception` would mangle it on its way
         through DDP.
+
+        Raises:
+            ConfigError: the executor is closed.
         """
+        if self._closed:
+            raise ConfigError("this executor is closed")
         done: Future[Tensor | BaseException] = Future()
         self._stage(0).put(_Job(steps, done, result))
         return done.then(_value)
@@ -85,13 +91,13 @@ class Executor:
     def _advance(self, job: _Job, index: int) -> None:
         """One stage of one job: wait, compute, and hand over or finish."""
         try:
-            if self._failure is not None:
-                raise self._failure
+            if self.failure is not None:
+                raise self.failure
             if job.pending is not None:
                 job.pending.wait()
             job.pending = next(job.steps, None)
         except BaseException as error:  # carried to the training loop, whatever it is
-            self._failure = error
+            self.failure = error
             job.done.set_result(error)
             return
         if job.pending is None:

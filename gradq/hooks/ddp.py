@@ -3,6 +3,7 @@
 This module has no `from __future__ import annotations`: DDP compares the hook's annotations with real types.
 """
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -93,7 +94,8 @@ class HookState:
         except MismatchError:
             raise
         except GradqError as error:  # the other ranks are waiting in the handshake: tell them
-            agree({"error": str(error)}, group)
+            with contextlib.suppress(MismatchError):
+                agree({"error": str(error)}, group)
             raise
 
     def _policy(self, spec: str | Codec | Spec | Policy) -> tuple[Spec | Policy, Policy | None]:
@@ -137,6 +139,15 @@ class HookState:
         asked, policy = self._policy(spec)
         self.sync.set_policy(policy, str(spec))
         self.spec = asked
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the averaging, None while it works.
+
+        The training loop gets it from `backward()` as a RuntimeError whose text has its type and message:
+        DDP passes errors through C++, which keeps nothing else. This is the original, with its cause.
+        """
+        return self.sync.failure
 
     def stats(self, *, parameters: bool = False) -> Stats:
         """Totals of this rank since the start.
@@ -262,7 +273,7 @@ def _describe(module: nn.Module, names: dict[Tensor, str]) -> list[ParameterInfo
     for path, child in module.named_modules():
         if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.sparse and child.weight.requires_grad:
             raise UnsupportedError(
-                f"{path or 'the model'} makes sparse gradients, which cannot be compressed; use sparse=False"
+                f"module {path!r} makes sparse gradients, which cannot be compressed; use sparse=False"
             )
     parameters = []
     for index, (parameter, name) in enumerate(names.items()):

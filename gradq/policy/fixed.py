@@ -34,8 +34,10 @@ class FixedPolicy:
 
     Attributes:
         spec: must not be "none".
-        exact: names or shell patterns of parameters to add to the default rule (`small_or_1d`), or a
-            predicate over `ParameterInfo` that replaces it.
+        exact: names or shell patterns of parameters to add to the default rule, or a predicate over
+            `ParameterInfo` that replaces it. The default is `small_or_1d` for specs that quantize, and
+            nothing for casts such as "bf16", which send all parameters in that dtype. Exact parameters
+            travel in their own dtype.
         feedback: "auto" (at 4 bits and below), True or False.
     """
 
@@ -64,12 +66,11 @@ class FixedPolicy:
             feedback1=feedback1,
             feedback2=feedback2,
         )
-        is_exact = self._exact_rule(parameters)
+        quantized = not (isinstance(codec1, ExactCodec) and isinstance(codec2, ExactCodec))
+        is_exact = self._exact_rule(parameters, default=small_or_1d if quantized else lambda _: False)
         plan = {}
         for parameter in parameters:
-            if parameter.dtype == torch.float64 or (
-                is_exact(parameter) and not isinstance(codec1, ExactCodec)
-            ):
+            if parameter.dtype == torch.float64 or is_exact(parameter):
                 native = ExactCodec(dtype=_NATIVE[parameter.dtype])
                 plan[parameter.name] = Assignment(phase1=native, phase2=native)
             else:
@@ -88,7 +89,9 @@ class FixedPolicy:
             )
         return bool(self.feedback)
 
-    def _exact_rule(self, parameters: Sequence[ParameterInfo]) -> Callable[[ParameterInfo], bool]:
+    def _exact_rule(
+        self, parameters: Sequence[ParameterInfo], default: Callable[[ParameterInfo], bool]
+    ) -> Callable[[ParameterInfo], bool]:
         if callable(self.exact):
             return self.exact
         patterns = (self.exact,) if isinstance(self.exact, str) else tuple(self.exact)
@@ -99,4 +102,4 @@ class FixedPolicy:
                 hint = f"; close: {', '.join(close)}" if close else f"; the first are: {', '.join(names[:3])}"
                 raise ConfigError(f"exact={pattern!r} matches no parameter{hint}")
         chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
-        return lambda parameter: parameter.name in chosen or small_or_1d(parameter)
+        return lambda parameter: parameter.name in chosen or default(parameter)

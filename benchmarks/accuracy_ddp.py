@@ -1,0 +1,220 @@
+"""Does compression change what is learned? The GPT example, at equal steps, over several seeds.
+
+    python benchmarks/accuracy_ddp.py
+
+Every codec trains `examples/train_gpt.py` on real ranks, with the seeds in common: a seed decides the initial
+weights, the data and the rounding. The baseline is bf16. A codec is *within 2 sd* if its mean validation loss
+differs from the baseline's by at most two pooled standard deviations over seeds; the paired difference (same
+seed, same data) is shown too, because it is the sharper test. Finished runs are kept in --partial and not
+repeated, so an interrupted benchmark continues where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = "bf16"
+SCHEMA_VERSION = 1
+KEY = ("codec", "seed", "steps", "params", "ranks", "batch_size", "lr")
+
+Record = dict[str, Any]
+
+
+def read(path: Path) -> list[Record]:
+    """The complete lines of a JSON-lines file that may still grow."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def git_commit() -> str:
+    """The commit, with -dirty if a tracked file differs from it; "unknown" outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def run(key: Record, progress: Progress, task: Any) -> Record:
+    """One training run.
+
+    Raises:
+        SystemExit: it failed; its last words are in the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log, errors = Path(folder) / "log.jsonl", Path(folder) / "stderr"
+        options = {name.replace("_", "-"): value for name, value in key.items() if name != "ranks"}
+        options |= {"log-file": log, "eval-every": 0}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(key["ranks"]), str(ROOT / "examples" / "train_gpt.py"), "--quiet"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ
+        before = progress.tasks[task].completed
+        with (
+            errors.open("w") as stderr,
+            subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr) as process,
+        ):
+            try:
+                while process.poll() is None:
+                    time.sleep(0.5)
+                    steps = [record["step"] for record in read(log) if record["record"] == "step"]
+                    progress.update(task, completed=before + max(steps, default=0))
+            finally:
+                process.terminate()
+        if process.returncode:
+            raise SystemExit(f"{key} failed:\n{errors.read_text()[-3000:]}")
+        header, *_, summary = read(log)
+    stats = summary["stats"]
+    return key | {
+        "val_loss": summary["val_loss"],
+        "step_ms": summary["step_ms"],
+        "wire_bytes_per_step": stats["wire_bytes"] / stats["steps"],
+        "ratio": stats["dense_bytes"] / stats["wire_bytes"] if stats["wire_bytes"] else 1.0,
+        "environment": header["environment"],
+        "num_parameters": header["num_parameters"],
+        "commit": git_commit(),
+    }
+
+
+def compare(runs: list[Record], codecs: list[str], seeds: list[int]) -> list[Record]:
+    """A row for each codec, against the baseline."""
+    losses = {(r["codec"], r["seed"]): r["val_loss"] for r in runs}
+    base = [losses[BASELINE, seed] for seed in seeds]
+    rows = []
+    for codec in codecs:
+        own = [losses[codec, seed] for seed in seeds]
+        differences = [mine - theirs for mine, theirs in zip(own, base, strict=True)]
+        difference = statistics.mean(own) - statistics.mean(base)
+        pooled = math.sqrt((statistics.variance(own) + statistics.variance(base)) / 2)
+        rows.append(
+            {
+                "codec": codec,
+                "val_loss_mean": statistics.mean(own),
+                "val_loss_sd": statistics.stdev(own),
+                "difference_to_bf16": difference,
+                "pooled_sd": pooled,
+                "within_2_sd": abs(difference) <= 2 * pooled,
+                "paired_differences": differences,
+                "paired_sd": statistics.stdev(differences),
+                "ratio": statistics.mean(r["ratio"] for r in runs if r["codec"] == codec),
+            }
+        )
+    return rows
+
+
+def show(rows: list[Record], title: str, console: Console) -> None:
+    """The table."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    table.add_column("codec")
+    for column in ("validation loss", "to bf16", "within 2 sd", "paired difference", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        paired = statistics.mean(row["paired_differences"])
+        is_baseline = row["codec"] == BASELINE
+        table.add_row(
+            row["codec"],
+            f"{row['val_loss_mean']:.4f} ± {row['val_loss_sd']:.4f}",
+            "baseline" if is_baseline else f"{row['difference_to_bf16']:+.4f}",
+            "" if is_baseline else "yes" if row["within_2_sd"] else "[red]no[/]",
+            "" if is_baseline else f"{paired:+.4f} ± {row['paired_sd']:.4f}",
+            f"{row['ratio']:.2f}",
+        )
+    console.print(table)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    codecs = ["bf16", "none", "int8", "int4"]
+    parser.add_argument(
+        "--codecs", nargs="+", default=codecs, help=f"gradq specs (default {' '.join(codecs)})"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
+    parser.add_argument("--steps", type=int, default=750, help="optimizer steps of a run (default 750)")
+    parser.add_argument("--ranks", type=int, default=2, help="processes on this machine (default 2)")
+    parser.add_argument("--params", default="1m", help="model size of train_gpt.py (default 1m)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a rank (default 8)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the record goes"
+    )
+    parser.add_argument(
+        "--partial", type=Path, default=ROOT / "out" / "accuracy_ddp.jsonl", help="finished runs"
+    )
+    args = parser.parse_args()
+    args.codecs = list(dict.fromkeys([BASELINE, *args.codecs]))
+    args.seeds = list(dict.fromkeys(args.seeds))
+    if len(args.seeds) < 2:
+        parser.error("--seeds: at least 2 different ones are needed for a standard deviation")
+    return args
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    fixed = {name: getattr(args, name) for name in ("steps", "params", "ranks", "batch_size", "lr")}
+    keys = [{"codec": codec, "seed": seed} | fixed for seed in args.seeds for codec in args.codecs]
+    finished = {tuple(r[name] for name in KEY): r for r in read(args.partial)}
+    todo = [key for key in keys if tuple(key[name] for name in KEY) not in finished]
+    args.partial.parent.mkdir(parents=True, exist_ok=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=console) as progress:
+        task = progress.add_task(
+            "", total=len(keys) * args.steps, completed=(len(keys) - len(todo)) * args.steps
+        )
+        for key in todo:
+            progress.update(task, description=f"seed {key['seed']} {key['codec']}")
+            record = run(key, progress, task)
+            finished[tuple(key[name] for name in KEY)] = record
+            with args.partial.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if not console.is_terminal:
+                console.print(f"seed {key['seed']} {key['codec']}: validation loss {record['val_loss']:.4f}")
+    runs = [finished[tuple(key[name] for name in KEY)] for key in keys]
+    rows = compare(runs, args.codecs, args.seeds)
+    title = (
+        f"GPT of {runs[0]['num_parameters'] / 1e6:.1f} M parameters, {args.ranks} ranks, {args.steps} steps"
+    )
+    show(rows, f"{title}, {len(args.seeds)} seeds", console)
+    if len(commits := sorted({r["commit"] for r in runs})) > 1:
+        console.print(f"note: the runs are of different commits: {', '.join(commits)}")
+
+    environment = {name: value for name, value in runs[0]["environment"].items() if name != "world_size"}
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{environment['cpu']} {environment['cores']}c".lower()).strip("-")
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": "accuracy_ddp",
+        "date": date.today().isoformat(),
+        "command": " ".join(["benchmarks/accuracy_ddp.py", *sys.argv[1:]]),
+        "commit": commits[-1] if len(commits) == 1 else commits,
+        "environment": environment | {"numba": version("numba")},
+        "settings": fixed | {"seeds": args.seeds, "baseline": BASELINE},
+        "results": rows,
+        "runs": [{name: value for name, value in r.items() if name != "environment"} for r in runs],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"accuracy_ddp_{slug}_{record['date']}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"written to {os.path.relpath(path)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The speed of the CPU kernels, as a fraction of memcpy of the same buffer, measured side by side.
+
+One thread, persistent buffers, every row once per round in a new order; a round's ratio is its memcpy time
+over its kernel time, so a slow moment of the machine weighs on both. Reported: the median over the rounds and
+the 20th and 80th percentile. A ratio of 1 means: as fast as copying the gradient once.
+
+    python benchmarks/kernels.py --rounds 41 --json auto
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+import gradq
+from gradq.kernels import cpu
+
+SCHEMA_VERSION = 1
+SCALE_DTYPE = torch.bfloat16
+MAX_ROWS = 8
+RESULTS = Path(__file__).parent / "results"
+
+Row = tuple[str, dict[str, object], Callable[[], object]]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--numel", type=int, default=6_250_000, help="fp32 elements (default: 25 MB)")
+    parser.add_argument("--rounds", type=int, default=41, help="rounds over all rows (default: 41)")
+    parser.add_argument("--only", default="", help="regular expression: the rows to run, by name")
+    parser.add_argument("--json", default="", help="write a record here; 'auto': benchmarks/results/")
+    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="date of the record")
+    return parser.parse_args()
+
+
+def cpu_model() -> str:
+    """The processor as Linux names it."""
+    try:
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        return str(names[0]).strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, object]:
+    """What a reader needs to judge the numbers."""
+    from llvmlite import binding
+
+    return {
+        "cpu": cpu_model(),
+        "cpu_target": binding.get_host_cpu_name(),
+        "cpus": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "numpy": np.__version__,
+        "gradq": gradq.__version__,
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+def faster_copy(x: Tensor, out: Tensor) -> tuple[str, Callable[[], object]]:
+    """The fastest of the copies at hand: what memcpy means here."""
+    source, target = x.numpy(), out.numpy()
+    copies: dict[str, Callable[[], object]] = {
+        "torch": lambda: out.copy_(x),
+        "numpy": lambda: np.copyto(target, source),
+    }
+    best = {name: min(seconds(copy) for _ in range(15)) for name, copy in copies.items()}
+    name = min(best, key=lambda name: best[name])
+    return name, copies[name]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """One call's time."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def encode_rows(x: Tensor, payload: Tensor, residual: Tensor, new_residual: Tensor) -> list[Row]:
+    """Bits, rounding, where the residual goes; block 256 for all, 1024 for a few."""
+    rows: list[Row] = []
+    feedbacks: dict[str, tuple[Tensor | None, Tensor | None]] = {
+        "no feedback": (None, None),
+        "feedback": (residual, new_residual),
+        "feedback in place": (residual, residual),
+    }
+    for num_bits in (8, 4, 3, 2):
+        for stochastic in (True, False):
+            for feedback, (old, new) in feedbacks.items():
+                for block_size in (256, 1024):
+                    if num_bits < 4 and (block_size == 1024 or feedback == "feedback in place"):
+                        continue
+                    rounding = "stochastic" if stochastic else "nearest"
+                    facts = {
+                        "operation": "encode",
+                        "num_bits": num_bits,
+                        "rounding": rounding,
+                        "feedback": feedback,
+                        "block_size": block_size,
+                    }
+
+                    def call(
+                        num_bits: int = num_bits,
+                        block_size: int = block_size,
+                        stochastic: bool = stochastic,
+                        old: Tensor | None = old,
+                        new: Tensor | None = new,
+                    ) -> None:
+                        cpu.uniform_encode(
+                            x,
+                            payload,
+                            num_bits=num_bits,
+                            block_size=block_size,
+                            scale_dtype=SCALE_DTYPE,
+                            stochastic=stochastic,
+                            key=0x0123456789ABCDEF,
+                            shift=0,
+                            first_block=0,
+                            residual=old,
+                            new_residual=new,
+                            loss_scale=1.0,
+                        )
+
+                    name = f"encode int{num_bits} {rounding}, {feedback}, block {block_size}"
+                    rows.append((name, facts, call))
+    return rows
+
+
+def decode_rows(x: Tensor, payloads: dict[int, Tensor], out: Tensor) -> list[Row]:
+    """Decode, and the mean of several peers, from real payloads of block 256."""
+    rows: list[Row] = []
+    for num_bits, payload in payloads.items():
+        form = {"num_bits": num_bits, "block_size": 256, "scale_dtype": SCALE_DTYPE}
+        how = {"stochastic": True, "shift": 0, "first_block": 0, "loss_scale": 1.0}
+        for rank in range(MAX_ROWS):
+            cpu.uniform_encode(x, payload[rank], **form, **how, key=rank, residual=None, new_residual=None)
+        rows.append(
+            (
+                f"decode int{num_bits}, block 256",
+                {"operation": "decode", "num_bits": num_bits, "block_size": 256},
+                lambda payload=payload, form=form: cpu.uniform_decode(payload[0], out, **form),
+            )
+        )
+        for world_size in (2, 4, 8):
+            rows.append(
+                (
+                    f"mean of {world_size} int{num_bits}, block 256",
+                    {"operation": "mean", "num_bits": num_bits, "world_size": world_size, "block_size": 256},
+                    lambda payload=payload, form=form, world_size=world_size: cpu.uniform_decode_mean(
+                        payload[:world_size], out, **form
+                    ),
+                )
+            )
+    return rows
+
+
+def exact_rows(x: Tensor, out: Tensor) -> list[Row]:
+    """The exact codec in fp32 and bf16."""
+    rows: list[Row] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        payloads = torch.empty(4, x.numel() * dtype.itemsize, dtype=torch.uint8)
+        for row in payloads:
+            cpu.exact_encode(x, row, wire_dtype=dtype)
+        calls: dict[str, Callable[[], object]] = {
+            "encode": lambda p=payloads, d=dtype: cpu.exact_encode(x, p[0], wire_dtype=d),
+            "decode": lambda p=payloads, d=dtype: cpu.exact_decode(p[0], out, wire_dtype=d),
+            "mean of 2": lambda p=payloads, d=dtype: cpu.exact_decode_mean(p[:2], out, wire_dtype=d),
+            "mean of 4": lambda p=payloads, d=dtype: cpu.exact_decode_mean(p, out, wire_dtype=d),
+        }
+        for operation, call in calls.items():
+            facts = {"operation": operation, "wire_dtype": name}
+            rows.append((f"exact {operation} {name}", facts, call))
+    return rows
+
+
+def measure(memcpy: Callable[[], object], rows: list[Row], rounds: int) -> list[dict[str, object]]:
+    """Every row once a round, in an order drawn anew; memcpy is one of them."""
+    calls = {"memcpy": memcpy} | {name: call for name, _, call in rows}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    order, draw = list(calls), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            times[name].append(seconds(calls[name]))
+    records: list[dict[str, object]] = []
+    for name, facts in [("memcpy", {"operation": "memcpy"}), *((row[0], row[1]) for row in rows)]:
+        ratios = sorted(copy / own for copy, own in zip(times["memcpy"], times[name], strict=True))
+        low, high = ratios[int(0.2 * (rounds - 1))], ratios[round(0.8 * (rounds - 1))]
+        records.append(
+            {
+                "name": name,
+                **facts,
+                "ratio_median": round(statistics.median(ratios), 3),
+                "ratio_p20": round(low, 3),
+                "ratio_p80": round(high, 3),
+                "ratio_of_best": round(min(times["memcpy"]) / min(times[name]), 3),
+                "ms_median": round(1e3 * statistics.median(times[name]), 3),
+                "ms_best": round(1e3 * min(times[name]), 3),
+            }
+        )
+    return records
+
+
+def main() -> None:
+    """Measure, print the table, write the record."""
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    n = arguments.numel
+    x = torch.randn(n, generator=generator) * 1e-3
+    residual = torch.randn(n, generator=generator) * 1e-5
+    out, new_residual = torch.zeros(n), torch.zeros(n)
+    payloads = {
+        b: torch.zeros(MAX_ROWS, n * b // 8 + 2 * (n // 256 + 2) + 64, dtype=torch.uint8) for b in (8, 4)
+    }
+    widest = torch.zeros(payloads[8].shape[1], dtype=torch.uint8)
+    facts = environment()
+    copy_name, memcpy = faster_copy(x, out)
+    rows = encode_rows(x, widest, residual, new_residual) + decode_rows(x, payloads, out) + exact_rows(x, out)
+    rows = [row for row in rows if re.search(arguments.only, row[0])]
+    records = measure(memcpy, rows, arguments.rounds)
+    facts["load_after"] = os.getloadavg()[0]
+
+    print(f"{facts['cpu']} ({facts['cpu_target']}), {facts['cpus']} CPUs, one thread, {arguments.date}")
+    print(f"torch {facts['torch']}, numba {facts['numba']}, numpy {facts['numpy']}, python {facts['python']}")
+    print(f"{4e-6 * n:g} MB of fp32, {arguments.rounds} rounds, memcpy by {copy_name}, scales in bf16")
+    print(f"load average {facts['load_before']:.1f} before, {facts['load_after']:.1f} after\n")
+    print(f"{'':54s} {'ms':>7s} {'x memcpy':>9s}  {'p20 - p80':>11s} {'best/best':>10s}")
+    for r in records:
+        spread = f"{r['ratio_p20']:.2f} - {r['ratio_p80']:.2f}"
+        print(f"{r['name']:54s} {r['ms_median']:7.2f} {r['ratio_median']:9.2f}", end="  ")
+        print(f"{spread:>11s} {r['ratio_of_best']:10.2f}")
+
+    if arguments.json:
+        slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {facts['cpu_target']}".lower()).strip("-")
+        path = Path(arguments.json)
+        if arguments.json == "auto":
+            path = RESULTS / f"kernels_{slug}_{arguments.date}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "benchmark": "kernels",
+            "date": arguments.date,
+            "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
+            "environment": facts,
+            "configuration": {
+                "numel": n,
+                "rounds": arguments.rounds,
+                "memcpy": copy_name,
+                "scale_dtype": "bfloat16",
+            },
+            "rows": records,
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"\nwrote {path}")
+
+
+if __name__ == "__main__":
+    main()

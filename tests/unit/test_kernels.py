@@ -1,0 +1,270 @@
+"""The kernels: the Numba backend equals the plain-torch reference byte for byte, over an awkward table."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gradq.errors import KernelError
+from gradq.kernels import cpu, reference
+from gradq.kernels.ops import backend_name, kernels_for
+
+BITS = range(2, 9)
+LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 255, 256, 257, 511, 1000, 1025)
+BLOCKS = (64, 72, 128, 256, 264, 1000, 1024)
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
+CONTENTS = (
+    "normal", "zeros", "minus zeros", "denormal", "tiny", "small", "huge", "largest", "nan", "inf", "half",
+)  # fmt: skip
+RESIDUALS = ("none", "read only", "in place", "separate", "unaligned")
+LOSS_SCALES = (1.0, 65536.0, 3.0, 1 / 7)
+CANARY = 0xA5
+
+
+def nbytes(n: int, num_bits: int, block_size: int, scale_dtype: torch.dtype) -> int:
+    lengths = [min(block_size, n - start) for start in range(0, n, block_size)]
+    return sum(scale_dtype.itemsize + -(-length // 8) * num_bits for length in lengths)
+
+
+def values(content: str, n: int, generator: torch.Generator) -> torch.Tensor:
+    x = torch.randn(n, generator=generator)
+    scaled = {
+        "denormal": 1e-40,
+        "tiny": 1e-37,
+        "small": 1e-7,
+        "huge": 3e38,
+        "zeros": 0.0,
+        "minus zeros": -0.0,
+    }
+    if content in scaled:
+        x = x * scaled[content] if content != "minus zeros" else torch.full((n,), -0.0)
+    if content == "largest":
+        x = torch.full((n,), torch.finfo(torch.float32).max)
+    if n:
+        place = int(torch.randint(n, (1,), generator=generator))
+        if content == "nan":
+            x[place] = math.nan
+        if content == "inf":
+            x[place] = -math.inf
+        if content == "half":
+            x[n // 2 :] = 0
+    return x
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def offset_copy(x: torch.Tensor, offset: int) -> torch.Tensor:
+    """A copy whose address is no multiple of a vector's size."""
+    return torch.cat((torch.zeros(offset), x))[offset:]
+
+
+def encode(kernels, x, residual_kind, residual, *, num_bits, block_size, scale_dtype, **how):
+    """The payload with canaries around it, the residual read, the one written."""
+    size = nbytes(x.numel(), num_bits, block_size, scale_dtype)
+    buffer = torch.full((size + 16,), CANARY, dtype=torch.uint8)
+    old = None if residual_kind == "none" else residual.clone()
+    new = {
+        "none": None,
+        "read only": None,
+        "in place": old,
+        "separate": torch.full_like(x, 7.0),
+        "unaligned": offset_copy(torch.full_like(x, 7.0), 1),
+    }[residual_kind]
+    kernels.uniform_encode(
+        x, buffer[8 : 8 + size], num_bits=num_bits, block_size=block_size, scale_dtype=scale_dtype,
+        residual=old, new_residual=new, **how,
+    )  # fmt: skip
+    return buffer, old, new
+
+
+def assert_same(name: str, ours: torch.Tensor | None, truth: torch.Tensor | None, case: object) -> None:
+    if ours is None or truth is None:
+        assert ours is truth
+        return
+    differ = (bits(ours) != bits(truth)).nonzero().flatten()[:5]
+    assert differ.numel() == 0, f"{name} differs at {differ.tolist()} for {case}"
+
+
+def check_case(n, num_bits, block_size, scale_dtype, content, residual_kind, stochastic, draw):
+    case = locals().copy()
+    generator = torch.Generator().manual_seed(draw.getrandbits(31))
+    x = offset_copy(values(content, n, generator), draw.choice([0, 1]))
+    residual = values(draw.choice(["normal", "zeros", "tiny"]), n, generator)
+    how = {
+        "num_bits": num_bits,
+        "block_size": block_size,
+        "scale_dtype": scale_dtype,
+        "stochastic": stochastic,
+        "key": draw.getrandbits(64),
+        "shift": draw.randrange(1 << 16),
+        "first_block": draw.choice([0, 5, 2**32 - 1, 2**33 + 1]),
+        "loss_scale": draw.choice(LOSS_SCALES),
+    }
+    truth = encode(reference, x, residual_kind, residual, **how)
+    ours = encode(cpu, x, residual_kind, residual, **how)
+    for name, a, b in zip(("payload", "old residual", "new residual"), ours, truth, strict=True):
+        assert_same(name, a, b, case)
+
+    form = {"num_bits": num_bits, "block_size": block_size, "scale_dtype": scale_dtype}
+    num_rows = draw.choice([1, 2, 3, 4, 5, 8])
+    size = truth[0].numel() - 16
+    scales = -(-n // block_size) * scale_dtype.itemsize
+    rows = torch.full(
+        (num_rows, size + 24), CANARY, dtype=torch.uint8
+    )  # rows further apart than they are long
+    rows[:, :size] = truth[0][8 : 8 + size]
+    rows[1:, scales:size] = torch.randint(256, (num_rows - 1, size - scales), generator=generator).byte()
+    for aligned in (0, 1):
+        out, expected = offset_copy(torch.zeros(n), aligned), torch.zeros(n)
+        cpu.uniform_decode(rows[0, :size], out, **form)
+        reference.uniform_decode(rows[0, :size], expected, **form)
+        assert_same("decoded", out, expected, case)
+        cpu.uniform_decode_mean(rows[:, :size], out, **form)
+        reference.uniform_decode_mean(rows[:, :size], expected, **form)
+        assert_same(f"mean of {num_rows}", out, expected, case)
+
+
+# --- uniform -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_bits", BITS)
+def test_uniform_equals_the_reference_byte_for_byte(num_bits):
+    """Every length with every block size; the other choices drawn, the same in every run."""
+    draw = random.Random(num_bits)
+    for n, block_size in itertools.product(LENGTHS, BLOCKS):
+        check_case(
+            n,
+            num_bits,
+            block_size,
+            draw.choice(SCALES),
+            draw.choice(CONTENTS),
+            draw.choice(RESIDUALS),
+            draw.random() < 0.5,
+            draw,
+        )
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("scale_dtype", SCALES, ids=str)
+def test_awkward_values_equal_the_reference(content, scale_dtype):
+    draw = random.Random(content)
+    choices = itertools.product((3, 4, 8), RESIDUALS, (False, True))
+    for num_bits, residual_kind, stochastic in choices:
+        check_case(513, num_bits, 256, scale_dtype, content, residual_kind, stochastic, draw)
+
+
+@pytest.mark.parametrize("n", [4095, 4096, 5000])
+@pytest.mark.parametrize("residual_kind", RESIDUALS)
+def test_long_segments_written_past_the_cache(n, residual_kind):
+    draw = random.Random(n)
+    for num_bits, content in ((8, "normal"), (4, "nan"), (4, "normal")):
+        check_case(n, num_bits, 256, torch.bfloat16, content, residual_kind, False, draw)
+
+
+def test_scales_of_every_size_equal_the_reference():
+    """One value a block, over all exponents: the scale's rounding, its overflow and its zero."""
+    exponents = torch.arange(-149, 128, dtype=torch.float64).repeat_interleave(3)
+    mantissas = torch.tensor([1.0, 1.37, 1.9999999]).repeat(277).to(torch.float64)
+    magnitudes = (torch.exp2(exponents) * mantissas).to(torch.float32)
+    x = torch.zeros(magnitudes.numel(), 64)
+    x[:, 3] = magnitudes
+    x = x.reshape(-1)
+    how = {"stochastic": False, "key": 0, "shift": 0, "first_block": 0, "loss_scale": 1.0}
+    for num_bits, scale_dtype in itertools.product((2, 8), SCALES):
+        form = {"num_bits": num_bits, "block_size": 64, "scale_dtype": scale_dtype}
+        size = nbytes(x.numel(), num_bits, 64, scale_dtype)
+        ours, truth = torch.zeros(2, size, dtype=torch.uint8)
+        cpu.uniform_encode(x, ours, **form, **how, residual=None, new_residual=None)
+        reference.uniform_encode(x, truth, **form, **how, residual=None, new_residual=None)
+        assert_same("payload", ours, truth, (num_bits, scale_dtype))
+        out = torch.empty(2, x.numel())
+        cpu.uniform_decode(ours, out[0], **form)
+        reference.uniform_decode(truth, out[1], **form)
+        assert_same("decoded", out[0], out[1], (num_bits, scale_dtype))
+
+
+@pytest.mark.parametrize("kernels", [cpu, reference], ids=["cpu", "reference"])
+@pytest.mark.parametrize("scale_dtype", SCALES, ids=str)
+def test_a_finite_gradient_never_leaves_an_infinite_residual(kernels, scale_dtype):
+    """Rounded up, the scale of the largest values times qmax would be Inf, and so would what is lost."""
+    x = torch.full((64,), torch.finfo(torch.float32).max)
+    residual, new_residual = torch.zeros(64), torch.empty(64)
+    for num_bits in BITS:
+        kernels.uniform_encode(
+            x, torch.empty(nbytes(64, num_bits, 64, scale_dtype), dtype=torch.uint8),
+            num_bits=num_bits, block_size=64, scale_dtype=scale_dtype, stochastic=False, key=0, shift=0,
+            first_block=0, residual=residual, new_residual=new_residual, loss_scale=1.0,
+        )  # fmt: skip
+        assert new_residual.isfinite().all()
+
+
+# --- exact ---------------------------------------------------------------------------------------------
+
+EXACT = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float32),
+]
+
+
+@pytest.mark.parametrize(("dtype", "wire_dtype"), EXACT, ids=str)
+@pytest.mark.parametrize("content", ["normal", "nan", "inf", "denormal", "huge"])
+def test_exact_equals_the_reference(dtype, wire_dtype, content):
+    generator = torch.Generator().manual_seed(0)
+    for n, num_rows in itertools.product((0, 1, 7, 1023, 1024, 1025, 5000), (1, 2, 3, 4)):
+        size = n * wire_dtype.itemsize
+        rows = torch.full((num_rows, -(-size // 8) * 8 + 8), CANARY, dtype=torch.uint8)
+        for row in rows:
+            x = values(content, n, generator).to(dtype)
+            truth = torch.empty(size, dtype=torch.uint8)
+            cpu.exact_encode(x, row[:size], wire_dtype=wire_dtype)
+            reference.exact_encode(x, truth, wire_dtype=wire_dtype)
+            assert_same("payload", row[:size], truth, n)
+        for aligned in (0, 1):
+            out = torch.zeros(n + 1, dtype=dtype)[aligned : n + aligned]
+            expected = torch.zeros(n, dtype=dtype)
+            cpu.exact_decode(rows[0, :size], out, wire_dtype=wire_dtype)
+            reference.exact_decode(rows[0, :size], expected, wire_dtype=wire_dtype)
+            assert_same("decoded", out, expected, n)
+            cpu.exact_decode_mean(rows[:, :size], out, wire_dtype=wire_dtype)
+            reference.exact_decode_mean(rows[:, :size], expected, wire_dtype=wire_dtype)
+            assert_same("mean", out, expected, (n, num_rows))
+
+
+# --- dispatch ------------------------------------------------------------------------------------------
+
+
+def test_numba_serves_cpu_tensors(monkeypatch):
+    monkeypatch.delenv("GRADQ_KERNELS", raising=False)
+    assert backend_name(torch.device("cpu")) == "numba"
+    assert kernels_for(torch.device("cpu")) is cpu
+
+
+def test_the_environment_chooses_the_backend(monkeypatch):
+    monkeypatch.setenv("GRADQ_KERNELS", "reference")
+    assert kernels_for(torch.device("cpu")) is reference
+    monkeypatch.setenv("GRADQ_KERNELS", "fast")
+    with pytest.raises(KernelError, match="'fast' is not a kernel backend"):
+        kernels_for(torch.device("cpu"))
+
+
+def test_a_second_process_loads_the_kernels_from_the_cache():
+    """Ranks start together; without the cache each would compile for seconds, every time."""
+    cpu.warm_up()
+    code = (
+        "from gradq.kernels import cpu; cpu.warm_up()\n"
+        "for f in (cpu._encode, cpu._decode_mean, cpu._exact_mean):\n"
+        "    assert f.stats.cache_hits and not f.stats.cache_misses, f.stats\n"
+        "    assert len(f.signatures) == 1, f.signatures\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
