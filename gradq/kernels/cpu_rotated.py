@@ -9,20 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from numba.np.numpy_support import carray
 from torch import Tensor
 
-from gradq.kernels.cpu import (
-    _as_float,
-    _f32_pointer,
-    _inline,
-    _jit,
-    _mix32,
-    _pack,
-    _u8_pointer,
-    _unpack,
-)
+from gradq.kernels.numba_tools import as_bits, as_float, f32_at, inline, jit, mix32, pack, u8_at, unpack
 from gradq.kernels.rotated import POLYNOMIALS, payload_bytes
 from gradq.kernels.vector import (
     HAS_LOOKUP,
@@ -57,34 +46,29 @@ _CONSTANTS = {
 }
 
 
-@_inline
-def _as_bits(value: Any) -> Any:
-    return np.float32(value).view(np.uint32)
-
-
-@_inline
+@inline
 def _zero() -> Any:
     return constant_row(np.float32(0))
 
 
-@_inline
+@inline
 def _sign_words(tile_key: Any, words: Any) -> None:
     for w in range(len(words)):
-        words[w] = _mix32(np.uint32(tile_key + np.uint32(w)))
+        words[w] = mix32(np.uint32(tile_key + np.uint32(w)))
 
 
-@_inline
+@inline
 def _sign_bits(words_at: Any, row: Any) -> Any:
     left = constant_words(np.uint32(31 - (row & 31)))
     return (load_words(words_at + 64 * (row >> 5)) << left) & constant_words(np.uint32(0x80000000))
 
 
-@_inline
+@inline
 def _signed_row(z_at: Any, words_at: Any, row: Any, scale: Any) -> Any:
     return as_row(as_words(load_row(z_at + 64 * row) * scale) ^ _sign_bits(words_at, row))
 
 
-@_inline
+@inline
 def _low_stages(at: Any, size: Any) -> None:
     """Distances 1, 2, 4, 8 of `size` rows, a power of two, in place."""
     if size >= 16:
@@ -97,7 +81,7 @@ def _low_stages(at: Any, size: Any) -> None:
             distance *= 2
 
 
-@_inline
+@inline
 def _high_stages(at: Any, size: Any) -> None:
     """Distances 16, 32, ... of `size` rows, a power of two, in place."""
     if size == 256:
@@ -110,7 +94,7 @@ def _high_stages(at: Any, size: Any) -> None:
             distance *= 2
 
 
-@_inline
+@inline
 def _stage(at: Any, size: Any, distance: Any) -> None:
     for row in range(size):
         if row & distance == 0:
@@ -120,13 +104,13 @@ def _stage(at: Any, size: Any, distance: Any) -> None:
             store_row(second, a - b)
 
 
-@_inline
+@inline
 def _multiply(at: Any, rows: Any, factor: Any) -> None:
     for row in range(rows):
         store_row(at + 64 * row, load_row(at + 64 * row) * constant_row(factor))
 
 
-@_inline
+@inline
 def _window(rows: Any) -> Any:
     """The largest power of two <= rows."""
     size = 1
@@ -135,7 +119,7 @@ def _window(rows: Any) -> Any:
     return size
 
 
-@_inline
+@inline
 def _rotate(at: Any, rows: Any) -> None:
     size = _window(rows)
     _low_stages(at, size)
@@ -149,7 +133,7 @@ def _rotate(at: Any, rows: Any) -> None:
         _multiply(last, size, factor)
 
 
-@_inline
+@inline
 def _unrotate(at: Any, rows: Any) -> None:
     size = _window(rows)
     if size != rows:
@@ -166,7 +150,7 @@ def _unrotate(at: Any, rows: Any) -> None:
         _low_stages(at, size)
 
 
-@_inline
+@inline
 def _fold(s0: Any, s1: Any, s2: Any, s3: Any, groups: Any, scratch_C: Any, sums_G: Any) -> Any:
     """The four accumulators of each column to the sum over its group."""
     sums = (s0 + s1) + (s2 + s3)
@@ -181,7 +165,7 @@ def _fold(s0: Any, s1: Any, s2: Any, s3: Any, groups: Any, scratch_C: Any, sums_
     return load_row(scratch_C.ctypes.data)
 
 
-@_inline
+@inline
 def _start_row(
     x_at: Any, residual_at: Any, z_at: Any, words_at: Any, row: Any, unscale: Any, to_unit: Any
 ) -> Any:
@@ -194,7 +178,7 @@ def _start_row(
     return as_words(value) & constant_words(np.uint32(0x7FFFFFFF)), z * z
 
 
-@_inline
+@inline
 def _start(
     x_at: Any,
     residual_at: Any,
@@ -239,11 +223,11 @@ def _start(
     store_words(scratch_C.ctypes.data, bits)
     largest = np.uint32(0)
     for c in range(16):
-        largest = max(largest, _as_bits(scratch_C[c]))
+        largest = max(largest, as_bits(scratch_C[c]))
     return largest, _fold(s0, s1, s2, s3, groups, scratch_C, sums_G)
 
 
-@_inline
+@inline
 def _rows_of(constants: Any, table: Any) -> Any:
     """Constants as rows, for `_quantize_row` and `_level`; outside of loops, or they are loaded every time."""
     middle = constant_row(np.float32(constants[9] - np.float32(0.5)))
@@ -272,12 +256,12 @@ def _rows_of(constants: Any, table: Any) -> Any:
     )
 
 
-@_inline
+@inline
 def _words_of(number: Any) -> Any:
     return constant_words(np.uint32(number))
 
 
-@_inline
+@inline
 def _polynomial(code: Any, to_level: Any) -> Any:
     middle, a0, a1, a2, a3 = to_level
     m = to_float(code) - middle
@@ -285,7 +269,7 @@ def _polynomial(code: Any, to_level: Any) -> Any:
     return m * (a0 + m2 * (a1 + m2 * (a2 + m2 * a3)))
 
 
-@_inline
+@inline
 def _level(code: Any, levels: Any, use_table: Any) -> Any:
     """The levels of a row of codes: looked up where 16 are enough and the machine can, or computed."""
     to_level, table = levels
@@ -294,7 +278,7 @@ def _level(code: Any, levels: Any, use_table: Any) -> Any:
     return _polynomial(code, to_level)
 
 
-@_inline
+@inline
 def _quantize_row(at: Any, codes_at: Any, inverse: Any, constants: Any, use_table: Any) -> Any:
     """Store the codes of a row, replace it by its levels; level * z and level²."""
     bottom, top, k0, k1, k2, k3, half, levels = constants
@@ -308,7 +292,7 @@ def _quantize_row(at: Any, codes_at: Any, inverse: Any, constants: Any, use_tabl
     return level * z, level * level
 
 
-@_inline
+@inline
 def _quantize(
     at: Any,
     codes_at: Any,
@@ -367,12 +351,12 @@ def _quantize(
     return inner, _fold(n0, n1, n2, n3, groups, scratch_C, sums_G)
 
 
-@_inline
+@inline
 def _bf16(bits: Any) -> Any:
-    return _as_float(np.uint32(bits << np.uint32(16)))
+    return as_float(np.uint32(bits << np.uint32(16)))
 
 
-@_jit
+@jit
 def _encode(
     x_at: int,
     n: int,
@@ -388,10 +372,10 @@ def _encode(
     constants: Any,
 ) -> None:
     """Addresses of 0 stand for no residual."""
-    x = carray(_f32_pointer(x_at), n)
-    payload = carray(_u8_pointer(payload_at), nbytes)
-    residual = carray(_f32_pointer(residual_at), n)
-    new_residual = carray(_f32_pointer(new_residual_at), n)
+    x = f32_at(x_at, n)
+    payload = u8_at(payload_at, nbytes)
+    residual = f32_at(residual_at, n)
+    new_residual = f32_at(new_residual_at, n)
     z_T, tail = np.empty(4096, np.float32), np.empty(4096, np.float32)
     codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
     scratch_C, column_C, sums_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
@@ -410,7 +394,7 @@ def _encode(
         rows = (L + 15) // 16
         groups = (L + 255) // 256
         x_L, residual_L = x[start : start + L], residual[start : start + L]
-        tile_key = _mix32(np.uint32(np.uint32(base) + np.uint32(tile)))
+        tile_key = mix32(np.uint32(np.uint32(base) + np.uint32(tile)))
         _sign_words(tile_key, words)
         from_at, add_at = x_at + 4 * start, residual_at + 4 * start if residual_at != 0 else 0
         if L & 15:  # the last row would be read past its end
@@ -430,7 +414,7 @@ def _encode(
                 store_row(z_at + 64 * row, _zero())
             energy = _zero()
         elif exponent < 87 or exponent >= 167:
-            to_unit = _as_float(np.uint32(min(max(254 - exponent, 1), 253)) << np.uint32(23))
+            to_unit = as_float(np.uint32(min(max(254 - exponent, 1), 253)) << np.uint32(23))
             _, energy = _start(
                 from_at, add_at, z_at, words_at, rows, unscale, to_unit, groups, scratch_C, sums_G
             )
@@ -471,18 +455,18 @@ def _encode(
                 word = np.uint32(0x8000)
                 if unbiased:
                     g = np.uint32(c if groups == 16 else c * groups // 16)
-                    word = _mix32(np.uint32(tile_key + np.uint32(128) + g)) & np.uint32(0xFFFF)
-                bits = np.uint32(np.uint32(_as_bits(column_C[c]) + word) >> np.uint32(16))
+                    word = mix32(np.uint32(tile_key + np.uint32(128) + g)) & np.uint32(0xFFFF)
+                bits = np.uint32(np.uint32(as_bits(column_C[c]) + word) >> np.uint32(16))
             column_C[c] = _bf16(bits)
             lost = lost or not column_C[c] * np.float32(4096) < np.float32(np.inf)
         for c in range(16):
-            bits = np.uint32(0x7FC0) if lost else np.uint32(_as_bits(column_C[c]) >> np.uint32(16))
+            bits = np.uint32(0x7FC0) if lost else np.uint32(as_bits(column_C[c]) >> np.uint32(16))
             g = c if groups == 16 else c * groups // 16
             payload[scales_at + 2 * g] = np.uint8(bits)
             payload[scales_at + 2 * g + 1] = np.uint8(bits >> np.uint32(8))
         scales_at += 2 * groups
         size = 2 * rows * num_bits
-        _pack(codes_T[: 16 * rows], payload[codes_at : codes_at + size], num_bits)
+        pack(codes_T[: 16 * rows], payload[codes_at : codes_at + size], num_bits)
         codes_at += size
         if new_residual_at != 0:
             new_L, new_at = new_residual[start : start + L], new_residual_at + 4 * start
@@ -508,7 +492,7 @@ def _encode(
                     new_L[j] = z_T[j]
 
 
-@_jit
+@jit
 def _decode_mean(
     payloads_at: int,
     num_rows: int,
@@ -520,8 +504,8 @@ def _decode_mean(
     constants: Any,
 ) -> None:
     """Decode is the mean of one row."""
-    payloads = carray(_u8_pointer(payloads_at), (num_rows - 1) * row_stride + nbytes)
-    out = carray(_f32_pointer(out_at), n)
+    payloads = u8_at(payloads_at, (num_rows - 1) * row_stride + nbytes)
+    out = f32_at(out_at, n)
     z_T, column_C = np.empty(4096, np.float32), np.empty(16, np.float32)
     codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
     z_at, codes_T_at, words_at = z_T.ctypes.data, codes_T.ctypes.data, words.ctypes.data
@@ -549,8 +533,8 @@ def _decode_mean(
             if column_C[0] != column_C[0]:
                 z[:] = np.float32(np.nan)
             else:
-                _sign_words(_mix32(np.uint32(base + np.uint32(tile))), words)
-                _unpack(payload[codes_at : codes_at + size], codes_T[: 16 * rows], num_bits)
+                _sign_words(mix32(np.uint32(base + np.uint32(tile))), words)
+                unpack(payload[codes_at : codes_at + size], codes_T[: 16 * rows], num_bits)
                 scale = load_row(column_C.ctypes.data)
                 for k in range(rows):
                     row = (k >> 4) + ((k & 15) << 4) if rows == 256 else k
