@@ -52,9 +52,21 @@ def _zero() -> Any:
 
 
 @inline
-def _sign_words(tile_key: Any, words: Any) -> None:
-    for w in range(len(words)):
+def _sign_words(tile_key: Any, rows: Any, words: Any) -> None:
+    """128 words for the first signs; for the second, which full tiles do without, 128 more."""
+    for w in range(128):
         words[w] = mix32(np.uint32(tile_key + np.uint32(w)))
+    if rows != 256:
+        for w in range(128):
+            words[128 + w] = mix32(np.uint32(tile_key + np.uint32(256 + w)))
+
+
+@inline
+def _flip_signs(at: Any, words_at: Any, first_row: Any, rows: Any) -> None:
+    """The second signs."""
+    for row in range(first_row, rows):
+        flipped = as_words(load_row(at + 64 * row)) ^ _sign_bits(words_at + 512, row)
+        store_words(at + 64 * row, flipped)
 
 
 @inline
@@ -120,7 +132,7 @@ def _window(rows: Any) -> Any:
 
 
 @inline
-def _rotate(at: Any, rows: Any) -> None:
+def _rotate(at: Any, rows: Any, words_at: Any) -> None:
     size = _window(rows)
     _low_stages(at, size)
     _high_stages(at, size)
@@ -128,13 +140,14 @@ def _rotate(at: Any, rows: Any) -> None:
         factor = np.float32(1.0 / np.sqrt(float(size)))
         last = at + 64 * (rows - size)
         _multiply(at, size, factor)
+        _flip_signs(at, words_at, rows - size, rows)
         _low_stages(last, size)
         _high_stages(last, size)
         _multiply(last, size, factor)
 
 
 @inline
-def _unrotate(at: Any, rows: Any) -> None:
+def _unrotate(at: Any, rows: Any, words_at: Any) -> None:
     size = _window(rows)
     if size != rows:
         factor = np.float32(1.0 / np.sqrt(float(size)))
@@ -142,6 +155,7 @@ def _unrotate(at: Any, rows: Any) -> None:
         _high_stages(last, size)
         _low_stages(last, size)
         _multiply(last, size, factor)
+        _flip_signs(at, words_at, rows - size, rows)
         _high_stages(at, size)
         _low_stages(at, size)
         _multiply(at, size, factor)
@@ -377,7 +391,7 @@ def _encode(
     residual = f32_at(residual_at, n)
     new_residual = f32_at(new_residual_at, n)
     z_T, tail = np.empty(4096, np.float32), np.empty(4096, np.float32)
-    codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
+    codes_T, words = np.empty(4096, np.uint8), np.empty(256, np.uint32)
     scratch_C, column_C, sums_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
     z_at, codes_T_at = z_T.ctypes.data, codes_T.ctypes.data
     words_at, column_at = words.ctypes.data, column_C.ctypes.data
@@ -395,7 +409,7 @@ def _encode(
         groups = (L + 255) // 256
         x_L, residual_L = x[start : start + L], residual[start : start + L]
         tile_key = mix32(np.uint32(np.uint32(base) + np.uint32(tile)))
-        _sign_words(tile_key, words)
+        _sign_words(tile_key, rows, words)
         from_at, add_at = x_at + 4 * start, residual_at + 4 * start if residual_at != 0 else 0
         if L & 15:  # the last row would be read past its end
             for j in range(16 * rows):
@@ -419,7 +433,7 @@ def _encode(
                 from_at, add_at, z_at, words_at, rows, unscale, to_unit, groups, scratch_C, sums_G
             )
         if rows != 256:
-            _rotate(z_at, rows)
+            _rotate(z_at, rows, words_at)
             for c in range(16):
                 g = c * groups // 16
                 first, end = (g * 16 + groups - 1) // groups, ((g + 1) * 16 + groups - 1) // groups
@@ -475,7 +489,7 @@ def _encode(
                     new_L[j] = residual_L[j]
             else:
                 if rows != 256:
-                    _unrotate(z_at, rows)
+                    _unrotate(z_at, rows, words_at)
                 scale, factor, loss = load_row(column_at), constant_row(rescale), constant_row(unscale)
                 for row in range(rows):
                     if rows == 256 and row & 15 == 0:
@@ -507,7 +521,7 @@ def _decode_mean(
     payloads = u8_at(payloads_at, (num_rows - 1) * row_stride + nbytes)
     out = f32_at(out_at, n)
     z_T, column_C = np.empty(4096, np.float32), np.empty(16, np.float32)
-    codes_T, words = np.empty(4096, np.uint8), np.empty(128, np.uint32)
+    codes_T, words = np.empty(4096, np.uint8), np.empty(256, np.uint32)
     z_at, codes_T_at, words_at = z_T.ctypes.data, codes_T.ctypes.data, words.ctypes.data
     levels = _rows_of(constants, z_T)[7]
     divisor = np.float32(num_rows)
@@ -533,7 +547,7 @@ def _decode_mean(
             if column_C[0] != column_C[0]:
                 z[:] = np.float32(np.nan)
             else:
-                _sign_words(mix32(np.uint32(base + np.uint32(tile))), words)
+                _sign_words(mix32(np.uint32(base + np.uint32(tile))), rows, words)
                 unpack(payload[codes_at : codes_at + size], codes_T[: 16 * rows], num_bits)
                 scale = load_row(column_C.ctypes.data)
                 for k in range(rows):
@@ -542,7 +556,7 @@ def _decode_mean(
                     if rows == 256 and k & 15 == 15:
                         hadamard_rows(z_at + 64 * (row - 240), 1024)
                 if rows != 256:
-                    _unrotate(z_at, rows)
+                    _unrotate(z_at, rows, words_at)
                 for row in range(rows):
                     if rows == 256 and row & 15 == 0:
                         hadamard_rows(z_at + 64 * row, 64)

@@ -17,7 +17,7 @@ Encoding a tile:
 2. Signs; where the largest magnitude is not within 2**-40 ... 2**40, a power of two that brings it into [1, 2);
    the energy of each group (one below 2**-120 is sent as scale 0); then the Hadamard transform of each column: sums and
    differences of rows at distances 1, 2, 4, ... R. If R is no power of two, then with R' the largest one
-   below: the first R' rows, times R'**-½, then the last R'.
+   below: the first R' rows, times R'**-½, then, with signs of their own, the last R'.
 3. σ² = energy / elements of the group. code = trunc(u(clamp(z / σ)) + 2**(num_bits - 1)), see `Polynomials`.
 4. With c the levels of the codes: scale = ‖z‖² / ⟨c, z⟩ (unbiased over rotations) or ⟨c, z⟩ / ‖c‖² (least
    squares). An unbiased scale is rounded to bf16 up or down at random, the other to the nearest.
@@ -68,6 +68,7 @@ _MASK32 = 0xFFFFFFFF
 _MIN_NORMAL = 2.0**-126
 _BF16_NAN = 0x7FC0
 _SCALE_WORD = TILE // 32  # the hash word that rounds the first scale, after those of the signs
+_SECOND_WORD = 256  # the first hash word of the second signs
 
 
 def split(numel: int) -> Iterator[tuple[slice, int, int, int]]:
@@ -86,11 +87,17 @@ def _words(base: int, first_tile: int, num_tiles: int, first: int, count: int) -
     return reference._mix32((keys_T[:, None] + torch.arange(first, first + count)) & _MASK32)
 
 
-def signs(base: int, first_tile: int, num_tiles: int, rows: int) -> Tensor:
+def signs(base: int, first_tile: int, num_tiles: int, rows: int, first_word: int = 0) -> Tensor:
     """+1 or -1, fp32 [T, R, C]: row r, column c takes bit r % 32 of hash word 16 (r // 32) + c."""
-    words = _words(base, first_tile, num_tiles, 0, -(-rows // 32) * COLUMNS).view(num_tiles, -1, 1, COLUMNS)
+    count = -(-rows // 32) * COLUMNS
+    words = _words(base, first_tile, num_tiles, first_word, count).view(num_tiles, -1, 1, COLUMNS)
     bits = (words >> torch.arange(32)[:, None]) & 1
     return (1.0 - 2.0 * bits.to(torch.float32)).reshape(num_tiles, -1, COLUMNS)[:, :rows]
+
+
+def _both_signs(base: int, first_tile: int, num_tiles: int, rows: int) -> Tensor:
+    """The signs before the first and before the second transform, [2, T, R, C]."""
+    return torch.stack([signs(base, first_tile, num_tiles, rows, word) for word in (0, _SECOND_WORD)])
 
 
 def _hadamard(z_TRC: Tensor, distances: Sequence[int]) -> Tensor:
@@ -112,7 +119,7 @@ def _gain(rows: int) -> int:
     return rows if rows & (rows - 1) == 0 else 1
 
 
-def rotate(z_TRC: Tensor) -> Tensor:
+def rotate(z_TRC: Tensor, second_TRC: Tensor) -> Tensor:
     """The transform of each column: orthogonal, but for a factor √R where R is a power of two."""
     rows = z_TRC.shape[1]
     size, factor = _windows(rows)
@@ -120,10 +127,11 @@ def rotate(z_TRC: Tensor) -> Tensor:
     if size == rows:
         return _hadamard(z_TRC, distances)
     z_TRC = torch.cat((_hadamard(z_TRC[:, :size], distances) * factor, z_TRC[:, size:]), 1)
-    return torch.cat((z_TRC[:, :-size], _hadamard(z_TRC[:, -size:], distances) * factor), 1)
+    last_TRC = _hadamard(z_TRC[:, -size:] * second_TRC[:, -size:], distances) * factor
+    return torch.cat((z_TRC[:, :-size], last_TRC), 1)
 
 
-def unrotate(z_TRC: Tensor) -> Tensor:
+def unrotate(z_TRC: Tensor, second_TRC: Tensor) -> Tensor:
     """The inverse of `rotate`, but for a factor R where R is a power of two."""
     rows = z_TRC.shape[1]
     size, factor = _windows(rows)
@@ -131,7 +139,8 @@ def unrotate(z_TRC: Tensor) -> Tensor:
     distances = distances[4:] + distances[:4]
     if size == rows:
         return _hadamard(z_TRC, distances)
-    z_TRC = torch.cat((z_TRC[:, :-size], _hadamard(z_TRC[:, -size:], distances) * factor), 1)
+    last_TRC = _hadamard(z_TRC[:, -size:], distances) * factor * second_TRC[:, -size:]
+    z_TRC = torch.cat((z_TRC[:, :-size], last_TRC), 1)
     return torch.cat((_hadamard(z_TRC[:, :size], distances) * factor, z_TRC[:, size:]), 1)
 
 
@@ -213,10 +222,10 @@ def rotated_encode(
         value_TRC[: span.stop - span.start] = value[span]
         value_TRC = value_TRC.view(num_tiles, rows, COLUMNS)
         words_TG = _words(base, first_tile, num_tiles, _SCALE_WORD, groups)
-        signs_TRC = signs(base, first_tile, num_tiles, rows)
+        signs_2TRC = _both_signs(base, first_tile, num_tiles, rows)
         if not unbiased:
             words_TG = torch.full_like(words_TG, 0x8000)
-        bits_TG, codes_TRC = _encode_tiles(value_TRC, signs_TRC, words_TG, num_bits, unbiased)
+        bits_TG, codes_TRC = _encode_tiles(value_TRC, signs_2TRC, words_TG, num_bits, unbiased)
         at = first_tile * (TILE // GROUP) * 2
         scale_bytes[at : at + 2 * bits_TG.numel()] = bits_TG.reshape(-1).to(torch.int16).view(torch.uint8)
         size = rows * COLUMNS * num_bits // 8
@@ -226,7 +235,7 @@ def rotated_encode(
             at += size
         if new_residual is not None:
             assert residual is not None
-            decoded_TRC = _decode_tiles(bits_TG, codes_TRC, signs_TRC, num_bits)
+            decoded_TRC = _decode_tiles(bits_TG, codes_TRC, signs_2TRC, num_bits)
             error = (value_TRC - decoded_TRC) * torch.tensor(1.0 / loss_scale, dtype=torch.float32)
             lost = _scale_values(bits_TG).isnan()[:, :1, None].expand_as(error).reshape(-1)
             length = span.stop - span.start
@@ -234,7 +243,7 @@ def rotated_encode(
 
 
 def _encode_tiles(
-    value_TRC: Tensor, signs_TRC: Tensor, words_TG: Tensor, num_bits: int, unbiased: bool
+    value_TRC: Tensor, signs_2TRC: Tensor, words_TG: Tensor, num_bits: int, unbiased: bool
 ) -> tuple[Tensor, Tensor]:
     """Bits of the scales [T, G] and codes [T, R, C]."""
     num_tiles, rows, _ = value_TRC.shape
@@ -245,9 +254,9 @@ def _encode_tiles(
     to_unit_T = ((254 - exponent_T).clamp(1, 253) << 23).view(torch.float32)
     to_unit_T = torch.where((exponent_T >= 87) & (exponent_T < 167), 1.0, to_unit_T)[:, None, None]
     usable = (finite_T & normal_T)[:, :, None]
-    unit_TRC = torch.where(usable, (value_TRC * signs_TRC) * to_unit_T, 0.0)
+    unit_TRC = torch.where(usable, (value_TRC * signs_2TRC[0]) * to_unit_T, 0.0)
     energy_TG = _sum_groups(unit_TRC * unit_TRC, groups)
-    z_TRC = rotate(unit_TRC)
+    z_TRC = rotate(unit_TRC, signs_2TRC[1])
     count_G = torch.bincount(torch.arange(COLUMNS) * groups // COLUMNS).to(torch.float32) * rows
     sigma_TG = torch.sqrt(energy_TG * _gain(rows) / count_G)
     coded_TG = energy_TG >= 2.0**-120
@@ -266,9 +275,9 @@ def _encode_tiles(
     return bits_TG, codes_TRC
 
 
-def _decode_tiles(bits_TG: Tensor, codes_TRC: Tensor, signs_TRC: Tensor, num_bits: int) -> Tensor:
+def _decode_tiles(bits_TG: Tensor, codes_TRC: Tensor, signs_2TRC: Tensor, num_bits: int) -> Tensor:
     level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
-    return (unrotate(level_TRC) * _by_column(_scale_values(bits_TG))) * signs_TRC
+    return (unrotate(level_TRC, signs_2TRC[1]) * _by_column(_scale_values(bits_TG))) * signs_2TRC[0]
 
 
 def _open(payload: Tensor, numel: int, num_bits: int) -> tuple[Tensor, Tensor]:
@@ -297,7 +306,7 @@ def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int) -> None:
         decoded_TRC = _decode_tiles(
             bits_TG,
             codes_TRC.view(num_tiles, rows, COLUMNS),
-            signs(base, first_tile, num_tiles, rows),
+            _both_signs(base, first_tile, num_tiles, rows),
             num_bits,
         )
         out[span] = decoded_TRC.reshape(-1)[: span.stop - span.start]
