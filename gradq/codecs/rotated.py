@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -36,8 +37,8 @@ class RotatedCodec(Codec):
 
     Attributes:
         num_bits: 1 to 6.
-        scale: "unbiased" (over rotations), "mse" (least squares: contractive, less error), or "auto": mse with
-            error feedback, unbiased without.
+        scale: "unbiased" (over rotations), "mse" (least squares: contractive, less error), or "auto": mse
+            with error feedback, unbiased without.
         rotation: "private" (each rank its own, so that their errors are independent) or "shared".
 
     Example:
@@ -45,21 +46,23 @@ class RotatedCodec(Codec):
         4.062530517578125
     """
 
+    _trellis: ClassVar[bool] = False
+    _most_bits: ClassVar[int] = 6
+
     num_bits: int = 4
     scale: str = "auto"
     rotation: str = "private"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.num_bits, int) and 1 <= self.num_bits <= 6):
+        kind, most = type(self).__name__, self._most_bits
+        if not (isinstance(self.num_bits, int) and 1 <= self.num_bits <= most):
             raise ConfigError(
-                f"RotatedCodec(num_bits={self.num_bits!r}): num_bits must be an integer from 1 to 6"
+                f"{kind}(num_bits={self.num_bits!r}): num_bits must be an integer from 1 to {most}"
             )
         if self.scale not in _SCALES:
-            raise ConfigError(f"RotatedCodec(scale={self.scale!r}): scale must be one of {_SCALES}")
+            raise ConfigError(f"{kind}(scale={self.scale!r}): scale must be one of {_SCALES}")
         if self.rotation not in _ROTATIONS:
-            raise ConfigError(
-                f"RotatedCodec(rotation={self.rotation!r}): rotation must be one of {_ROTATIONS}"
-            )
+            raise ConfigError(f"{kind}(rotation={self.rotation!r}): rotation must be one of {_ROTATIONS}")
 
     @property
     def name(self) -> str:
@@ -80,7 +83,8 @@ class RotatedCodec(Codec):
     def contractive(self) -> bool:
         """With the least-squares scale always: the error is ‖z‖² - ⟨c, z⟩² / ‖c‖².
 
-        The unbiased scale errs by ‖z‖² (‖z‖² ‖c‖² / ⟨c, z⟩² - 1), which some blocks at few bits push past ‖z‖².
+        The unbiased scale errs by ‖z‖² (‖z‖² ‖c‖² / ⟨c, z⟩² - 1), more than ‖z‖² for some
+        blocks at few bits.
         """
         return self.scale == "mse"
 
@@ -116,6 +120,7 @@ class RotatedCodec(Codec):
             x,
             payload,
             num_bits=self.num_bits,
+            trellis=self._trellis,
             unbiased=self.scale != "mse",
             base=rotation_base(context.key, stream, context.first_block),
             residual=residual,
@@ -125,11 +130,15 @@ class RotatedCodec(Codec):
 
     def decode(self, payload: Tensor, out: Tensor) -> None:
         """See `Codec.decode`."""
-        rotated_kernels(out.device).rotated_decode(payload, out, num_bits=self.num_bits)
+        rotated_kernels(out.device).rotated_decode(
+            payload, out, num_bits=self.num_bits, trellis=self._trellis
+        )
 
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """See `Codec.decode_mean`."""
-        rotated_kernels(out.device).rotated_decode_mean(payloads, out, num_bits=self.num_bits)
+        rotated_kernels(out.device).rotated_decode_mean(
+            payloads, out, num_bits=self.num_bits, trellis=self._trellis
+        )
 
     @classmethod
     def from_name(cls, name: str) -> RotatedCodec:

@@ -11,8 +11,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gradq.kernels.cpu_hadamard import (
+    high_stages,
+    rotate,
+    sign_bits,
+    sign_words,
+    signed_row,
+    unrotate,
+    window,
+)
+from gradq.kernels.cpu_trellis import trellis_encode, trellis_levels
 from gradq.kernels.numba_tools import as_bits, as_float, f32_at, inline, jit, mix32, pack, u8_at, unpack
-from gradq.kernels.rotated import POLYNOMIALS, payload_bytes
+from gradq.kernels.rotated import POLYNOMIALS, TRELLIS_POLYNOMIALS, Polynomials, payload_bytes
 from gradq.kernels.vector import (
     HAS_LOOKUP,
     as_row,
@@ -22,7 +32,6 @@ from gradq.kernels.vector import (
     hadamard_rows,
     load_bytes,
     load_row,
-    load_words,
     lookup,
     maximum,
     maximum_words,
@@ -40,128 +49,18 @@ from gradq.kernels.vector import (
 
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
-_CONSTANTS = {
-    bits: np.array([p.top, *p.to_index, *p.to_level, 1 << (bits - 1)], np.float32)
-    for bits, p in POLYNOMIALS.items()
-}
+
+def _constants(polynomials: Polynomials, half: int) -> Any:
+    return np.array([polynomials.top, *polynomials.to_index, *polynomials.to_level, half], np.float32)
+
+
+_CONSTANTS = {(False, bits): _constants(p, 1 << (bits - 1)) for bits, p in POLYNOMIALS.items()}
+_CONSTANTS |= {(True, bits): _constants(p, 1 << bits) for bits, p in TRELLIS_POLYNOMIALS.items()}
 
 
 @inline
 def _zero() -> Any:
     return constant_row(np.float32(0))
-
-
-@inline
-def _sign_words(tile_key: Any, rows: Any, words: Any) -> None:
-    """128 words for the first signs; for the second, which full tiles do without, 128 more."""
-    for w in range(128):
-        words[w] = mix32(np.uint32(tile_key + np.uint32(w)))
-    if rows != 256:
-        for w in range(128):
-            words[128 + w] = mix32(np.uint32(tile_key + np.uint32(256 + w)))
-
-
-@inline
-def _flip_signs(at: Any, words_at: Any, first_row: Any, rows: Any) -> None:
-    """The second signs."""
-    for row in range(first_row, rows):
-        flipped = as_words(load_row(at + 64 * row)) ^ _sign_bits(words_at + 512, row)
-        store_words(at + 64 * row, flipped)
-
-
-@inline
-def _sign_bits(words_at: Any, row: Any) -> Any:
-    left = constant_words(np.uint32(31 - (row & 31)))
-    return (load_words(words_at + 64 * (row >> 5)) << left) & constant_words(np.uint32(0x80000000))
-
-
-@inline
-def _signed_row(z_at: Any, words_at: Any, row: Any, scale: Any) -> Any:
-    return as_row(as_words(load_row(z_at + 64 * row) * scale) ^ _sign_bits(words_at, row))
-
-
-@inline
-def _low_stages(at: Any, size: Any) -> None:
-    """Distances 1, 2, 4, 8 of `size` rows, a power of two, in place."""
-    if size >= 16:
-        for row in range(0, size, 16):
-            hadamard_rows(at + 64 * row, 64)
-    else:
-        distance = 1
-        while distance < size:
-            _stage(at, size, distance)
-            distance *= 2
-
-
-@inline
-def _high_stages(at: Any, size: Any) -> None:
-    """Distances 16, 32, ... of `size` rows, a power of two, in place."""
-    if size == 256:
-        for row in range(16):
-            hadamard_rows(at + 64 * row, 1024)
-    else:
-        distance = 16
-        while distance < size:
-            _stage(at, size, distance)
-            distance *= 2
-
-
-@inline
-def _stage(at: Any, size: Any, distance: Any) -> None:
-    for row in range(size):
-        if row & distance == 0:
-            first, second = at + 64 * row, at + 64 * (row + distance)
-            a, b = load_row(first), load_row(second)
-            store_row(first, a + b)
-            store_row(second, a - b)
-
-
-@inline
-def _multiply(at: Any, rows: Any, factor: Any) -> None:
-    for row in range(rows):
-        store_row(at + 64 * row, load_row(at + 64 * row) * constant_row(factor))
-
-
-@inline
-def _window(rows: Any) -> Any:
-    """The largest power of two <= rows."""
-    size = 1
-    while 2 * size <= rows:
-        size *= 2
-    return size
-
-
-@inline
-def _rotate(at: Any, rows: Any, words_at: Any) -> None:
-    size = _window(rows)
-    _low_stages(at, size)
-    _high_stages(at, size)
-    if size != rows:
-        factor = np.float32(1.0 / np.sqrt(float(size)))
-        last = at + 64 * (rows - size)
-        _multiply(at, size, factor)
-        _flip_signs(at, words_at, rows - size, rows)
-        _low_stages(last, size)
-        _high_stages(last, size)
-        _multiply(last, size, factor)
-
-
-@inline
-def _unrotate(at: Any, rows: Any, words_at: Any) -> None:
-    size = _window(rows)
-    if size != rows:
-        factor = np.float32(1.0 / np.sqrt(float(size)))
-        last = at + 64 * (rows - size)
-        _high_stages(last, size)
-        _low_stages(last, size)
-        _multiply(last, size, factor)
-        _flip_signs(at, words_at, rows - size, rows)
-        _high_stages(at, size)
-        _low_stages(at, size)
-        _multiply(at, size, factor)
-    else:
-        _high_stages(at, size)
-        _low_stages(at, size)
 
 
 @inline
@@ -183,11 +82,11 @@ def _fold(s0: Any, s1: Any, s2: Any, s3: Any, groups: Any, scratch_C: Any, sums_
 def _start_row(
     x_at: Any, residual_at: Any, z_at: Any, words_at: Any, row: Any, unscale: Any, to_unit: Any
 ) -> Any:
-    """Store a row of x + residual with its signs, in units of the tile; magnitudes before that, and squares."""
+    """Store a row of x + residual with its signs, in units of the tile; magnitudes and squares."""
     value = load_row(x_at + 64 * row)
     if residual_at != 0:
         value = value + load_row(residual_at + 64 * row) * unscale
-    z = as_row(as_words(value) ^ _sign_bits(words_at, row)) * to_unit
+    z = as_row(as_words(value) ^ sign_bits(words_at, row)) * to_unit
     store_row(z_at + 64 * row, z)
     return as_words(value) & constant_words(np.uint32(0x7FFFFFFF)), z * z
 
@@ -243,7 +142,7 @@ def _start(
 
 @inline
 def _rows_of(constants: Any, table: Any) -> Any:
-    """Constants as rows, for `_quantize_row` and `_level`; outside of loops, or they are loaded every time."""
+    """Constants as rows, for `_quantize_row` and `_level`; outside of loops, lest they be loaded every time."""
     middle = constant_row(np.float32(constants[9] - np.float32(0.5)))
     to_level = (
         middle,
@@ -356,10 +255,14 @@ def _quantize(
         i, n = _quantize_row(at + 64 * rest, codes_at + 16 * rest, inverse, rows_of_constants, use_table)
         i0, n0 = i0 + i, n0 + n
     if rows & 3 > 1:
-        i, n = _quantize_row(at + 64 * rest + 64, codes_at + 16 * rest + 16, inverse, rows_of_constants, use_table)
+        i, n = _quantize_row(
+            at + 64 * rest + 64, codes_at + 16 * rest + 16, inverse, rows_of_constants, use_table
+        )
         i1, n1 = i1 + i, n1 + n
     if rows & 3 > 2:
-        i, n = _quantize_row(at + 64 * rest + 128, codes_at + 16 * rest + 32, inverse, rows_of_constants, use_table)
+        i, n = _quantize_row(
+            at + 64 * rest + 128, codes_at + 16 * rest + 32, inverse, rows_of_constants, use_table
+        )
         i2, n2 = i2 + i, n2 + n
     inner = _fold(i0, i1, i2, i3, groups, scratch_C, sums_G)
     return inner, _fold(n0, n1, n2, n3, groups, scratch_C, sums_G)
@@ -370,6 +273,29 @@ def _bf16(bits: Any) -> Any:
     return as_float(np.uint32(bits << np.uint32(16)))
 
 
+@inline
+def _trellis(
+    at: Any,
+    codes_at: Any,
+    rows: Any,
+    groups: Any,
+    num_bits: Any,
+    constants: Any,
+    inverse: Any,
+    choices_at: Any,
+    scratch_C: Any,
+    sums_G: Any,
+) -> Any:
+    """As `_quantize`, through the trellis."""
+    if rows == 256:
+        high_stages(at, 256)
+    i, n = trellis_encode(at, codes_at, rows, num_bits, constants, inverse, choices_at)
+    if rows == 256:
+        high_stages(at, 256)
+    inner = _fold(i[0], i[1], i[2], i[3], groups, scratch_C, sums_G)
+    return inner, _fold(n[0], n[1], n[2], n[3], groups, scratch_C, sums_G)
+
+
 @jit
 def _encode(
     x_at: int,
@@ -377,6 +303,7 @@ def _encode(
     payload_at: int,
     nbytes: int,
     num_bits: int,
+    trellis: bool,
     unbiased: bool,
     base: int,
     residual_at: int,
@@ -395,6 +322,8 @@ def _encode(
     scratch_C, column_C, sums_G = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
     z_at, codes_T_at = z_T.ctypes.data, codes_T.ctypes.data
     words_at, column_at = words.ctypes.data, column_C.ctypes.data
+    choices_T = np.empty(4096 if trellis else 1, np.uint8)
+    choices_at = choices_T.ctypes.data
     table = np.empty(256, np.float32)
     rows_of_constants = _rows_of(constants, table)
     unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
@@ -409,7 +338,7 @@ def _encode(
         groups = (L + 255) // 256
         x_L, residual_L = x[start : start + L], residual[start : start + L]
         tile_key = mix32(np.uint32(np.uint32(base) + np.uint32(tile)))
-        _sign_words(tile_key, rows, words)
+        sign_words(tile_key, rows, words)
         from_at, add_at = x_at + 4 * start, residual_at + 4 * start if residual_at != 0 else 0
         if L & 15:  # the last row would be read past its end
             for j in range(16 * rows):
@@ -433,7 +362,7 @@ def _encode(
                 from_at, add_at, z_at, words_at, rows, unscale, to_unit, groups, scratch_C, sums_G
             )
         if rows != 256:
-            _rotate(z_at, rows, words_at)
+            rotate(z_at, rows, words_at)
             for c in range(16):
                 g = c * groups // 16
                 first, end = (g * 16 + groups - 1) // groups, ((g + 1) * 16 + groups - 1) // groups
@@ -441,25 +370,39 @@ def _encode(
             count = load_row(column_at)
         else:
             count = constant_row(np.float32(256))
-        gain = constant_row(np.float32(rows if _window(rows) == rows else 1))
+        gain = constant_row(np.float32(rows if window(rows) == rows else 1))
         least = constant_row(np.float32(2.0**-120))
         sigma = square_root(energy * gain / count)
         inverse = select_less(energy, least, _zero(), constant_row(np.float32(1)) / sigma)
-        inner, norm = _quantize(
-            z_at,
-            codes_T_at,
-            rows,
-            groups,
-            rows_of_constants,
-            inverse,
-            num_bits <= 4,
-            new_residual_at != 0,
-            x_at + 4 * (start + 4096),
-            residual_at + 4 * (start + 4096),
-            new_residual_at + 4 * start,
-            scratch_C,
-            sums_G,
-        )
+        if trellis:
+            inner, norm = _trellis(
+                z_at,
+                codes_T_at,
+                rows,
+                groups,
+                num_bits,
+                rows_of_constants,
+                inverse,
+                choices_at,
+                scratch_C,
+                sums_G,
+            )
+        else:
+            inner, norm = _quantize(
+                z_at,
+                codes_T_at,
+                rows,
+                groups,
+                rows_of_constants,
+                inverse,
+                num_bits <= 4,
+                new_residual_at != 0,
+                x_at + 4 * (start + 4096),
+                residual_at + 4 * (start + 4096),
+                new_residual_at + 4 * start,
+                scratch_C,
+                sums_G,
+            )
         scale = energy / inner if unbiased else (inner / norm) / gain
         scale = select_less(energy, least, _zero(), scale / constant_row(to_unit))
         store_row(column_at, scale)
@@ -489,7 +432,7 @@ def _encode(
                     new_L[j] = residual_L[j]
             else:
                 if rows != 256:
-                    _unrotate(z_at, rows, words_at)
+                    unrotate(z_at, rows, words_at)
                 scale, factor, loss = load_row(column_at), constant_row(rescale), constant_row(unscale)
                 for row in range(rows):
                     if rows == 256 and row & 15 == 0:
@@ -497,7 +440,7 @@ def _encode(
                     value = load_row(from_at + 64 * row)
                     if add_at != 0:
                         value = value + load_row(add_at + 64 * row) * loss
-                    error = (value - _signed_row(z_at, words_at, row, scale)) * factor
+                    error = (value - signed_row(z_at, words_at, row, scale)) * factor
                     if row < L >> 4:
                         store_row(new_at + 64 * row, error)
                     else:
@@ -515,6 +458,7 @@ def _decode_mean(
     out_at: int,
     n: int,
     num_bits: int,
+    trellis: bool,
     constants: Any,
 ) -> None:
     """Decode is the mean of one row."""
@@ -523,7 +467,8 @@ def _decode_mean(
     z_T, column_C = np.empty(4096, np.float32), np.empty(16, np.float32)
     codes_T, words = np.empty(4096, np.uint8), np.empty(256, np.uint32)
     z_at, codes_T_at, words_at = z_T.ctypes.data, codes_T.ctypes.data, words.ctypes.data
-    levels = _rows_of(constants, z_T)[7]
+    rows_of_constants = _rows_of(constants, z_T)
+    levels = rows_of_constants[7]
     divisor = np.float32(num_rows)
     for tile in range((n + 4095) // 4096):
         start = tile * 4096
@@ -547,20 +492,27 @@ def _decode_mean(
             if column_C[0] != column_C[0]:
                 z[:] = np.float32(np.nan)
             else:
-                _sign_words(mix32(np.uint32(base + np.uint32(tile))), rows, words)
+                sign_words(mix32(np.uint32(base + np.uint32(tile))), rows, words)
                 unpack(payload[codes_at : codes_at + size], codes_T[: 16 * rows], num_bits)
                 scale = load_row(column_C.ctypes.data)
-                for k in range(rows):
-                    row = (k >> 4) + ((k & 15) << 4) if rows == 256 else k
-                    store_row(z_at + 64 * row, _level(load_bytes(codes_T_at + 16 * row), levels, num_bits <= 4))
-                    if rows == 256 and k & 15 == 15:
-                        hadamard_rows(z_at + 64 * (row - 240), 1024)
+                if trellis:
+                    trellis_levels(codes_T_at, z_at, rows, rows_of_constants)
+                    if rows == 256:
+                        high_stages(z_at, 256)
+                else:
+                    for k in range(rows):
+                        row = (k >> 4) + ((k & 15) << 4) if rows == 256 else k
+                        store_row(
+                            z_at + 64 * row, _level(load_bytes(codes_T_at + 16 * row), levels, num_bits <= 4)
+                        )
+                        if rows == 256 and k & 15 == 15:
+                            hadamard_rows(z_at + 64 * (row - 240), 1024)
                 if rows != 256:
-                    _unrotate(z_at, rows, words_at)
+                    unrotate(z_at, rows, words_at)
                 for row in range(rows):
                     if rows == 256 and row & 15 == 0:
                         hadamard_rows(z_at + 64 * row, 64)
-                    store_row(z_at + 64 * row, _signed_row(z_at, words_at, row, scale))
+                    store_row(z_at + 64 * row, signed_row(z_at, words_at, row, scale))
             if rank == 0:
                 for j in range(len(out_L)):
                     out_L[j] = z[j]
@@ -577,6 +529,7 @@ def rotated_encode(
     payload: Tensor,
     *,
     num_bits: int,
+    trellis: bool,
     unbiased: bool,
     base: int,
     residual: Tensor | None,
@@ -593,22 +546,23 @@ def rotated_encode(
         payload.data_ptr(),
         payload.numel(),
         num_bits,
+        trellis,
         unbiased,
         base,
         0 if residual is None else residual.data_ptr(),
         0 if new_residual is None else new_residual.data_ptr(),
         float(loss_scale),
         1.0 / loss_scale,
-        _CONSTANTS[num_bits],
+        _CONSTANTS[trellis, num_bits],
     )
 
 
-def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int) -> None:
+def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
     """Decode one segment into out."""
-    rotated_decode_mean(payload[None], out, num_bits=num_bits)
+    rotated_decode_mean(payload[None], out, num_bits=num_bits, trellis=trellis)
 
 
-def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int) -> None:
+def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
     n = out.numel()
     if n == 0:
@@ -621,5 +575,6 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int) -> None
         out.data_ptr(),
         n,
         num_bits,
-        _CONSTANTS[num_bits],
+        trellis,
+        _CONSTANTS[trellis, num_bits],
     )

@@ -14,14 +14,16 @@ Encoding a tile:
 
 1. value = x + loss_scale * residual. With NaN, Inf, or a scale that could decode to Inf, the tile is sent as
    scales of NaN and its residual stays as it was. Below 2**-126 it is sent as scales of 0.
-2. Signs; where the largest magnitude is not within 2**-40 ... 2**40, a power of two that brings it into [1, 2);
-   the energy of each group (one below 2**-120 is sent as scale 0); then the Hadamard transform of each column: sums and
-   differences of rows at distances 1, 2, 4, ... R. If R is no power of two, then with R' the largest one
-   below: the first R' rows, times R'**-½, then, with signs of their own, the last R'.
+2. Signs; where the largest magnitude is not within 2**-40 ... 2**40, a power of two that brings it into
+   [1, 2); the energy of each group (one below 2**-120 is sent as scale 0); then the Hadamard transform of each
+   column: sums and differences of rows at distances 1, 2, 4, ... R. If R is no power of two, then with R' the
+   largest one below: the first R' rows, times R'**-½, then, with signs of their own, the last R'.
 3. σ² = energy / elements of the group. code = trunc(u(clamp(z / σ)) + 2**(num_bits - 1)), see `Polynomials`.
 4. With c the levels of the codes: scale = ‖z‖² / ⟨c, z⟩ (unbiased over rotations) or ⟨c, z⟩ / ‖c‖² (least
    squares). An unbiased scale is rounded to bf16 up or down at random, the other to the nearest.
 5. The new residual is value - decoded, / loss_scale.
+
+With a trellis steps 3 and 4 differ; see `gradq.kernels.reference_trellis`.
 
 Decoding: transform the levels back (distances 16, 32, ... R, then 1, 2, 4, 8), times the scale, signs. The
 factor R of two transforms that are a power of two long is divided out of the scale.
@@ -43,7 +45,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gradq.kernels import reference
+from gradq.kernels import reference, reference_trellis
 from gradq.kernels.rotated import (
     COLUMNS,
     GROUP,
@@ -151,6 +153,10 @@ def _by_sixteens(z_TRC: Tensor) -> Tensor:
     return z_TRC.view(-1, 16, 16, COLUMNS).transpose(1, 2).reshape(z_TRC.shape)
 
 
+def _from_the_last(z_TRC: Tensor) -> Tensor:
+    return z_TRC.flip(1)
+
+
 def _sum_groups(terms_TRC: Tensor, groups: int) -> Tensor:
     """Sums over rows and the columns of a group, [T, G], in the order that the module docstring gives."""
     num_tiles, rows, _ = terms_TRC.shape
@@ -203,6 +209,7 @@ def rotated_encode(
     payload: Tensor,
     *,
     num_bits: int,
+    trellis: bool,
     unbiased: bool,
     base: int,
     residual: Tensor | None,
@@ -225,7 +232,7 @@ def rotated_encode(
         signs_2TRC = _both_signs(base, first_tile, num_tiles, rows)
         if not unbiased:
             words_TG = torch.full_like(words_TG, 0x8000)
-        bits_TG, codes_TRC = _encode_tiles(value_TRC, signs_2TRC, words_TG, num_bits, unbiased)
+        bits_TG, codes_TRC = _encode_tiles(value_TRC, signs_2TRC, words_TG, num_bits, trellis, unbiased)
         at = first_tile * (TILE // GROUP) * 2
         scale_bytes[at : at + 2 * bits_TG.numel()] = bits_TG.reshape(-1).to(torch.int16).view(torch.uint8)
         size = rows * COLUMNS * num_bits // 8
@@ -235,7 +242,7 @@ def rotated_encode(
             at += size
         if new_residual is not None:
             assert residual is not None
-            decoded_TRC = _decode_tiles(bits_TG, codes_TRC, signs_2TRC, num_bits)
+            decoded_TRC = _decode_tiles(bits_TG, codes_TRC, signs_2TRC, num_bits, trellis)
             error = (value_TRC - decoded_TRC) * torch.tensor(1.0 / loss_scale, dtype=torch.float32)
             lost = _scale_values(bits_TG).isnan()[:, :1, None].expand_as(error).reshape(-1)
             length = span.stop - span.start
@@ -243,11 +250,11 @@ def rotated_encode(
 
 
 def _encode_tiles(
-    value_TRC: Tensor, signs_2TRC: Tensor, words_TG: Tensor, num_bits: int, unbiased: bool
+    value_TRC: Tensor, signs_2TRC: Tensor, words_TG: Tensor, num_bits: int, trellis: bool, unbiased: bool
 ) -> tuple[Tensor, Tensor]:
     """Bits of the scales [T, G] and codes [T, R, C]."""
     num_tiles, rows, _ = value_TRC.shape
-    groups, polynomials = words_TG.shape[1], POLYNOMIALS[num_bits]
+    groups = words_TG.shape[1]
     absmax_T = value_TRC.view(torch.int32).bitwise_and(0x7FFFFFFF).reshape(num_tiles, -1).amax(1)
     exponent_T = absmax_T >> 23
     finite_T, normal_T = (exponent_T < 255)[:, None], (exponent_T > 0)[:, None]
@@ -261,13 +268,19 @@ def _encode_tiles(
     sigma_TG = torch.sqrt(energy_TG * _gain(rows) / count_G)
     coded_TG = energy_TG >= 2.0**-120
     inverse_TG = torch.where(coded_TG, 1.0 / sigma_TG, 0.0)
-    codes_TRC = _quantize(z_TRC * _by_column(inverse_TG), num_bits, polynomials)
-    level_TRC = _level(codes_TRC, num_bits, polynomials)
-    inner_TG = _sum_groups(_by_sixteens(level_TRC * z_TRC), groups)
+    y_TRC = z_TRC * _by_column(inverse_TG)
+    if trellis:
+        codes_TRC = reference_trellis.encode(y_TRC, num_bits)
+        level_TRC = reference_trellis.levels(codes_TRC, num_bits)
+    else:
+        codes_TRC = _quantize(y_TRC, num_bits, POLYNOMIALS[num_bits])
+        level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
+    order = _from_the_last if trellis else _by_sixteens
+    inner_TG = _sum_groups(order(level_TRC * z_TRC), groups)
     if unbiased:
         scale_TG = energy_TG / inner_TG
     else:
-        scale_TG = (inner_TG / _sum_groups(_by_sixteens(level_TRC * level_TRC), groups)) / _gain(rows)
+        scale_TG = (inner_TG / _sum_groups(order(level_TRC * level_TRC), groups)) / _gain(rows)
     scale_TG = torch.where(coded_TG, scale_TG / to_unit_T[:, :, 0], 0.0)
     bits_TG = _round_scales(scale_TG, words_TG)
     overflow_T = ~torch.isfinite(_scale_values(bits_TG) * TILE).all(1, keepdim=True)
@@ -275,8 +288,13 @@ def _encode_tiles(
     return bits_TG, codes_TRC
 
 
-def _decode_tiles(bits_TG: Tensor, codes_TRC: Tensor, signs_2TRC: Tensor, num_bits: int) -> Tensor:
-    level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
+def _decode_tiles(
+    bits_TG: Tensor, codes_TRC: Tensor, signs_2TRC: Tensor, num_bits: int, trellis: bool
+) -> Tensor:
+    if trellis:
+        level_TRC = reference_trellis.levels(codes_TRC, num_bits)
+    else:
+        level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
     return (unrotate(level_TRC, signs_2TRC[1]) * _by_column(_scale_values(bits_TG))) * signs_2TRC[0]
 
 
@@ -286,7 +304,7 @@ def _open(payload: Tensor, numel: int, num_bits: int) -> tuple[Tensor, Tensor]:
     return payload[HEADER_BYTES:at], payload[at:]
 
 
-def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int) -> None:
+def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
     """Decode one segment into out."""
     n = out.numel()
     if n == 0:
@@ -308,18 +326,19 @@ def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int) -> None:
             codes_TRC.view(num_tiles, rows, COLUMNS),
             _both_signs(base, first_tile, num_tiles, rows),
             num_bits,
+            trellis,
         )
         out[span] = decoded_TRC.reshape(-1)[: span.stop - span.start]
         lost = _scale_values(bits_TG).isnan()[:, :1, None].expand(-1, rows, COLUMNS).reshape(-1)
         out[span][lost[: span.stop - span.start]] = torch.nan
 
 
-def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int) -> None:
+def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
     row = torch.empty_like(out)
     for rank, payload in enumerate(payloads):
         target = out if rank == 0 else row
-        rotated_decode(payload, target, num_bits=num_bits)
+        rotated_decode(payload, target, num_bits=num_bits, trellis=trellis)
         if rank > 0:
             out.add_(row)
     out.div_(payloads.shape[0])

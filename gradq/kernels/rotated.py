@@ -7,6 +7,7 @@ Levels are those of Lloyd and Max for a standard normal, as two odd polynomials:
 u(y), which crosses the integer j at the j-th threshold, and `to_level` takes m = code - (2**num_bits - 1) / 2
 to a level. Both are fits; `tests/unit/kernels/test_rotated.py` holds their error to that of Lloyd and Max.
 Polynomials need no table look-ups, which vectors do badly.
+The trellis has levels of its own, twice as many as codes, trained on normal numbers through it.
 
 References:
     Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory, 1960. Lloyd, "Least squares quantization
@@ -32,6 +33,7 @@ __all__ = [
     "POLYNOMIALS",
     "TILE",
     "TILE_ROWS",
+    "TRELLIS_POLYNOMIALS",
     "Polynomials",
     "RotatedKernels",
     "mix32",
@@ -67,10 +69,45 @@ class Polynomials:
 POLYNOMIALS = {
     1: Polynomials(0.5, (1, 0.0, 0.0, 0.0), (1.595769, 0.0, 0.0, 0.0)),
     2: Polynomials(1.24601, (1.018746, 0.0, 0.0, 0.0), (0.8928869, 0.0506925, 0.0, 0.0)),
-    3: Polynomials(1.94994, (2.026386, -0.1152058, 0.004490254, 0.0), (0.4885413, 0.006562219, 9.987146e-05, 1.682357e-05)),
-    4: Polynomials(2.5667, (3.886966, -0.2173362, 0.01025592, -0.0003097004), (0.2552979, 0.001265389, -1.342369e-05, 4.501237e-07)),
-    5: Polynomials(3.11833, (7.582858, -0.4186139, 0.01911436, -0.0004813073), (0.130268, 0.0002177494, -1.062712e-06, 6.228509e-09)),
-    6: Polynomials(3.61819, (14.95251, -0.8154289, 0.03538857, -0.0007692396), (0.06588328, 3.089607e-05, -4.344383e-08, 6.03274e-11)),
+    3: Polynomials(
+        1.94994,
+        (2.026386, -0.1152058, 0.004490254, 0.0),
+        (0.4885413, 0.006562219, 9.987146e-05, 1.682357e-05),
+    ),
+    4: Polynomials(
+        2.5667,
+        (3.886966, -0.2173362, 0.01025592, -0.0003097004),
+        (0.2552979, 0.001265389, -1.342369e-05, 4.501237e-07),
+    ),
+    5: Polynomials(
+        3.11833,
+        (7.582858, -0.4186139, 0.01911436, -0.0004813073),
+        (0.130268, 0.0002177494, -1.062712e-06, 6.228509e-09),
+    ),
+    6: Polynomials(
+        3.61819,
+        (14.95251, -0.8154289, 0.03538857, -0.0007692396),
+        (0.06588328, 3.089607e-05, -4.344383e-08, 6.03274e-11),
+    ),
+}
+
+TRELLIS_POLYNOMIALS = {
+    1: Polynomials(1.15673, (1.267654, 0.0, 0.0, 0.0), (0.7554519, 0.01908964, 0.0, 0.0)),
+    2: Polynomials(
+        1.83814,
+        (2.490713, -0.2004345, -0.004657903, 0.0),
+        (0.3508035, 0.0493115, -0.009059682, 0.0005120602),
+    ),
+    3: Polynomials(
+        2.53797,
+        (4.301857, -0.2634958, -0.0005647602, 0.001312122),
+        (0.2301707, 0.00119968, -2.126669e-05, 6.321801e-07),
+    ),
+    4: Polynomials(
+        3.18759,
+        (7.967802, -0.4829864, 0.02007212, -0.0002822064),
+        (0.1235978, 0.000227497, -1.295911e-06, 7.329146e-09),
+    ),
 }
 
 
@@ -83,6 +120,7 @@ class RotatedKernels(Protocol):
         payload: Tensor,
         *,
         num_bits: int,
+        trellis: bool,
         unbiased: bool,
         base: int,
         residual: Tensor | None,
@@ -91,10 +129,10 @@ class RotatedKernels(Protocol):
     ) -> None:
         """Encode x + loss_scale * residual and write what was lost, / loss_scale, to new_residual."""
 
-    def rotated_decode(self, payload: Tensor, out: Tensor, *, num_bits: int) -> None:
+    def rotated_decode(self, payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
         """Decode a payload of `rotated_encode` into out."""
 
-    def rotated_decode_mean(self, payloads: Tensor, out: Tensor, *, num_bits: int) -> None:
+    def rotated_decode_mean(self, payloads: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
         """Mean over the W decoded payloads into out."""
 
 

@@ -220,7 +220,12 @@ def _operator(symbol: Any, kind: Any, method: str) -> None:
     overload(symbol)(implement)
 
 
-for _symbol, _method in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _symbol, _method in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _operator(_symbol, _row, _method)
 for _symbol, _method in (
     (operator.add, "add"),
