@@ -142,7 +142,7 @@ def _start(
 
 @inline
 def _rows_of(constants: Any, table: Any) -> Any:
-    """Constants as rows, for `_quantize_row` and `_level`; outside of loops, lest they be loaded every time."""
+    """Constants as rows, for `_quantize_row` and `_level`; outside of loops, or they are loaded each time."""
     middle = constant_row(np.float32(constants[9] - np.float32(0.5)))
     to_level = (
         middle,
