@@ -2,7 +2,8 @@
 
 One thread, persistent buffers, every row once per round in a new order; a round's ratio is its memcpy time
 over its kernel time, so a slow moment of the machine weighs on both. Reported: the median over the rounds and
-the 20th and 80th percentile. A ratio of 1 means: as fast as copying the gradient once.
+the 20th and 80th percentile. A ratio of 1 means: as fast as copying the gradient once. On a shared machine
+`--clock thread` (the default) leaves out the time in which the thread did not run; `wall` does not.
 
     python benchmarks/kernels.py --rounds 41 --json auto
 """
@@ -33,6 +34,7 @@ from gradq.kernels import cpu
 SCHEMA_VERSION = 1
 SCALE_DTYPE = torch.bfloat16
 MAX_ROWS = 8
+CLOCKS = {"thread": time.thread_time, "wall": time.perf_counter}
 RESULTS = Path(__file__).parent / "results"
 
 Row = tuple[str, dict[str, object], Callable[[], object]]
@@ -45,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--numel", type=int, default=6_250_000, help="fp32 elements (default: 25 MB)")
     parser.add_argument("--rounds", type=int, default=41, help="rounds over all rows (default: 41)")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="thread", help="(default: thread)")
     parser.add_argument("--only", default="", help="regular expression: the rows to run, by name")
     parser.add_argument("--json", default="", help="write a record here; 'auto': benchmarks/results/")
     parser.add_argument("--date", default=datetime.date.today().isoformat(), help="date of the record")
@@ -79,23 +82,23 @@ def environment() -> dict[str, object]:
     }
 
 
-def faster_copy(x: Tensor, out: Tensor) -> tuple[str, Callable[[], object]]:
+def faster_copy(x: Tensor, out: Tensor, clock: Callable[[], float]) -> tuple[str, Callable[[], object]]:
     """The fastest of the copies at hand: what memcpy means here."""
     source, target = x.numpy(), out.numpy()
     copies: dict[str, Callable[[], object]] = {
         "torch": lambda: out.copy_(x),
         "numpy": lambda: np.copyto(target, source),
     }
-    best = {name: min(seconds(copy) for _ in range(15)) for name, copy in copies.items()}
+    best = {name: min(seconds(copy, clock) for _ in range(15)) for name, copy in copies.items()}
     name = min(best, key=lambda name: best[name])
     return name, copies[name]
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object], clock: Callable[[], float]) -> float:
     """One call's time."""
-    start = time.perf_counter()
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def encode_rows(x: Tensor, payload: Tensor, residual: Tensor, new_residual: Tensor) -> list[Row]:
@@ -196,7 +199,9 @@ def exact_rows(x: Tensor, out: Tensor) -> list[Row]:
     return rows
 
 
-def measure(memcpy: Callable[[], object], rows: list[Row], rounds: int) -> list[dict[str, object]]:
+def measure(
+    memcpy: Callable[[], object], rows: list[Row], rounds: int, clock: Callable[[], float]
+) -> list[dict[str, object]]:
     """Every row once a round, in an order drawn anew; memcpy is one of them."""
     calls = {"memcpy": memcpy} | {name: call for name, _, call in rows}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -206,7 +211,7 @@ def measure(memcpy: Callable[[], object], rows: list[Row], rounds: int) -> list[
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
-            times[name].append(seconds(calls[name]))
+            times[name].append(seconds(calls[name], clock))
     records: list[dict[str, object]] = []
     for name, facts in [("memcpy", {"operation": "memcpy"}), *((row[0], row[1]) for row in rows)]:
         ratios = sorted(copy / own for copy, own in zip(times["memcpy"], times[name], strict=True))
@@ -239,16 +244,18 @@ def main() -> None:
         b: torch.zeros(MAX_ROWS, n * b // 8 + 2 * (n // 256 + 2) + 64, dtype=torch.uint8) for b in (8, 4)
     }
     widest = torch.zeros(payloads[8].shape[1], dtype=torch.uint8)
-    facts = environment()
-    copy_name, memcpy = faster_copy(x, out)
+    facts, clock = environment(), CLOCKS[arguments.clock]
+    copy_name, memcpy = faster_copy(x, out, clock)
     rows = encode_rows(x, widest, residual, new_residual) + decode_rows(x, payloads, out) + exact_rows(x, out)
     rows = [row for row in rows if re.search(arguments.only, row[0])]
-    records = measure(memcpy, rows, arguments.rounds)
+    records = measure(memcpy, rows, arguments.rounds, clock)
     facts["load_after"] = os.getloadavg()[0]
 
     print(f"{facts['cpu']} ({facts['cpu_target']}), {facts['cpus']} CPUs, one thread, {arguments.date}")
     print(f"torch {facts['torch']}, numba {facts['numba']}, numpy {facts['numpy']}, python {facts['python']}")
-    print(f"{4e-6 * n:g} MB of fp32, {arguments.rounds} rounds, memcpy by {copy_name}, scales in bf16")
+    print(
+        f"{4e-6 * n:g} MB of fp32, {arguments.rounds} rounds, {arguments.clock} clock, memcpy by {copy_name}"
+    )
     print(f"load average {facts['load_before']:.1f} before, {facts['load_after']:.1f} after\n")
     print(f"{'':54s} {'ms':>7s} {'x memcpy':>9s}  {'p20 - p80':>11s} {'best/best':>10s}")
     for r in records:
@@ -272,6 +279,7 @@ def main() -> None:
                 "numel": n,
                 "rounds": arguments.rounds,
                 "memcpy": copy_name,
+                "clock": arguments.clock,
                 "scale_dtype": "bfloat16",
             },
             "rows": records,

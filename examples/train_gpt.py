@@ -5,7 +5,8 @@
 
 All that gradq adds to a usual DDP script is the line with `gradq.compress`. The text is the source of
 Python's standard library, so nothing is downloaded. The batch of a step is a pure function of (seed, step,
-rank): the same seed gives the same run, and a resumed run continues it bit for bit.
+rank): the same seed gives the same run, and a resumed run continues it bit for bit. (Except with --codec none
+on more than 2 ranks, to rounding: there the order of DDP's own sums depends on its buckets.)
 """
 
 from __future__ import annotations

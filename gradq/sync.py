@@ -25,6 +25,7 @@ from torch.futures import Future
 from gradq import wire
 from gradq.collectives import Collective, Executor, Segment, Setting, Step, choose, open_channels
 from gradq.collectives.base import Pending
+from gradq.errors import ConfigError
 from gradq.feedback import Feedback
 from gradq.handshake import agree
 from gradq.kernels.ops import kernels_for
@@ -102,9 +103,14 @@ class GradientSync:
         are dropped, and a log line says so.
 
         Raises:
-            MismatchError: ranks disagree; the old policy stays.
+            ConfigError: the plan leaves parameters out; MismatchError: ranks disagree. The old policy stays.
         """
         plan = dict(policy.plan(list(self.parameters.values()))) if policy is not None else {}
+        if plan and plan.keys() != self.parameters.keys():
+            wrong = sorted(plan.keys() ^ self.parameters.keys())
+            raise ConfigError(
+                f"the policy {label} must plan for exactly the parameters it is given, not {wrong}"
+            )
         agree(self._notes(plan, label), self.group)
         self.plan = plan
         self._buckets.clear()

@@ -45,7 +45,8 @@ class HookState:
         feedback: error feedback: "auto" (at 4 bits and below), True or False. It keeps two fp32 copies of
             the compressed gradients.
         exact: names or shell patterns of parameters that travel exact besides those with fewer than 1024
-            elements or one dimension; or a predicate over `ParameterInfo` that decides alone.
+            elements or one dimension; or a predicate over `ParameterInfo` that decides alone. See
+            `FixedPolicy` for casts such as "bf16".
         seed: of the stochastic rounding. Same seed, same bytes.
         collective: "auto" (direct at two ranks, else two_phase), "direct" or "two_phase".
         residual_dtype: "fp32", or "bf16" for half the memory at an unrecovered rounding of 2**-9.
@@ -90,7 +91,7 @@ class HookState:
         try:
             parameters = _describe(inner, self._names)
             self.spec, policy = self._policy(spec)
-            self.sync = GradientSync(parameters, policy, str(spec), group, config)
+            self.sync = GradientSync(parameters, policy, _label(self.spec), group, config)
         except MismatchError:
             raise
         except GradqError as error:  # the other ranks are waiting in the handshake: tell them
@@ -137,7 +138,7 @@ class HookState:
             SpecError, ConfigError: the spec is wrong; MismatchError: the ranks disagree. The old one stays.
         """
         asked, policy = self._policy(spec)
-        self.sync.set_policy(policy, str(spec))
+        self.sync.set_policy(policy, _label(asked))
         self.spec = asked
 
     @property
@@ -178,7 +179,12 @@ class HookState:
         self.sync.close()
 
     def __repr__(self) -> str:
-        return f"<gradq {self.spec} over {self.sync.world_size} ranks, {self.stats()}>"
+        return f"<gradq {_label(self.spec)} over {self.sync.world_size} ranks, {self.stats()}>"
+
+
+def _label(spec: Spec | Policy) -> str:
+    """A name that is equal on all ranks; the `repr` of a policy may hold addresses."""
+    return str(spec) if isinstance(spec, Spec) else type(spec).__name__
 
 
 def hook(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

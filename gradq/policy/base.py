@@ -8,7 +8,8 @@ from typing import Protocol
 
 import torch
 
-from gradq.codecs import Codec
+from gradq.codecs import Codec, ExactCodec
+from gradq.errors import ConfigError
 
 __all__ = ["Assignment", "ParameterInfo", "Plan", "Policy"]
 
@@ -45,12 +46,26 @@ class ParameterInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """How one parameter travels: codecs and feedback of both phases."""
+    """How one parameter travels: codecs and feedback of both phases.
+
+    Raises:
+        ConfigError: error feedback through a codec that has none or does not contract.
+    """
 
     phase1: Codec
     phase2: Codec
     feedback1: bool = False
     feedback2: bool = False
+
+    def __post_init__(self) -> None:
+        for codec, feedback in ((self.phase1, self.feedback1), (self.phase2, self.feedback2)):
+            if feedback and isinstance(codec, ExactCodec):
+                raise ConfigError(f"codec {codec} has no error feedback; it loses nothing worth feeding back")
+            if feedback and not codec.contractive:
+                raise ConfigError(
+                    f"feedback=True with {codec}: this codec's error can exceed the gradient itself, and "
+                    "feeding that back diverges; use rounding=nearest, more bits or a smaller block_size"
+                )
 
     def __str__(self) -> str:
         """The codecs as a spec, "+feedback" where residuals are kept."""

@@ -82,11 +82,6 @@ class FixedPolicy:
             return False
         if self.feedback == "auto":
             return codec.wants_feedback and codec.for_feedback(True).contractive
-        if self.feedback and not codec.for_feedback(True).contractive:
-            raise ConfigError(
-                f"feedback=True with {codec}: this codec's error can exceed the gradient itself, and feeding "
-                "that back diverges; use rounding=nearest, more bits or a smaller block_size"
-            )
         return bool(self.feedback)
 
     def _exact_rule(

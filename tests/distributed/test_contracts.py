@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradq
+import gradq.codecs
 from gradq.policy import Spec
 from gradq.testing import RankError, run_ranks
 
@@ -389,6 +390,58 @@ def test_the_hook_form_over_a_subgroup() -> None:
     assert outsider is None
     for name, gradient in first[1].items():
         assert torch.equal(gradient, second[1][name])
+
+
+class Halves:
+    """A policy of one's own: the first parameter in 4 bits, the others in bf16."""
+
+    def plan(self, parameters):
+        codecs = [gradq.codecs.from_spec("int4(rounding=nearest)"), gradq.codecs.from_spec("bf16")]
+        return {
+            info.name: gradq.Assignment(
+                phase1=codecs[info.index > 0], phase2=codecs[1], feedback1=info.index == 0, feedback2=False
+            )
+            for info in parameters
+        }
+
+
+def own_policy(rank: int):
+    model = make()
+    handle = gradq.compress(model, Halves(), collective="two_phase")
+    backward(model, rank, 0)
+    stats = handle.stats(parameters=True)
+    codecs = {name: entry.codec for name, entry in stats.parameters.items()}
+    handle.close()
+    return codecs, gradients(model), list(residuals(handle))
+
+
+def test_a_policy_object_of_ones_own() -> None:
+    results = run_ranks(own_policy, 3)
+    for codecs, reduced, kept in results:
+        assert codecs["0.weight"] == "int4(rounding=nearest) with feedback+bf16"
+        assert codecs["2.weight"] == "bf16+bf16"
+        assert kept == ["local 0.weight"]
+        for name, gradient in reduced.items():
+            assert torch.equal(gradient, results[0][1][name])
+
+
+def compiled(rank: int):
+    model = make(25)
+    handle = gradq.compress(model, "int4")
+    fast = torch.compile(model, backend="aot_eager")
+    for step in range(3):
+        backward(fast, rank, step)
+    steps = handle.stats().steps
+    handle.close()
+    return steps, gradients(model)
+
+
+def test_torch_compile_of_the_ddp_model() -> None:
+    results = run_ranks(compiled, 2)
+    for steps, reduced in results:
+        assert steps == 3
+        for name, gradient in reduced.items():
+            assert torch.equal(gradient, results[0][1][name])
 
 
 # --- switching, measuring, closing ---------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradq.codecs import ExactCodec
+from gradq.codecs import ExactCodec, from_spec
 from gradq.errors import ConfigError
 from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Spec, small_or_1d
 
@@ -182,3 +182,8 @@ def test_a_cast_sends_all_but_what_is_named() -> None:
     ] + [ParameterInfo(name="b", shape=(64,), dtype=torch.float32, index=2)]
     plan = FixedPolicy(spec=Spec.parse("bf16"), exact="w").plan(infos)
     assert [str(plan[name].phase1) for name in "wvb"] == ["fp32", "bf16", "bf16"]
+
+
+def test_feedback_for_a_cast_is_refused() -> None:
+    with pytest.raises(ConfigError, match="codec bf16 has no error feedback"):
+        Assignment(phase1=from_spec("bf16"), phase2=from_spec("fp32"), feedback1=True)

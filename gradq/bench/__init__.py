@@ -1,0 +1,1 @@
+"""Benchmarks: what every measurement records, whatever it measures."""

@@ -1,0 +1,102 @@
+"""After the first step a collective allocates no tensor of a bucket's size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradq import wire
+from gradq.collectives import COLLECTIVES, Segment, Setting, Step
+from gradq.feedback import Feedback
+from gradq.metrics import Metrics
+from gradq.policy import FixedPolicy, ParameterInfo, Spec
+
+WORLD_SIZE = 3
+
+
+class Arrived:
+    def wait(self) -> None:
+        pass
+
+
+class Loopback:
+    """A channel on which every peer sends what this rank has sent to itself."""
+
+    def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> Arrived:
+        for peer in range(1, WORLD_SIZE):
+            size = min(receive[peer].numel(), send[0].numel())
+            receive[peer][:size].copy_(send[0][:size])
+        return Arrived()
+
+
+class Allocations(TorchDispatchMode):
+    """Records operations that return memory none of their arguments had."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.large: list[str] = []
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            storage = result.untyped_storage()
+            if storage.nbytes() > 2048 and storage.data_ptr() not in before | self.known:
+                self.large.append(f"{func}: {storage.nbytes()} bytes")
+        return result
+
+
+def run(spec: str, name: str, feedback: bool | str) -> tuple[list[str], list[str]]:
+    shapes = [(300, 211), (4000,), (64, 64)]
+    infos = [
+        ParameterInfo(name=f"p{i}", shape=shape, dtype=torch.float32, index=i)
+        for i, shape in enumerate(shapes)
+    ]
+    plan = FixedPolicy(spec=Spec.parse(spec), feedback=feedback).plan(infos)
+    segments, start = [], 0
+    for info in infos:
+        entry = plan[info.name]
+        segments.append(
+            Segment(
+                name=info.name,
+                start=start,
+                numel=info.numel,
+                rotation=info.index,
+                phase1=entry.phase1,
+                phase2=entry.phase2,
+                feedback1=entry.feedback1,
+                feedback2=entry.feedback2,
+            )
+        )
+        start += info.numel
+    store = Feedback()
+    channels = [Loopback(), Loopback()]
+    setting = Setting(0, WORLD_SIZE, 0, channels, store.local, store.shard, Metrics(), torch.device("cpu"))
+    flat = torch.randn(start)
+    with Allocations([]) as first:
+        collective = COLLECTIVES[name](segments, torch.float32, setting)
+        for _ in collective.average(flat, Step(0, 0)):
+            pass
+        store.finish(True)
+    with Allocations([]) as steady:
+        for index in range(1, 4):
+            for _ in collective.average(flat, Step(index, 0)):
+                pass
+            store.finish(True)
+    return first.large, steady.large
+
+
+@pytest.mark.parametrize("name", sorted(COLLECTIVES))
+@pytest.mark.parametrize(
+    ("spec", "feedback"),
+    [("int8", "auto"), ("int4+int4", True), ("int3", False), ("fp32", "auto"), ("bf16", "auto")],
+)
+def test_no_large_tensor_is_made_after_the_first_step(spec: str, feedback: bool | str, name: str) -> None:
+    first, steady = run(spec, name, feedback)
+    assert first, "the test sees no allocation at all"
+    assert not steady
