@@ -16,8 +16,8 @@ Encoding a tile:
    scales of NaN and its residual stays as it was. Below 2**-126 it is sent as scales of 0.
 2. Signs; where the largest magnitude is not within 2**-40 ... 2**40, a power of two that brings it into
    [1, 2); the energy of each group (one below 2**-120 is sent as scale 0); then the Hadamard transform of
-   each column: sums and differences of rows at distances 1, 2, 4, ... R. If R is no power of two, then with R' the
-   largest one below: the first R' rows, times R'**-½, then, with signs of their own, the last R'.
+   each column: sums and differences of rows at distances 1, 2, 4, ... R. If R is no power of two, then with
+   R' the largest one below: the first R' rows, times R'**-½, then, with signs of their own, the last R'.
 3. σ² = energy / elements of the group. code = trunc(u(clamp(z / σ)) + 2**(num_bits - 1)), see `Polynomials`.
 4. With c the levels of the codes: scale = ‖z‖² / ⟨c, z⟩ (unbiased over rotations) or ⟨c, z⟩ / ‖c‖² (least
    squares). An unbiased scale is rounded to bf16 up or down at random, the other to the nearest.

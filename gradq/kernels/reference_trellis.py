@@ -72,12 +72,12 @@ def encode(y_TRC: Tensor, num_bits: int) -> Tensor:
         choices.append(torch.stack(choice).to(torch.int64))
     state_TC = cost_4TC.argmin(0)
     codes = []
-    for v, choice in zip(reversed(v_TRC.unbind(1)), reversed(choices), strict=True):
-        before = choice.gather(0, state_TC[None])[0]
-        last, bit = state_TC >> 1, state_TC & 1
-        i = _candidate(v, last + 2 * (bit ^ before), num_bits)
-        codes.append(2 * i.to(torch.int32) + bit.to(torch.int32))
-        state_TC = last + 2 * before
+    for v, chosen in zip(reversed(v_TRC.unbind(1)), reversed(choices), strict=True):
+        before_TC = chosen.gather(0, state_TC[None])[0]
+        last_TC, bit_TC = state_TC >> 1, state_TC & 1
+        i = _candidate(v, last_TC + 2 * (bit_TC ^ before_TC), num_bits)
+        codes.append(2 * i.to(torch.int32) + bit_TC.to(torch.int32))
+        state_TC = last_TC + 2 * before_TC
     return torch.stack(codes[::-1], 1)
 
 

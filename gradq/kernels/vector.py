@@ -51,27 +51,28 @@ _BYTES = ir.VectorType(ir.IntType(8), 16)
 _VOID = ir.Constant(ir.IntType(64), 0)
 
 
-class _Row(types.Type):  # type: ignore[misc]
+class _Row(types.Type):
     pass
 
 
-class _Words(types.Type):  # type: ignore[misc]
+class _Words(types.Type):
     pass
 
 
+_declare: Any = cgutils.get_or_insert_function
 _row, _words = _Row("Row"), _Words("Words")
 
 
 @register_model(_Row)
-class _RowModel(models.PrimitiveModel):  # type: ignore[misc]
+class _RowModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, _FLOATS)
+        cast(Any, super()).__init__(dmm, fe_type, _FLOATS)
 
 
 @register_model(_Words)
-class _WordsModel(models.PrimitiveModel):  # type: ignore[misc]
+class _WordsModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, _INTS)
+        cast(Any, super()).__init__(dmm, fe_type, _INTS)
 
 
 def _operation(result: Any, emit: Callable[..., Any], *operands: Any) -> Any:
@@ -146,7 +147,7 @@ def _prefetch(for_writing: bool) -> Callable[..., Any]:
     def emit(builder: Any, at: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        function = _declare(builder.module, kind, "llvm.prefetch.p0i8")
         builder.call(
             function, [builder.inttoptr(at, pointer), number(int(for_writing)), number(2), number(1)]
         )
@@ -157,13 +158,13 @@ def _prefetch(for_writing: bool) -> Callable[..., Any]:
 
 def _square_root(builder: Any, a: Any) -> Any:
     kind = ir.FunctionType(_FLOATS, [_FLOATS])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.sqrt.v16f32"), [a])
+    return builder.call(_declare(builder.module, kind, "llvm.sqrt.v16f32"), [a])
 
 
 def _lookup(builder: Any, table: Any, index: Any) -> Any:
     kind = ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
     name = "llvm.x86.avx512.permvar.sf.512"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [table, index])
+    return builder.call(_declare(builder.module, kind, name), [table, index])
 
 
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
