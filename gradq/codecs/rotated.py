@@ -29,6 +29,8 @@ __all__ = ["RotatedCodec"]
 
 _SCALES = ("auto", "unbiased", "mse")
 _ROTATIONS = ("private", "shared")
+_LEVELS = ("auto", "scalar", "trellis")
+_MOST_TRELLIS_BITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +42,20 @@ class RotatedCodec(Codec):
         scale: "unbiased" (over rotations), "mse" (least squares: contractive, less error), or "auto": mse
             with error feedback, unbiased without.
         rotation: "private" (each rank its own, so that their errors are independent) or "shared".
+        levels: "scalar" (each number by itself), "trellis" (less error, slower to encode; see
+            `gradq.codecs.trellis`), or "auto": trellis for 1 and 2 bits.
 
     Example:
         >>> RotatedCodec(num_bits=4).wire_bits_per_element(1 << 20)
         4.062530517578125
     """
 
-    _trellis: ClassVar[bool] = False
     _most_bits: ClassVar[int] = 6
 
     num_bits: int = 4
     scale: str = "auto"
     rotation: str = "private"
+    levels: str = "auto"
 
     def __post_init__(self) -> None:
         kind, most = type(self).__name__, self._most_bits
@@ -63,11 +67,22 @@ class RotatedCodec(Codec):
             raise ConfigError(f"{kind}(scale={self.scale!r}): scale must be one of {_SCALES}")
         if self.rotation not in _ROTATIONS:
             raise ConfigError(f"{kind}(rotation={self.rotation!r}): rotation must be one of {_ROTATIONS}")
+        if self.levels not in _LEVELS:
+            raise ConfigError(f"{kind}(levels={self.levels!r}): levels must be one of {_LEVELS}")
+        if self.trellis and self.num_bits > _MOST_TRELLIS_BITS:
+            raise ConfigError(
+                f"{kind}(num_bits={self.num_bits}): a trellis takes at most {_MOST_TRELLIS_BITS} bits"
+            )
 
     @property
     def name(self) -> str:
         """The name "rot" and the number of bits."""
         return f"rot{self.num_bits}"
+
+    @property
+    def trellis(self) -> bool:
+        """Whether codes are chosen by a trellis."""
+        return self.levels == "trellis" or (self.levels == "auto" and self.num_bits <= 2)
 
     @property
     def block_size(self) -> int:
@@ -120,7 +135,7 @@ class RotatedCodec(Codec):
             x,
             payload,
             num_bits=self.num_bits,
-            trellis=self._trellis,
+            trellis=self.trellis,
             unbiased=self.scale != "mse",
             base=rotation_base(context.key, stream, context.first_block),
             residual=residual,
@@ -130,14 +145,12 @@ class RotatedCodec(Codec):
 
     def decode(self, payload: Tensor, out: Tensor) -> None:
         """See `Codec.decode`."""
-        rotated_kernels(out.device).rotated_decode(
-            payload, out, num_bits=self.num_bits, trellis=self._trellis
-        )
+        rotated_kernels(out.device).rotated_decode(payload, out, num_bits=self.num_bits, trellis=self.trellis)
 
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """See `Codec.decode_mean`."""
         rotated_kernels(out.device).rotated_decode_mean(
-            payloads, out, num_bits=self.num_bits, trellis=self._trellis
+            payloads, out, num_bits=self.num_bits, trellis=self.trellis
         )
 
     @classmethod

@@ -22,10 +22,11 @@ __all__ = ["TrellisCodec"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrellisCodec(RotatedCodec):
-    """As `RotatedCodec`, with 1 to 4 bits."""
+    """`RotatedCodec` with levels="trellis", 1 to 4 bits."""
 
-    _trellis: ClassVar[bool] = True
     _most_bits: ClassVar[int] = 4
+
+    levels: str = "trellis"
 
     @property
     def name(self) -> str:

@@ -103,7 +103,7 @@ LLOYD_MAX = {1: 0.36338, 2: 0.11748, 3: 0.03455, 4: 0.009501, 5: 0.002505, 6: 0.
 def test_error_is_that_of_lloyd_and_max(num_bits):
     x = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
     for scale, least in (("mse", LLOYD_MAX[num_bits]), ("unbiased", 1 / (1 / LLOYD_MAX[num_bits] - 1))):
-        out = codecs.from_spec(f"rot{num_bits}(scale={scale})").roundtrip(x)
+        out = codecs.from_spec(f"rot{num_bits}(scale={scale},levels=scalar)").roundtrip(x)
         error = float((x - out).square().sum() / x.square().sum())
         assert error < least * (1.06 if num_bits == 6 else 1.012)
 
@@ -112,11 +112,11 @@ def test_error_is_that_of_lloyd_and_max(num_bits):
 def test_trellis_beats_rotated_at_equal_bits(num_bits):
     x = torch.randn(1 << 17, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 1 << 17)
     error = {}
-    for kind in ("rot", "trellis"):
-        codec = codecs.from_spec(f"{kind}{num_bits}")
+    for kind in ("scalar", "trellis"):
+        codec = codecs.from_spec(f"rot{num_bits}(levels={kind})")
         error[kind] = float((x - codec.roundtrip(x)).square().sum())
         assert codec.nbytes(1 << 17) == codecs.from_spec(f"rot{num_bits}").nbytes(1 << 17)
-    assert error["trellis"] < (0.85 if num_bits == 1 else 0.78) * error["rot"]
+    assert error["trellis"] < (0.85 if num_bits == 1 else 0.78) * error["scalar"]
 
 
 def test_targets_of_the_flagship():
@@ -156,7 +156,7 @@ def test_mix32_is_that_of_the_rng():
 
 
 @pytest.mark.parametrize(
-    "spec", ["rot4(num_bits=7)", "rot4(scale=none)", "trellis4(num_bits=5)", "sign(rounding=stochastic)"]
+    "spec", ["rot5(levels=trellis)", "rot4(scale=none)", "trellis4(levels=none)", "sign(rounding=stochastic)"]
 )
 def test_what_cannot_be_is_an_error(spec):
     with pytest.raises(ConfigError):
