@@ -6,6 +6,10 @@ nearest to z / σ::
 
     Q(x) = rotate back(s * c)        s = ‖z‖² / ⟨c, z⟩ (unbiased)  or  ⟨c, z⟩ / ‖c‖² (least squares)
 
+Every rank rotates in its own way, by signs that follow from 32 bits in the payload. With one rotation for all
+the errors of the ranks would be alike where their gradients are: of the mean of 64 real gradients 2.5 times as
+much at 2 bits (benchmarks/results/rotations.csv).
+
 References:
     Suresh et al., "Distributed mean estimation with limited communication", ICML 2017 (rotation).
     Vargaftik et al., "EDEN: Communication-efficient and robust distributed mean estimation for federated
@@ -28,7 +32,6 @@ from gradq.rng import EncodeContext
 __all__ = ["RotatedCodec"]
 
 _SCALES = ("auto", "unbiased", "mse")
-_ROTATIONS = ("private", "shared")
 _LEVELS = ("auto", "scalar", "trellis")
 _MOST_TRELLIS_BITS = 4
 
@@ -41,7 +44,6 @@ class RotatedCodec(Codec):
         num_bits: 1 to 6.
         scale: "unbiased" (over rotations), "mse" (least squares: contractive, less error), or "auto": mse
             with error feedback, unbiased without.
-        rotation: "private" (each rank its own, so that their errors are independent) or "shared".
         levels: "scalar" (each number by itself), "trellis" (less error, slower to encode; see
             `gradq.codecs.trellis`), or "auto": trellis for 1 and 2 bits.
 
@@ -54,7 +56,6 @@ class RotatedCodec(Codec):
 
     num_bits: int = 4
     scale: str = "auto"
-    rotation: str = "private"
     levels: str = "auto"
 
     def __post_init__(self) -> None:
@@ -65,8 +66,6 @@ class RotatedCodec(Codec):
             )
         if self.scale not in _SCALES:
             raise ConfigError(f"{kind}(scale={self.scale!r}): scale must be one of {_SCALES}")
-        if self.rotation not in _ROTATIONS:
-            raise ConfigError(f"{kind}(rotation={self.rotation!r}): rotation must be one of {_ROTATIONS}")
         if self.levels not in _LEVELS:
             raise ConfigError(f"{kind}(levels={self.levels!r}): levels must be one of {_LEVELS}")
         if self.trellis and self.num_bits > _MOST_TRELLIS_BITS:
@@ -130,14 +129,13 @@ class RotatedCodec(Codec):
         new_residual: Tensor | None = None,
     ) -> None:
         """See `Codec.encode`. scale="auto" that was not decided is unbiased."""
-        stream = context.shift + 1 if self.rotation == "private" else 0
         rotated_kernels(x.device).rotated_encode(
             x,
             payload,
             num_bits=self.num_bits,
             trellis=self.trellis,
             unbiased=self.scale != "mse",
-            base=rotation_base(context.key, stream, context.first_block),
+            base=rotation_base(context.key, context.shift, context.first_block),
             residual=residual,
             new_residual=new_residual,
             loss_scale=context.loss_scale,

@@ -43,7 +43,7 @@ def constants(table: Table) -> tuple[Tensor, Tensor, Tensor, int]:
     return levels.float(), middles, gaps, int(levels.abs().argmin())
 
 
-def scale_bits(scale: Tensor, scale_format: str, up: bool) -> int:
+def _scale_bits(scale: Tensor, scale_format: str, up: bool) -> int:
     """A non-negative fp32 scale in its format on the wire."""
     bits = int(scale.view(torch.int32))
     if scale_format == "bf16":
@@ -61,8 +61,8 @@ def scale_bits(scale: Tensor, scale_format: str, up: bool) -> int:
     return min(wire, 255)
 
 
-def scale_value(bits: int, scale_format: str) -> Tensor:
-    """The fp32 number that `scale_bits` wrote."""
+def _scale_value(bits: int, scale_format: str) -> Tensor:
+    """The fp32 number that `_scale_bits` wrote."""
     if scale_format == "bf16":
         raw = bits << 16
     elif bits == 255:
@@ -133,10 +133,10 @@ def table_encode(
             scale = torch.tensor(0.0)
             if absmax >= _MIN_NORMAL:
                 scale, codes_L = _rule(value_L, absmax, table, levels, middles)
-        bits = scale_bits(scale, table.scale_format, up)
-        scale = scale_value(bits, table.scale_format)
+        bits = _scale_bits(scale, table.scale_format, up)
+        scale = _scale_value(bits, table.scale_format)
         if not bool(torch.isfinite(scale * levels[-1])):
-            bits = scale_bits(torch.tensor(torch.nan), table.scale_format, up)
+            bits = _scale_bits(torch.tensor(torch.nan), table.scale_format, up)
             scale = torch.tensor(torch.nan)
         codes_P = torch.full((padded,), smallest, dtype=torch.int64)
         if bool(scale > 0):
@@ -175,7 +175,7 @@ def table_decode(payload: Tensor, out: Tensor, *, table: Table) -> None:
         length = span.stop - span.start
         padded = -(-length // 8) * 8
         raw = bytes(payload[block * size : (block + 1) * size].tolist())
-        scale = scale_value(int.from_bytes(raw, "little"), table.scale_format)
+        scale = _scale_value(int.from_bytes(raw, "little"), table.scale_format)
         nbytes = padded * table.num_bits // 8
         codes_P = reference._unpack(payload[position : position + nbytes], table.num_bits, padded)
         position += nbytes

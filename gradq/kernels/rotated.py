@@ -174,7 +174,7 @@ def rotation_base(key: int, stream: int, first_tile: int) -> int:
 
     Args:
         key: 64-bit, from `rng.dither_key`.
-        stream: tells ranks with private rotations apart; the same on all for a shared one.
+        stream: tells ranks apart: each rotates in its own way.
         first_tile: index, within the parameter, of the segment's first tile.
     """
     mixed = mix32((key & _MASK32) ^ mix32(stream & _MASK32))

@@ -49,7 +49,7 @@ SPECS = [
     ),
     *("int8(block_size=192)", "int4", "int3(block_size=1024)"),
     *(f"rot{bits}(scale={scale})" for bits in range(1, 7) for scale in ("unbiased", "mse")),
-    *("rot4(rotation=shared,scale=mse)", "rot1(levels=scalar)", "rot2(levels=scalar)"),
+    *("rot1(levels=scalar)", "rot2(levels=scalar)"),
     *(f"trellis{bits}(scale={scale})" for bits in range(1, 5) for scale in ("unbiased", "mse")),
     *TABLE_NAMES,
     *(f"{name}(rounding=nearest)" for name in TABLE_NAMES if not name.startswith(("qsgd", "sign"))),
