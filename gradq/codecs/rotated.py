@@ -7,8 +7,8 @@ nearest to z / σ::
     Q(x) = rotate back(s * c)        s = ‖z‖² / ⟨c, z⟩ (unbiased)  or  ⟨c, z⟩ / ‖c‖² (least squares)
 
 Every rank rotates in its own way, by signs that follow from 32 bits in the payload. With one rotation for all
-the errors of the ranks would be alike where their gradients are: of the mean of 64 real gradients 2.5 times as
-much at 2 bits (benchmarks/results/rotations.csv).
+the errors of the ranks would be alike where their gradients are: in the mean of 64 real gradients 2.5 times
+as much at 2 bits (benchmarks/results/rotations.csv).
 
 References:
     Suresh et al., "Distributed mean estimation with limited communication", ICML 2017 (rotation).
