@@ -29,6 +29,7 @@ from gradq.kernels.vector import (
     as_words,
     constant_row,
     constant_words,
+    fence,
     hadamard_rows,
     load_bytes,
     load_row,
@@ -43,6 +44,7 @@ from gradq.kernels.vector import (
     store_bytes,
     store_row,
     store_words,
+    stream_row,
     to_float,
     to_int,
 )
@@ -233,7 +235,7 @@ def _quantize(
         for ahead in range(4):
             prefetch(next_x_at + 64 * (first + ahead))
             prefetch(next_residual_at + 64 * (first + ahead))
-            if with_residual:
+            if with_residual and new_residual_at != 0:
                 prefetch_to_write(new_residual_at + 64 * (first + ahead))
         if rows == 256 and first & 15 == 0:
             hadamard_rows(at + 64 * row, 1024)
@@ -329,6 +331,7 @@ def _encode(
     unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
     for k in range(4):
         payload[k] = np.uint8(np.uint32(base) >> np.uint32(8 * k))
+    stream = n >= 65536 and new_residual_at & 63 == 0
     scales_at = 4
     codes_at = 4 + 2 * ((n + 255) // 256)
     for tile in range((n + 4095) // 4096):
@@ -399,7 +402,7 @@ def _encode(
                 new_residual_at != 0,
                 x_at + 4 * (start + 4096),
                 residual_at + 4 * (start + 4096),
-                new_residual_at + 4 * start,
+                0 if stream else new_residual_at + 4 * start,
                 scratch_C,
                 sums_G,
             )
@@ -442,11 +445,16 @@ def _encode(
                         value = value + load_row(add_at + 64 * row) * loss
                     error = (value - signed_row(z_at, words_at, row, scale)) * factor
                     if row < L >> 4:
-                        store_row(new_at + 64 * row, error)
+                        if stream:
+                            stream_row(new_at + 64 * row, error)
+                        else:
+                            store_row(new_at + 64 * row, error)
                     else:
                         store_row(z_at + 64 * row, error)
                 for j in range(L & ~15, L):
                     new_L[j] = z_T[j]
+    if stream:
+        fence(0)
 
 
 @jit

@@ -24,6 +24,7 @@ __all__ = [
     "as_words",
     "constant_row",
     "constant_words",
+    "fence",
     "hadamard_rows",
     "load_bytes",
     "load_row",
@@ -39,6 +40,7 @@ __all__ = [
     "store_bytes",
     "store_row",
     "store_words",
+    "stream_row",
     "to_float",
     "to_int",
 ]
@@ -116,6 +118,17 @@ def _storer(kind: Any, operand: Any, narrow: bool = False) -> Any:
     return _operation(types.int64, emit, types.intp, operand)
 
 
+def _stream(builder: Any, at: Any, value: Any) -> Any:
+    store = builder.store(value, builder.inttoptr(at, _FLOATS.as_pointer()), align=64)
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+    return _VOID
+
+
+def _fence(builder: Any, _number: Any) -> Any:
+    builder.fence("seq_cst")
+    return _VOID
+
+
 def _splat(kind: Any) -> Callable[..., Any]:
     def emit(builder: Any, scalar: Any) -> Any:
         first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.IntType(32)(0))
@@ -179,6 +192,9 @@ load_row = _loader(_FLOATS, _row)
 load_words = _loader(_INTS, _words)
 load_bytes = _loader(_BYTES, _words, widen=True)
 store_row = _storer(_FLOATS, _row)
+# past the cache, to a multiple of 64 bytes; not ordered with other writes without `fence(0)`
+stream_row = _operation(types.int64, _stream, types.intp, _row)
+fence = _operation(types.int64, _fence, types.intp)
 store_words = _storer(_INTS, _words)
 store_bytes = _storer(_BYTES, _words, narrow=True)
 constant_row = _operation(_row, _splat(_FLOATS), types.float32)
