@@ -15,14 +15,11 @@ import argparse
 import json
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +28,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from gradq.bench.records import git_commit, write_record
+
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "bf16"
-SCHEMA_VERSION = 1
 KEY = ("codec", "seed", "steps", "params", "ranks", "batch_size", "lr")
 
 Record = dict[str, Any]
@@ -43,13 +41,6 @@ def read(path: Path) -> list[Record]:
     """The complete lines of a JSON-lines file that may still grow."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def git_commit() -> str:
-    """The commit, with -dirty if a tracked file differs from it; "unknown" outside a repository."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def run(key: Record, progress: Progress, task: Any) -> Record:
@@ -89,7 +80,7 @@ def run(key: Record, progress: Progress, task: Any) -> Record:
         "ratio": stats["dense_bytes"] / stats["wire_bytes"] if stats["wire_bytes"] else 1.0,
         "environment": header["environment"],
         "num_parameters": header["num_parameters"],
-        "commit": git_commit(),
+        "commit": git_commit(ROOT),
     }
 
 
@@ -197,22 +188,14 @@ def main() -> None:
     if len(commits := sorted({r["commit"] for r in runs})) > 1:
         console.print(f"note: the runs are of different commits: {', '.join(commits)}")
 
-    environment = {name: value for name, value in runs[0]["environment"].items() if name != "world_size"}
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{environment['cpu']} {environment['cores']}c".lower()).strip("-")
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "benchmark": "accuracy_ddp",
-        "date": date.today().isoformat(),
-        "command": " ".join(["benchmarks/accuracy_ddp.py", *sys.argv[1:]]),
-        "commit": commits[-1] if len(commits) == 1 else commits,
-        "environment": environment | {"numba": version("numba")},
-        "settings": fixed | {"seeds": args.seeds, "baseline": BASELINE},
-        "results": rows,
-        "runs": [{name: value for name, value in r.items() if name != "environment"} for r in runs],
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"accuracy_ddp_{slug}_{record['date']}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = write_record(
+        args.out,
+        "accuracy_ddp",
+        commit=commits[-1] if len(commits) == 1 else commits,
+        settings=fixed | {"seeds": args.seeds, "baseline": BASELINE},
+        results=rows,
+        runs=[{name: value for name, value in r.items() if name != "environment"} for r in runs],
+    )
     console.print(f"written to {os.path.relpath(path)}")
 
 

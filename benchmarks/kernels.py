@@ -5,33 +5,28 @@ over its kernel time, so a slow moment of the machine weighs on both. Reported: 
 the 20th and 80th percentile. A ratio of 1 means: as fast as copying the gradient once. On a shared machine
 `--clock thread` (the default) leaves out the time in which the thread did not run; `wall` does not.
 
-    python benchmarks/kernels.py --rounds 41 --json auto
+    python benchmarks/kernels.py --record
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import random
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
 import numpy as np
 import torch
+from llvmlite import binding
 from torch import Tensor
 
-import gradq
+from gradq.bench.records import environment, write_record
 from gradq.kernels import cpu
 
-SCHEMA_VERSION = 1
 SCALE_DTYPE = torch.bfloat16
 MAX_ROWS = 8
 CLOCKS = {"thread": time.thread_time, "wall": time.perf_counter}
@@ -49,37 +44,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=41, help="rounds over all rows (default: 41)")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="thread", help="(default: thread)")
     parser.add_argument("--only", default="", help="regular expression: the rows to run, by name")
-    parser.add_argument("--json", default="", help="write a record here; 'auto': benchmarks/results/")
-    parser.add_argument("--date", default=datetime.date.today().isoformat(), help="date of the record")
+    parser.add_argument("--record", action="store_true", help="write a record to benchmarks/results/")
     return parser.parse_args()
-
-
-def cpu_model() -> str:
-    """The processor as Linux names it."""
-    try:
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        return str(names[0]).strip()
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
-def environment() -> dict[str, object]:
-    """What a reader needs to judge the numbers."""
-    from llvmlite import binding
-
-    return {
-        "cpu": cpu_model(),
-        "cpu_target": binding.get_host_cpu_name(),
-        "cpus": os.cpu_count(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "numpy": np.__version__,
-        "gradq": gradq.__version__,
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg()[0],
-    }
 
 
 def faster_copy(x: Tensor, out: Tensor, clock: Callable[[], float]) -> tuple[str, Callable[[], object]]:
@@ -244,48 +210,40 @@ def main() -> None:
         b: torch.zeros(MAX_ROWS, n * b // 8 + 2 * (n // 256 + 2) + 64, dtype=torch.uint8) for b in (8, 4)
     }
     widest = torch.zeros(payloads[8].shape[1], dtype=torch.uint8)
-    facts, clock = environment(), CLOCKS[arguments.clock]
+    facts, clock = environment() | {"cpu_target": binding.get_host_cpu_name()}, CLOCKS[arguments.clock]
     copy_name, memcpy = faster_copy(x, out, clock)
     rows = encode_rows(x, widest, residual, new_residual) + decode_rows(x, payloads, out) + exact_rows(x, out)
     rows = [row for row in rows if re.search(arguments.only, row[0])]
     records = measure(memcpy, rows, arguments.rounds, clock)
-    facts["load_after"] = os.getloadavg()[0]
+    facts["load_average_after"] = os.getloadavg()[0]
 
-    print(f"{facts['cpu']} ({facts['cpu_target']}), {facts['cpus']} CPUs, one thread, {arguments.date}")
+    print(f"{facts['cpu']} ({facts['cpu_target']}), {facts['cores']} cores, one thread")
     print(f"torch {facts['torch']}, numba {facts['numba']}, numpy {facts['numpy']}, python {facts['python']}")
     print(
         f"{4e-6 * n:g} MB of fp32, {arguments.rounds} rounds, {arguments.clock} clock, memcpy by {copy_name}"
     )
-    print(f"load average {facts['load_before']:.1f} before, {facts['load_after']:.1f} after\n")
+    print(f"load average {facts['load_average']:.1f} before, {facts['load_average_after']:.1f} after\n")
     print(f"{'':54s} {'ms':>7s} {'x memcpy':>9s}  {'p20 - p80':>11s} {'best/best':>10s}")
     for r in records:
         spread = f"{r['ratio_p20']:.2f} - {r['ratio_p80']:.2f}"
         print(f"{r['name']:54s} {r['ms_median']:7.2f} {r['ratio_median']:9.2f}", end="  ")
         print(f"{spread:>11s} {r['ratio_of_best']:10.2f}")
 
-    if arguments.json:
-        slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {facts['cpu_target']}".lower()).strip("-")
-        path = Path(arguments.json)
-        if arguments.json == "auto":
-            path = RESULTS / f"kernels_{slug}_{arguments.date}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "benchmark": "kernels",
-            "date": arguments.date,
-            "command": " ".join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
-            "environment": facts,
-            "configuration": {
+    if arguments.record:
+        path = write_record(
+            RESULTS,
+            "kernels",
+            environment=facts,
+            settings={
                 "numel": n,
                 "rounds": arguments.rounds,
                 "memcpy": copy_name,
                 "clock": arguments.clock,
                 "scale_dtype": "bfloat16",
             },
-            "rows": records,
-        }
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"\nwrote {path}")
+            rows=records,
+        )
+        print(f"\nwrote {os.path.relpath(path)}")
 
 
 if __name__ == "__main__":
