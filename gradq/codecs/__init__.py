@@ -15,10 +15,23 @@ import re
 
 from gradq.codecs.base import Codec
 from gradq.codecs.exact import ExactCodec
+from gradq.codecs.rotated import RotatedCodec
+from gradq.codecs.table import TABLE_NAMES, TableCodec
+from gradq.codecs.trellis import TrellisCodec
 from gradq.codecs.uniform import UniformCodec
 from gradq.errors import ConfigError, SpecError
 
-__all__ = ["Codec", "ExactCodec", "UniformCodec", "from_spec", "names", "register"]
+__all__ = [
+    "Codec",
+    "ExactCodec",
+    "RotatedCodec",
+    "TableCodec",
+    "TrellisCodec",
+    "UniformCodec",
+    "from_spec",
+    "names",
+    "register",
+]
 
 _REGISTRY: dict[str, type[Codec]] = {}
 _SPEC = re.compile(r"\s*(?P<name>[\w.]+)\s*(?:\((?P<options>[^()]*)\))?\s*")
@@ -92,3 +105,6 @@ def _boolean(text: str) -> bool:
 
 register(ExactCodec, "fp32", "bf16", "fp16", "fp64")
 register(UniformCodec, *(f"int{bits}" for bits in range(2, 9)))
+register(RotatedCodec, *(f"rot{bits}" for bits in range(1, 7)))
+register(TrellisCodec, *(f"trellis{bits}" for bits in range(1, 5)))
+register(TableCodec, *TABLE_NAMES)

@@ -42,8 +42,8 @@ APART = {
 }
 # Extra packages, and the modules that may import them at the top.
 HEAVY = {
-    "numba": {"gradq.kernels.cpu"},
-    "llvmlite": {"gradq.kernels.cpu"},
+    "numba": {"gradq.kernels.cpu", "gradq.kernels.numba_tools", "gradq.kernels.vector"},
+    "llvmlite": {"gradq.kernels.cpu", "gradq.kernels.vector"},
     "triton": {"gradq.kernels.cuda"},
     "mpi4py": set(),
     "ray": set(),

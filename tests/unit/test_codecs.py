@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gradq import codecs
 from gradq.codecs import Codec, ExactCodec, UniformCodec
+from gradq.codecs.table import TABLE_NAMES
 from gradq.conformance import CHECKS
 from gradq.errors import ConfigError, SpecError
 from gradq.rng import EncodeContext
@@ -31,6 +32,14 @@ SPECS = [
     "int3(block_size=192,scale_dtype=fp16)",
     "int2(block_size=64,rounding=nearest,scale_dtype=fp16)",
     "int2(block_size=1024,scale_dtype=fp32)",
+    *(f"rot{bits}" for bits in range(1, 7)),
+    "rot1(levels=scalar)",
+    "rot2(scale=mse)",
+    "rot4(scale=mse)",
+    *(f"trellis{bits}" for bits in range(1, 5)),
+    "trellis4(scale=mse)",
+    *TABLE_NAMES,
+    *(f"{name}(rounding=nearest)" for name in TABLE_NAMES if not name.startswith(("qsgd", "sign"))),
 ]
 
 
@@ -163,7 +172,9 @@ def test_ranks_with_stratified_dither_cancel_their_errors():
 
 
 def test_names():
-    assert codecs.names() == ["bf16", "fp16", "fp32", "fp64", *(f"int{bits}" for bits in range(2, 9))]
+    uniform = [f"int{bits}" for bits in range(2, 9)]
+    rotated = [f"rot{bits}" for bits in range(1, 7)] + [f"trellis{bits}" for bits in range(1, 5)]
+    assert codecs.names() == sorted(["bf16", "fp16", "fp32", "fp64", *uniform, *rotated, *TABLE_NAMES])
 
 
 @given(
@@ -194,7 +205,7 @@ def test_specs_are_forgiving_about_spaces_and_defaults(spec, text):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("int44", r"no codec is called 'int44'.*did you mean 'int4'\?.*bf16, fp16, .*int8"),
+        ("int44", r"no codec is called 'int44'.*did you mean 'int4'\?.*bf16, .*fp16, .*int8"),
         ("zip", r"no codec is called 'zip'.*Choose from: bf16"),
         ("int1", "no codec is called 'int1'"),
         ("int9", "no codec is called 'int9'"),

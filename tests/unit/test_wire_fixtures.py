@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from gradq import codecs, rng, wire
+from gradq.codecs.table import TABLE_NAMES
 from gradq.collectives import Direct, Segment, Setting, Step
 from gradq.feedback import Feedback
 from gradq.metrics import Metrics
@@ -47,6 +48,11 @@ SPECS = [
         for scale in ("bf16", "fp16", "fp32")
     ),
     *("int8(block_size=192)", "int4", "int3(block_size=1024)"),
+    *(f"rot{bits}(scale={scale})" for bits in range(1, 7) for scale in ("unbiased", "mse")),
+    *("rot1(levels=scalar)", "rot2(levels=scalar)"),
+    *(f"trellis{bits}(scale={scale})" for bits in range(1, 5) for scale in ("unbiased", "mse")),
+    *TABLE_NAMES,
+    *(f"{name}(rounding=nearest)" for name in TABLE_NAMES if not name.startswith(("qsgd", "sign"))),
 ]
 
 

@@ -1,0 +1,153 @@
+"""The randomized Hadamard transform of a tile in Numba, as in `gradq.kernels.reference_rotated`.
+
+Rows of 16 numbers at addresses; signs are bits of hash words, 128 words for the first transform and 128 more
+for the second that tiles of an odd number of rows have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gradq.kernels.numba_tools import inline, mix32
+from gradq.kernels.vector import (
+    as_row,
+    as_words,
+    constant_row,
+    constant_words,
+    hadamard_rows,
+    load_row,
+    load_words,
+    store_row,
+    store_words,
+)
+
+__all__ = [
+    "flip_signs",
+    "high_stages",
+    "low_stages",
+    "rotate",
+    "sign_bits",
+    "sign_words",
+    "signed_row",
+    "unrotate",
+    "window",
+]
+
+
+@inline
+def sign_words(tile_key: Any, rows: Any, words: Any) -> None:
+    """128 words for the first signs; for the second, which full tiles do without, 128 more."""
+    for w in range(128):
+        words[w] = mix32(np.uint32(tile_key + np.uint32(w)))
+    if rows != 256:
+        for w in range(128):
+            words[128 + w] = mix32(np.uint32(tile_key + np.uint32(256 + w)))
+
+
+@inline
+def flip_signs(at: Any, words_at: Any, first_row: Any, rows: Any) -> None:
+    """The second signs."""
+    for row in range(first_row, rows):
+        flipped = as_words(load_row(at + 64 * row)) ^ sign_bits(words_at + 512, row)
+        store_words(at + 64 * row, flipped)
+
+
+@inline
+def sign_bits(words_at: Any, row: Any) -> Any:
+    """The signs of a row, in the sign bits."""
+    left = constant_words(np.uint32(31 - (row & 31)))
+    return (load_words(words_at + 64 * (row >> 5)) << left) & constant_words(np.uint32(0x80000000))
+
+
+@inline
+def signed_row(z_at: Any, words_at: Any, row: Any, scale: Any) -> Any:
+    """A row times scale, with its signs."""
+    return as_row(as_words(load_row(z_at + 64 * row) * scale) ^ sign_bits(words_at, row))
+
+
+@inline
+def low_stages(at: Any, size: Any) -> None:
+    """Distances 1, 2, 4, 8 of `size` rows, a power of two, in place."""
+    if size >= 16:
+        for row in range(0, size, 16):
+            hadamard_rows(at + 64 * row, 64)
+    else:
+        distance = 1
+        while distance < size:
+            _stage(at, size, distance)
+            distance *= 2
+
+
+@inline
+def high_stages(at: Any, size: Any) -> None:
+    """Distances 16, 32, ... of `size` rows, a power of two, in place."""
+    if size == 256:
+        for row in range(16):
+            hadamard_rows(at + 64 * row, 1024)
+    else:
+        distance = 16
+        while distance < size:
+            _stage(at, size, distance)
+            distance *= 2
+
+
+@inline
+def _stage(at: Any, size: Any, distance: Any) -> None:
+    for row in range(size):
+        if row & distance == 0:
+            first, second = at + 64 * row, at + 64 * (row + distance)
+            a, b = load_row(first), load_row(second)
+            store_row(first, a + b)
+            store_row(second, a - b)
+
+
+@inline
+def _multiply(at: Any, rows: Any, factor: Any) -> None:
+    for row in range(rows):
+        store_row(at + 64 * row, load_row(at + 64 * row) * constant_row(factor))
+
+
+@inline
+def window(rows: Any) -> Any:
+    """The largest power of two <= rows."""
+    size = 1
+    while 2 * size <= rows:
+        size *= 2
+    return size
+
+
+@inline
+def rotate(at: Any, rows: Any, words_at: Any) -> None:
+    """See `reference_rotated.rotate`."""
+    size = window(rows)
+    low_stages(at, size)
+    high_stages(at, size)
+    if size != rows:
+        factor = np.float32(1.0 / np.sqrt(float(size)))
+        last = at + 64 * (rows - size)
+        _multiply(at, size, factor)
+        flip_signs(at, words_at, rows - size, rows)
+        low_stages(last, size)
+        high_stages(last, size)
+        _multiply(last, size, factor)
+
+
+@inline
+def unrotate(at: Any, rows: Any, words_at: Any) -> None:
+    """See `reference_rotated.unrotate`."""
+    size = window(rows)
+    if size != rows:
+        factor = np.float32(1.0 / np.sqrt(float(size)))
+        last = at + 64 * (rows - size)
+        high_stages(last, size)
+        low_stages(last, size)
+        _multiply(last, size, factor)
+        flip_signs(at, words_at, rows - size, rows)
+        high_stages(at, size)
+        low_stages(at, size)
+        _multiply(at, size, factor)
+    else:
+        high_stages(at, size)
+        low_stages(at, size)

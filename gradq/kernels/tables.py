@@ -1,0 +1,88 @@
+"""Levels in a table: what the kernels of the table codecs share."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from gradq.errors import KernelError
+from gradq.kernels.ops import backend_name
+
+__all__ = ["MULTIPLIERS", "SCALE_BYTES", "Table", "TableKernels", "payload_bytes", "table_kernels"]
+
+SCALE_BYTES = {"bf16": 2, "e8m0": 1, "e6m2": 1}
+MULTIPLIERS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of absmax, tried by the rule "mse"
+_MODULES = {"reference": "gradq.kernels.reference_table", "numba": "gradq.kernels.cpu_table"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Levels and how a block is scaled to them.
+
+    Attributes:
+        levels: ascending, exact in fp32; the largest is the positive one a block's absmax is scaled to.
+        num_bits: of a code, its index.
+        block_size: elements that share a scale, a multiple of 8.
+        scale_format: "bf16", "e8m0" (a power of two) or "e6m2".
+        rule: "absmax", "l1", "l2" or "mse".
+        stochastic: round to one of the two neighbours at random, or to the nearest.
+    """
+
+    levels: tuple[float, ...]
+    num_bits: int
+    block_size: int
+    scale_format: str
+    rule: str
+    stochastic: bool
+
+
+class TableKernels(Protocol):
+    """The operations; `gradq.kernels.reference_table` documents the format they write."""
+
+    def table_encode(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        *,
+        table: Table,
+        key: int,
+        shift: int,
+        first_block: int,
+        residual: Tensor | None,
+        new_residual: Tensor | None,
+        loss_scale: float,
+    ) -> None:
+        """Encode x + loss_scale * residual and write what was lost, / loss_scale, to new_residual."""
+
+    def table_decode(self, payload: Tensor, out: Tensor, *, table: Table) -> None:
+        """Decode a payload of `table_encode` into out."""
+
+    def table_decode_mean(self, payloads: Tensor, out: Tensor, *, table: Table) -> None:
+        """Mean over the W decoded payloads into out."""
+
+
+def table_kernels(device: torch.device) -> TableKernels:
+    """The kernels that serve a device.
+
+    Raises:
+        KernelError: no backend for the device, or its package is missing.
+    """
+    name = backend_name(device)
+    try:
+        return cast(TableKernels, importlib.import_module(_MODULES[name]))
+    except ImportError as error:
+        raise KernelError(
+            f"the {name!r} kernels cannot be imported ({error}); install them with `pip install numba` "
+            "or set GRADQ_KERNELS=reference to run the slow plain-torch ones"
+        ) from error
+
+
+def payload_bytes(numel: int, table: Table) -> int:
+    """Scales, then codes; the last block is padded to a multiple of 8 elements."""
+    num_blocks = -(-numel // table.block_size)
+    padded = -(-numel // 8) * 8
+    return num_blocks * SCALE_BYTES[table.scale_format] + padded * table.num_bits // 8

@@ -1,0 +1,256 @@
+"""Rows: vectors of 16 numbers as values in Numba code, for kernels that a loop vectorizer does not get right.
+
+`Row` holds 16 fp32 numbers, `Words` 16 unsigned 32-bit integers. LLVM maps them to whatever registers the
+machine has (one of AVX-512, two of AVX2, four of NEON). Operators round each element as scalar code would, in
+the order in which they are written, so results equal those of plain loops bit for bit.
+
+Rows are read and written at addresses (`array.ctypes.data`), in bytes; nothing is checked.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.core.datamodel import models
+from numba.extending import intrinsic, overload, register_model
+
+__all__ = [
+    "HAS_LOOKUP",
+    "as_row",
+    "as_words",
+    "constant_row",
+    "constant_words",
+    "fence",
+    "hadamard_rows",
+    "load_bytes",
+    "load_row",
+    "load_words",
+    "lookup",
+    "maximum",
+    "maximum_words",
+    "minimum",
+    "prefetch",
+    "prefetch_to_write",
+    "select_less",
+    "square_root",
+    "store_bytes",
+    "store_row",
+    "store_words",
+    "stream_row",
+    "to_float",
+    "to_int",
+]
+
+HAS_LOOKUP = bool(binding.get_host_cpu_features().get("avx512f"))  # whether `lookup` is one instruction here
+
+_FLOATS = ir.VectorType(ir.FloatType(), 16)
+_INTS = ir.VectorType(ir.IntType(32), 16)
+_BYTES = ir.VectorType(ir.IntType(8), 16)
+_VOID = ir.Constant(ir.IntType(64), 0)
+
+
+class _Row(types.Type):
+    pass
+
+
+class _Words(types.Type):
+    pass
+
+
+_declare: Any = cgutils.get_or_insert_function
+_row, _words = _Row("Row"), _Words("Words")
+
+
+@register_model(_Row)
+class _RowModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        cast(Any, super()).__init__(dmm, fe_type, _FLOATS)
+
+
+@register_model(_Words)
+class _WordsModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        cast(Any, super()).__init__(dmm, fe_type, _INTS)
+
+
+def _operation(result: Any, emit: Callable[..., Any], *operands: Any) -> Any:
+    """An intrinsic of fixed types; emit(builder, *values) gives its value.
+
+    Its parameters are spelled out because Numba reads the signature.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return emit(builder, *args)
+
+    def one(_typing: Any, a: Any) -> Any:
+        return result(*operands), generate
+
+    def two(_typing: Any, a: Any, b: Any) -> Any:
+        return result(*operands), generate
+
+    def three(_typing: Any, a: Any, b: Any, c: Any) -> Any:
+        return result(*operands), generate
+
+    def four(_typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        return result(*operands), generate
+
+    return intrinsic(cast(Any, (one, two, three, four)[len(operands) - 1]))
+
+
+def _loader(kind: Any, result: Any, widen: bool = False) -> Any:
+    def emit(builder: Any, at: Any) -> Any:
+        value = builder.load(builder.inttoptr(at, kind.as_pointer()), align=1 if widen else 4)
+        return builder.zext(value, _INTS) if widen else value
+
+    return _operation(result, emit, types.intp)
+
+
+def _storer(kind: Any, operand: Any, narrow: bool = False) -> Any:
+    def emit(builder: Any, at: Any, value: Any) -> Any:
+        value = builder.trunc(value, _BYTES) if narrow else value
+        builder.store(value, builder.inttoptr(at, kind.as_pointer()), align=1 if narrow else 4)
+        return _VOID
+
+    return _operation(types.int64, emit, types.intp, operand)
+
+
+def _stream(builder: Any, at: Any, value: Any) -> Any:
+    store = builder.store(value, builder.inttoptr(at, _FLOATS.as_pointer()), align=64)
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+    return _VOID
+
+
+def _fence(builder: Any, _number: Any) -> Any:
+    builder.fence("seq_cst")
+    return _VOID
+
+
+def _splat(kind: Any) -> Callable[..., Any]:
+    def emit(builder: Any, scalar: Any) -> Any:
+        first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.IntType(32)(0))
+        mask = ir.Constant(_INTS, [0] * 16)
+        return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), mask)
+
+    return emit
+
+
+def _hadamard(builder: Any, base: Any, stride: Any) -> Any:
+    pointers = []
+    for k in range(16):
+        offset = builder.mul(stride, ir.Constant(stride.type, k))
+        pointers.append(builder.inttoptr(builder.add(base, offset), _FLOATS.as_pointer()))
+    rows = [builder.load(pointer, align=4) for pointer in pointers]
+    for distance in (1, 2, 4, 8):
+        for k in range(16):
+            if k & distance == 0:
+                a, b = rows[k], rows[k + distance]
+                rows[k], rows[k + distance] = builder.fadd(a, b), builder.fsub(a, b)
+    for row, pointer in zip(rows, pointers, strict=True):
+        builder.store(row, pointer, align=4)
+    return _VOID
+
+
+def _prefetch(for_writing: bool) -> Callable[..., Any]:
+    """Ask for a cache line, into the second level: a hint, harmless at any address."""
+
+    def emit(builder: Any, at: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = _declare(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(
+            function, [builder.inttoptr(at, pointer), number(int(for_writing)), number(2), number(1)]
+        )
+        return _VOID
+
+    return emit
+
+
+def _square_root(builder: Any, a: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [_FLOATS])
+    return builder.call(_declare(builder.module, kind, "llvm.sqrt.v16f32"), [a])
+
+
+def _lookup(builder: Any, table: Any, index: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
+    name = "llvm.x86.avx512.permvar.sf.512"
+    return builder.call(_declare(builder.module, kind, name), [table, index])
+
+
+def _smaller(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+load_row = _loader(_FLOATS, _row)
+load_words = _loader(_INTS, _words)
+load_bytes = _loader(_BYTES, _words, widen=True)
+store_row = _storer(_FLOATS, _row)
+# past the cache, to a multiple of 64 bytes; not ordered with other writes without `fence(0)`
+stream_row = _operation(types.int64, _stream, types.intp, _row)
+fence = _operation(types.int64, _fence, types.intp)
+store_words = _storer(_INTS, _words)
+store_bytes = _storer(_BYTES, _words, narrow=True)
+constant_row = _operation(_row, _splat(_FLOATS), types.float32)
+constant_words = _operation(_words, _splat(_INTS), types.uint32)
+as_words = _operation(_words, lambda builder, a: builder.bitcast(a, _INTS), _row)
+as_row = _operation(_row, lambda builder, a: builder.bitcast(a, _FLOATS), _words)
+to_int = _operation(_words, lambda builder, a: builder.fptosi(a, _INTS), _row)
+to_float = _operation(_row, lambda builder, a: builder.sitofp(a, _FLOATS), _words)
+prefetch = _operation(types.int64, _prefetch(False), types.intp)
+prefetch_to_write = _operation(types.int64, _prefetch(True), types.intp)
+square_root = _operation(_row, _square_root, _row)
+lookup = _operation(_row, _lookup, _row, _words)  # table[index], index < 16; only where HAS_LOOKUP
+minimum = _operation(_row, _smaller, _row, _row)
+maximum = _operation(_row, _larger, _row, _row)
+maximum_words = _operation(
+    _words, lambda builder, a, b: builder.select(builder.icmp_unsigned(">", a, b), a, b), _words, _words
+)
+# select_less(a, b, c, d): c where a < b, else d
+select_less = _operation(
+    _row,
+    lambda builder, a, b, c, d: builder.select(builder.fcmp_ordered("<", a, b), c, d),
+    _row,
+    _row,
+    _row,
+    _row,
+)
+# the unnormalized transform of 16 rows in place, (address, stride in bytes): distances 1, 2, 4, 8
+hadamard_rows = _operation(types.int64, _hadamard, types.intp, types.intp)
+
+
+def _operator(symbol: Any, kind: Any, method: str) -> None:
+    operation = _operation(kind, lambda builder, a, b: getattr(builder, method)(a, b), kind, kind)
+
+    def implement(a: Any, b: Any) -> Any:
+        def apply(a: Any, b: Any) -> Any:
+            return operation(a, b)
+
+        return apply if a is kind and b is kind else None
+
+    overload(symbol)(implement)
+
+
+for _symbol, _method in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _operator(_symbol, _row, _method)
+for _symbol, _method in (
+    (operator.add, "add"),
+    (operator.mul, "mul"),
+    (operator.xor, "xor"),
+    (operator.and_, "and_"),
+    (operator.or_, "or_"),
+    (operator.lshift, "shl"),
+    (operator.rshift, "lshr"),
+):
+    _operator(_symbol, _words, _method)
