@@ -28,7 +28,6 @@ from gradq.collectives.base import Pending
 from gradq.errors import ConfigError
 from gradq.feedback import Feedback
 from gradq.handshake import agree
-from gradq.kernels.ops import kernels_for
 from gradq.metrics import Event, Metrics, ParameterStats, Stats
 from gradq.policy import ParameterInfo, Plan, Policy
 
@@ -121,8 +120,9 @@ class GradientSync:
         dropped += self.feedback.shard.keep(set())
         if dropped:
             _log.info("new plan: dropped the residuals of %d parameters (%s, ...)", len(dropped), dropped[0])
-        if self.plan and self.world_size > 1:
-            kernels_for(torch.device("cpu")).warm_up()
+        if self.world_size > 1:
+            for codec in {codec for entry in plan.values() for codec in (entry.phase1, entry.phase2)}:
+                codec.warm_up()
 
     def _notes(self, plan: Plan, label: str) -> dict[str, object]:
         """What all ranks must have in common."""

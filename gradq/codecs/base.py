@@ -93,6 +93,14 @@ class Codec(ABC):
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """Decode payloads, uint8 [W, nbytes(n)], and write their mean to out [n]: summed in row order."""
 
+    def warm_up(self) -> None:
+        """Run every kernel once: Numba compiles on first use, which must not happen in a training step."""
+        codec = self.for_feedback(False)
+        x, payloads = torch.zeros(1, dtype=self.work_dtype), torch.zeros(1, self.nbytes(1), dtype=torch.uint8)
+        codec.encode(x, payloads[0], context=EncodeContext(key=0))
+        codec.decode(payloads[0], x)
+        codec.decode_mean(payloads, x)
+
     def kernels(self, tensor: Tensor) -> Kernels:
         """The kernels for a tensor's device."""
         return kernels_for(tensor.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gradq.kernels.cpu_hadamard import (
@@ -21,7 +22,20 @@ from gradq.kernels.cpu_hadamard import (
     window,
 )
 from gradq.kernels.cpu_trellis import trellis_encode, trellis_levels
-from gradq.kernels.numba_tools import as_bits, as_float, f32_at, inline, jit, mix32, pack, u8_at, unpack
+from gradq.kernels.numba_tools import (
+    address,
+    as_bits,
+    as_float,
+    f32_at,
+    inline,
+    jit,
+    keep,
+    mix32,
+    pack,
+    row_addresses,
+    u8_at,
+    unpack,
+)
 from gradq.kernels.rotated import POLYNOMIALS, TRELLIS_POLYNOMIALS, Polynomials, payload_bytes
 from gradq.kernels.vector import (
     HAS_LOOKUP,
@@ -455,6 +469,7 @@ def _encode(
                     new_L[j] = z_T[j]
     if stream:
         fence(0)
+    keep(choices_T)
 
 
 @jit
@@ -546,23 +561,14 @@ def rotated_encode(
 ) -> None:
     """Encode x + loss_scale * residual in one pass; the format is the reference's."""
     assert new_residual is None or residual is not None
-    if x.numel() == 0:
+    if (n := x.numel()) == 0:
         return
-    _encode(
-        x.data_ptr(),
-        x.numel(),
-        payload.data_ptr(),
-        payload.numel(),
-        num_bits,
-        trellis,
-        unbiased,
-        base,
-        0 if residual is None else residual.data_ptr(),
-        0 if new_residual is None else new_residual.data_ptr(),
-        float(loss_scale),
-        1.0 / loss_scale,
-        _CONSTANTS[trellis, num_bits],
-    )
+    nbytes = payload_bytes(n, num_bits)
+    x_at, payload_at = address(x, torch.float32, n), address(payload, torch.uint8, nbytes)
+    residual_at = 0 if residual is None else address(residual, torch.float32, n)
+    new_at = 0 if new_residual is None else address(new_residual, torch.float32, n)
+    how, scales = (num_bits, trellis, unbiased, base), (float(loss_scale), 1.0 / loss_scale)
+    _encode(x_at, n, payload_at, nbytes, *how, residual_at, new_at, *scales, _CONSTANTS[trellis, num_bits])
 
 
 def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
@@ -575,12 +581,12 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
     n = out.numel()
     if n == 0:
         return
+    payloads_at, rows = row_addresses(payloads, payload_bytes(n, num_bits))
     _decode_mean(
-        payloads.data_ptr(),
-        payloads.shape[0],
-        payloads.stride(0),
+        payloads_at,
+        *rows,
         payload_bytes(n, num_bits),
-        out.data_ptr(),
+        address(out, torch.float32, n),
         n,
         num_bits,
         trellis,

@@ -6,10 +6,23 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gradq.kernels import reference_table
-from gradq.kernels.numba_tools import as_bits, as_float, f32_at, inline, jit, mix32, pack, u8_at, unpack
+from gradq.kernels.numba_tools import (
+    address,
+    as_bits,
+    as_float,
+    f32_at,
+    inline,
+    jit,
+    mix32,
+    pack,
+    row_addresses,
+    u8_at,
+    unpack,
+)
 from gradq.kernels.tables import MULTIPLIERS, Table, payload_bytes
 
 __all__ = ["table_decode", "table_decode_mean", "table_encode"]
@@ -255,19 +268,20 @@ def table_encode(
 ) -> None:
     """Encode x + loss_scale * residual; the format is the reference's."""
     assert new_residual is None or residual is not None
+    nbytes = payload_bytes(x.numel(), table)
     _encode(
-        x.data_ptr(),
+        address(x, torch.float32, x.numel()),
         x.numel(),
-        payload.data_ptr(),
-        payload.numel(),
+        address(payload, torch.uint8, nbytes),
+        nbytes,
         *_constants(table),
         _MULTIPLIERS,
         key & _MASK32,
         (key >> 32) & _MASK32,
         shift,
         first_block & _MASK32,
-        0 if residual is None else residual.data_ptr(),
-        0 if new_residual is None else new_residual.data_ptr(),
+        0 if residual is None else address(residual, torch.float32, x.numel()),
+        0 if new_residual is None else address(new_residual, torch.float32, x.numel()),
         float(loss_scale),
         1.0 / loss_scale,
     )
@@ -282,12 +296,12 @@ def table_decode_mean(payloads: Tensor, out: Tensor, *, table: Table) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
     n = out.numel()
     levels, _, _, numbers = _constants(table)
+    payloads_at, rows = row_addresses(payloads, payload_bytes(n, table))
     _decode_mean(
-        payloads.data_ptr(),
-        payloads.shape[0],
-        payloads.stride(0),
+        payloads_at,
+        *rows,
         payload_bytes(n, table),
-        out.data_ptr(),
+        address(out, torch.float32, n),
         n,
         levels,
         numbers,

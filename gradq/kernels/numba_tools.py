@@ -1,4 +1,8 @@
-"""What Numba kernels share: compilation, addresses as arrays, the hash, planes of bits."""
+"""What Numba kernels share: compilation, addresses and arrays at them, the hash, planes of bits.
+
+A kernel's compiled form is cached by the file it stands in: after a change here, remove the kernels'
+`__pycache__`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,32 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+import torch
 from numba.core import types
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
+from torch import Tensor
 
-__all__ = ["as_bits", "as_float", "f32_at", "inline", "jit", "mix32", "pack", "u8_at", "unpack"]
+from gradq.errors import KernelError
+
+__all__ = [
+    "address",
+    "aligned",
+    "as_bits",
+    "as_float",
+    "f32_at",
+    "fence",
+    "inline",
+    "jit",
+    "keep",
+    "mix32",
+    "pack",
+    "row_addresses",
+    "u8_at",
+    "u16_at",
+    "u32_at",
+    "unpack",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -45,7 +70,55 @@ def _array_at(numba_type: Any) -> Any:
     return array_at
 
 
-u8_at, f32_at = _array_at(types.uint8), _array_at(types.float32)
+u8_at, u16_at, u32_at = _array_at(types.uint8), _array_at(types.uint16), _array_at(types.uint32)
+f32_at = _array_at(types.float32)
+
+
+def _full_fence(_typing: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, _args: Any) -> None:
+        builder.fence("seq_cst")
+
+    return types.void(), generate
+
+
+fence: Any = intrinsic(_full_fence)  # writes past the cache are not ordered with others without it
+
+
+@inline
+def aligned(at: Any) -> Any:
+    """The next address on a cache line."""
+    return np.intp((np.intp(at) + 63) // 64 * 64)
+
+
+@inline
+def keep(scratch: Any) -> None:
+    """Call it last: Numba frees an array after its last use, and using its address is not a use."""
+    scratch[0] = scratch[0]
+
+
+def address(tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
+    """The address of a tensor that a kernel may read or write for numel elements.
+
+    Raises:
+        KernelError: it is too small, of another dtype, not contiguous or not in this machine's memory.
+    """
+    if tensor.dtype is not dtype or tensor.numel() < numel or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise KernelError(
+            f"a kernel needs a contiguous CPU tensor of {numel} elements in {dtype}, got {tensor.dtype} of "
+            f"shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def row_addresses(payloads: Tensor, nbytes: int) -> tuple[int, tuple[int, int]]:
+    """The address of the first of W rows of bytes, and (W, bytes from row to row).
+
+    Raises:
+        KernelError: the rows are shorter than nbytes, or not contiguous bytes in this machine's memory.
+    """
+    if payloads.dim() != 2 or payloads.shape[0] < 1:
+        raise KernelError(f"payloads must be [W, nbytes] with W >= 1, got shape {tuple(payloads.shape)}")
+    return address(payloads[0], torch.uint8, nbytes), (payloads.shape[0], payloads.stride(0))
 
 
 @inline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,9 +224,10 @@ def test_importing_gradq_is_light():
 # --- public names --------------------------------------------------------------------------------------
 
 
-def isort_key(name: str) -> tuple[int, str]:
-    """Constants, classes, the rest: the order of ruff's RUF022."""
-    return (0 if name.isupper() else 1 if name[0].isupper() else 2), name
+def isort_key(name: str) -> tuple[int, list[str | int]]:
+    """Constants, classes, the rest, numbers by value: the order of ruff's RUF022."""
+    parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2), parts
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not any(p.startswith("_") for p in m.split("."))])

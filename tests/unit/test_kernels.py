@@ -11,9 +11,11 @@ import sys
 import pytest
 import torch
 
+from gradq.codecs import from_spec
 from gradq.errors import KernelError
 from gradq.kernels import cpu, reference
 from gradq.kernels.ops import backend_name, kernels_for
+from gradq.rng import EncodeContext
 
 BITS = range(2, 9)
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 255, 256, 257, 511, 1000, 1025)
@@ -268,3 +270,26 @@ def test_a_second_process_loads_the_kernels_from_the_cache():
         "    assert len(f.signatures) == 1, f.signatures\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4", "bf16", "rot4", "trellis3", "nf4"])
+def test_memory_that_does_not_fit_is_refused(spec: str) -> None:
+    """Kernels work on addresses: a wrong tensor must be an error, not a read or write beyond its end."""
+    codec = from_spec(spec)
+    x, context = torch.randn(1000), EncodeContext(key=1)
+    payload = torch.zeros(codec.nbytes(1000), dtype=torch.uint8)
+    codec.encode(x, payload, context=context)
+    wrong = (KernelError, RuntimeError)
+    with pytest.raises(wrong):
+        codec.encode(x, payload[:-1], context=context)
+    with pytest.raises(wrong):
+        codec.decode(payload[: len(payload) // 2], torch.empty(1000))
+    with pytest.raises(wrong):
+        codec.decode_mean(payload[None, :-1], torch.empty(1000))
+    if spec != "bf16":  # casts go through torch, which takes any tensor
+        with pytest.raises(KernelError, match="float64"):
+            codec.encode(x.double(), payload, context=context)
+        with pytest.raises(KernelError, match="contiguous"):
+            codec.encode(torch.randn(2000)[::2], payload, context=context)
+        with pytest.raises(KernelError, match="float64"):
+            codec.decode(payload, torch.empty(1000, dtype=torch.float64))
