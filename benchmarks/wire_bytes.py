@@ -3,7 +3,7 @@
     python benchmarks/wire_bytes.py
 
 Headers, scales, padding and the exact small parameters are counted; TCP's own headers are not. The count is
-what `handle.stats()` says, which tests/distributed/test_wire_bytes.py holds to what the process group is given.
+what `handle.stats()` says; tests/distributed/test_wire_bytes.py holds it to what the process group is given.
 """
 
 from __future__ import annotations
