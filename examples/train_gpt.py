@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import sysconfig
@@ -36,6 +35,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import gradq
+from gradq.bench.records import environment
 
 # about as many parameters as the name says: width, layers, heads
 PRESETS = {
@@ -225,7 +225,7 @@ def train(args: argparse.Namespace) -> None:
     first, last = trainer.load() if args.resume else 0, args.stop_at or args.steps
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
     with Report(args, trainer.rank, first, last) as report:
-        settings = {"config": vars(args), "environment": environment()}
+        settings = {"config": vars(args), "environment": environment() | {"world_size": trainer.world_size}}
         report.record("header", **settings, num_parameters=num_parameters, first_step=first)
         losses: list[float] = []
         times_ms: list[float] = []
@@ -300,15 +300,6 @@ class Report:
 def median_ms(times_ms: list[float]) -> float | None:
     """The median without the first steps, in which DDP rebuilds its buckets."""
     return statistics.median(times_ms[3:] or times_ms) if times_ms else None
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the versions behind a number."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
-    machine = {"cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "gradq": gradq.__version__}
-    return machine | versions | {"threads": torch.get_num_threads(), "world_size": dist.get_world_size()}
 
 
 def parse_args() -> argparse.Namespace:

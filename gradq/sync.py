@@ -113,8 +113,8 @@ class GradientSync:
         agree(self._notes(plan, label), self.group)
         self.plan = plan
         self._buckets.clear()
-        sizes = [self.plan[name].phase1.nbytes(p.numel) for name, p in self.parameters.items() if self.plan]
-        self._collective = choose(self.config.collective, self.world_size, sum(sizes))
+        payload_bytes = sum(e.phase1.nbytes(self.parameters[name].numel) for name, e in plan.items())
+        self._collective = choose(self.config.collective, self.world_size, payload_bytes)
         self._has_feedback = any(entry.feedback1 or entry.feedback2 for entry in self.plan.values())
         dropped = self.feedback.local.keep({n for n, entry in self.plan.items() if entry.feedback1})
         dropped += self.feedback.shard.keep(set())

@@ -27,6 +27,7 @@ from gradq.kernels.numba_tools import (
     as_bits,
     as_float,
     f32_at,
+    fence,
     inline,
     jit,
     keep,
@@ -43,7 +44,6 @@ from gradq.kernels.vector import (
     as_words,
     constant_row,
     constant_words,
-    fence,
     hadamard_rows,
     load_bytes,
     load_row,
@@ -468,7 +468,7 @@ def _encode(
                 for j in range(L & ~15, L):
                     new_L[j] = z_T[j]
     if stream:
-        fence(0)
+        fence()
     keep(choices_T)
 
 

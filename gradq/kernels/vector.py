@@ -24,7 +24,6 @@ __all__ = [
     "as_words",
     "constant_row",
     "constant_words",
-    "fence",
     "hadamard_rows",
     "load_bytes",
     "load_row",
@@ -124,11 +123,6 @@ def _stream(builder: Any, at: Any, value: Any) -> Any:
     return _VOID
 
 
-def _fence(builder: Any, _number: Any) -> Any:
-    builder.fence("seq_cst")
-    return _VOID
-
-
 def _splat(kind: Any) -> Callable[..., Any]:
     def emit(builder: Any, scalar: Any) -> Any:
         first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.IntType(32)(0))
@@ -192,9 +186,8 @@ load_row = _loader(_FLOATS, _row)
 load_words = _loader(_INTS, _words)
 load_bytes = _loader(_BYTES, _words, widen=True)
 store_row = _storer(_FLOATS, _row)
-# past the cache, to a multiple of 64 bytes; not ordered with other writes without `fence(0)`
+# past the cache, to a multiple of 64 bytes; not ordered with other writes without `numba_tools.fence()`
 stream_row = _operation(types.int64, _stream, types.intp, _row)
-fence = _operation(types.int64, _fence, types.intp)
 store_words = _storer(_INTS, _words)
 store_bytes = _storer(_BYTES, _words, narrow=True)
 constant_row = _operation(_row, _splat(_FLOATS), types.float32)
