@@ -1,7 +1,7 @@
 """Does compression change what is learned? The GPT example, at equal steps, over several seeds.
 
     python benchmarks/accuracy_ddp.py
-    python benchmarks/accuracy_ddp.py --codecs int3@two_phase sign@two_phase --reuse benchmarks/results/...json
+    python benchmarks/accuracy_ddp.py --codecs int3@two_phase sign --reuse benchmarks/results/...json
 
 Every codec trains `examples/train_gpt.py` on real ranks, with the seeds in common: a seed decides the initial
 weights, the data and the rounding. A codec is any gradq spec, with "@collective" after it to choose one: on 2

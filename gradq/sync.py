@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from gradq import wire
-from gradq.collectives import Collective, Executor, Segment, Setting, Step, choose, open_channels
+from gradq.collectives import Collective, Executor, Joined, Segment, Setting, Step, choose, open_channels
 from gradq.collectives.base import Pending
 from gradq.errors import ConfigError
 from gradq.feedback import Feedback
@@ -115,6 +115,12 @@ class GradientSync:
         self._buckets.clear()
         payload_bytes = sum(e.phase1.nbytes(self.parameters[name].numel) for name, e in plan.items())
         self._collective = choose(self.config.collective, self.world_size, payload_bytes)
+        self._collectives = {
+            name: self._collective
+            if entry.collective == "auto"
+            else choose(entry.collective, self.world_size, payload_bytes)
+            for name, entry in plan.items()
+        }
         self._has_feedback = any(entry.feedback1 or entry.feedback2 for entry in self.plan.values())
         dropped = self.feedback.local.keep({n for n, entry in self.plan.items() if entry.feedback1})
         dropped += self.feedback.shard.keep(set())
@@ -171,17 +177,20 @@ class GradientSync:
         """The bucket's collective and buffers, made anew when DDP has changed its layout."""
         bucket = self._buckets.get(index)
         if bucket is None or bucket.names != names or bucket.dtype != flat.dtype:
-            segments, start = [], 0
+            segments: dict[type[Collective], list[Segment]] = {}
+            start = 0
             for name in names:
-                segments.append(self.segment(name, start))
-                start += segments[-1].numel
+                segments.setdefault(self._collectives[name], []).append(self.segment(name, start))
+                start += self.parameters[name].numel
             assert start == flat.numel(), (
                 f"bucket {index} has {flat.numel()} elements, its parameters {start}"
             )
             work_dtype = flat.dtype if flat.dtype == torch.float64 else torch.float32
             work = None if flat.dtype == work_dtype else torch.empty_like(flat, dtype=work_dtype)
-            collective = self._collective(segments, work_dtype, self._setting(flat.device))
-            bucket = self._buckets[index] = _Bucket(names, flat.dtype, collective, work)
+            setting, used = self._setting(flat.device), set(self._collectives.values())
+            parts = [collective(own, work_dtype, setting) for collective, own in segments.items()]
+            joined = parts[0] if len(used) == 1 else Joined(parts, max(c.num_channels for c in used))
+            bucket = self._buckets[index] = _Bucket(names, flat.dtype, joined, work)
         return bucket
 
     def segment(self, name: str, start: int = 0) -> Segment:
@@ -195,7 +204,7 @@ class GradientSync:
             phase1=entry.phase1,
             phase2=entry.phase2,
             feedback1=entry.feedback1,
-            feedback2=entry.feedback2 and self._collective.num_channels > 1,
+            feedback2=entry.feedback2 and self._collectives[name].num_channels > 1,
         )
 
     def piece_numel(self, name: str, owner: int) -> int:

@@ -6,10 +6,21 @@ from gradq.collectives.base import Collective, Segment, Setting, Step
 from gradq.collectives.channels import open_channels
 from gradq.collectives.direct import Direct
 from gradq.collectives.executor import Executor
+from gradq.collectives.joined import Joined
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
 
-__all__ = ["COLLECTIVES", "Collective", "Executor", "Segment", "Setting", "Step", "choose", "open_channels"]
+__all__ = [
+    "COLLECTIVES",
+    "Collective",
+    "Executor",
+    "Joined",
+    "Segment",
+    "Setting",
+    "Step",
+    "choose",
+    "open_channels",
+]
 
 COLLECTIVES: dict[str, type[Collective]] = {"direct": Direct, "two_phase": TwoPhase}
 
@@ -17,10 +28,10 @@ _SMALL_BYTES = 64 * 1024
 
 
 def choose(name: str, world_size: int, payload_bytes: int) -> type[Collective]:
-    """The collective for a run.
+    """The collective for a run, or for one parameter.
 
-    The choice is one for the whole model and never per bucket, so that results do not depend on how DDP
-    groups parameters into buckets.
+    The choice is made for the whole model or for a parameter and never per bucket, so that results do not
+    depend on how DDP groups parameters into buckets.
 
     Args:
         name: "auto", or a key of `COLLECTIVES`.

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from gradq.codecs import Codec, ExactCodec
+from gradq.collectives import COLLECTIVES
 from gradq.errors import ConfigError
 
 __all__ = ["Assignment", "ParameterInfo", "Plan", "Policy"]
@@ -46,18 +47,30 @@ class ParameterInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """How one parameter travels: codecs and feedback of both phases.
+    """How one parameter travels: codecs and feedback of both phases, and the collective.
+
+    Attributes:
+        phase1: codec of the gradients.
+        phase2: codec of the means.
+        feedback1: whether phase 1 keeps a local residual.
+        feedback2: whether phase 2, where the collective has one, keeps a shard residual.
+        collective: a name in `gradq.collectives.COLLECTIVES`, or "auto" for the one of the whole model.
 
     Raises:
-        ConfigError: error feedback through a codec that has none or does not contract.
+        ConfigError: error feedback through a codec that has none or does not contract; an unknown collective.
     """
 
     phase1: Codec
     phase2: Codec
     feedback1: bool = False
     feedback2: bool = False
+    collective: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.collective not in ("auto", *COLLECTIVES):
+            raise ConfigError(
+                f"Assignment(collective={self.collective!r}): choose from auto, {', '.join(COLLECTIVES)}"
+            )
         for codec, feedback in ((self.phase1, self.feedback1), (self.phase2, self.feedback2)):
             if feedback and isinstance(codec, ExactCodec):
                 raise ConfigError(f"codec {codec} has no error feedback; it loses nothing worth feeding back")
@@ -68,9 +81,10 @@ class Assignment:
                 )
 
     def __str__(self) -> str:
-        """The codecs as a spec, "+feedback" where residuals are kept."""
+        """The codecs as a spec, "with feedback" where residuals are kept; a collective that was asked for."""
         both = [(self.phase1, self.feedback1), (self.phase2, self.feedback2)]
-        return "+".join(f"{codec}{' with feedback' if feedback else ''}" for codec, feedback in both)
+        codecs = "+".join(f"{codec}{' with feedback' if feedback else ''}" for codec, feedback in both)
+        return codecs if self.collective == "auto" else f"{codecs} by {self.collective}"
 
 
 Plan = Mapping[str, Assignment]

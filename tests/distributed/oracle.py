@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradq
 from gradq import rng, wire
-from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Spec
+from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Policy, Spec
 
 Gradients = list[dict[str, Tensor]]  # by step, then by parameter; flat, in memory order
 
@@ -64,6 +64,8 @@ def run(rank: int, job: dict[str, Any]) -> tuple[Gradients, Gradients, dict[str,
     twin = copy.deepcopy(model)
     ddp = DistributedDataParallel(model, **job.get("ddp", {}))
     handle = gradq.compress(ddp, job["spec"], **job.get("compress", {}))
+    if "slow_phase2" in job:
+        slow_down(handle.sync._channels[1], job["slow_phase2"])
     put_in, came_out = [], []
     skew = random.Random(job.get("skew", 0) + rank) if "skew" in job else None
     for step in range(job.get("steps", 4)):
@@ -87,6 +89,21 @@ def run(rank: int, job: dict[str, Any]) -> tuple[Gradients, Gradients, dict[str,
     return put_in, came_out, {"stats": stats, "repr": repr(handle)}
 
 
+def slow_down(channel: Any, seconds: float) -> None:
+    """Let everything posted on a channel arrive late."""
+    post = channel.post
+
+    class Late:
+        def __init__(self, pending: Any) -> None:
+            self.pending = pending
+
+        def wait(self) -> None:
+            time.sleep(seconds)
+            self.pending.wait()
+
+    channel.post = lambda *args: Late(post(*args))
+
+
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: flat(p.detach(), p.grad if p.grad is not None else torch.zeros_like(p))
@@ -94,13 +111,16 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def plan_for(model: nn.Module, spec: str, **options: Any) -> dict[str, tuple[ParameterInfo, Assignment]]:
-    """The plan a FixedPolicy makes, by name."""
+def plan_for(
+    model: nn.Module, spec: str | Policy, **options: Any
+) -> dict[str, tuple[ParameterInfo, Assignment]]:
+    """The plan a policy makes, a FixedPolicy if only the spec is given, by name."""
     infos = [
         ParameterInfo(name=name, shape=tuple(p.shape), dtype=p.dtype, index=index)
         for index, (name, p) in enumerate(model.named_parameters())
     ]
-    plan = FixedPolicy(spec=Spec.parse(spec), **options).plan(infos)
+    policy = FixedPolicy(spec=Spec.parse(spec), **options) if isinstance(spec, str) else spec
+    plan = policy.plan(infos)
     return {info.name: (info, plan[info.name]) for info in infos}
 
 
@@ -116,25 +136,24 @@ def expected(
     world_size, steps = len(put_in), len(put_in[0])
     outcome: Gradients = [{} for _ in range(steps)]
     for name, (info, entry) in plan.items():
+        phases = {"direct": 1, "two_phase": 2, "auto": 1 + two_phase}[entry.collective]
         work = entry.phase1.work_dtype
         local = [torch.zeros(info.numel, dtype=work) for _ in range(world_size)]
         shard = torch.zeros(info.numel, dtype=work)
         for step in range(steps):
             xs = [transform(put_in[rank][step][name]).to(work) for rank in range(world_size)]
             out = torch.empty(info.numel, dtype=work)
-            for start, stop in _pieces(info, entry, world_size, two_phase):
+            for start, stop in _pieces(info, entry, world_size, phases):
                 mean = _phase1(name, entry, xs, local, start, stop, step, seed)
                 out[start:stop] = (
-                    _phase2(name, entry, mean, shard, start, stop, step, seed) if two_phase else mean
+                    _phase2(name, entry, mean, shard, start, stop, step, seed) if phases == 2 else mean
                 )
             outcome[step][name] = out.to(info.dtype)
     return outcome
 
 
-def _pieces(
-    info: ParameterInfo, entry: Assignment, world_size: int, two_phase: bool
-) -> list[tuple[int, int]]:
-    if not two_phase:
+def _pieces(info: ParameterInfo, entry: Assignment, world_size: int, phases: int) -> list[tuple[int, int]]:
+    if phases == 1:
         return [(0, info.numel)]
     grain = math.lcm(entry.phase1.block_size, entry.phase2.block_size)
     pieces = [wire.shard(info.numel, grain, world_size, owner, info.index) for owner in range(world_size)]
