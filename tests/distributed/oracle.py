@@ -64,8 +64,6 @@ def run(rank: int, job: dict[str, Any]) -> tuple[Gradients, Gradients, dict[str,
     twin = copy.deepcopy(model)
     ddp = DistributedDataParallel(model, **job.get("ddp", {}))
     handle = gradq.compress(ddp, job["spec"], **job.get("compress", {}))
-    if "slow_phase2" in job:
-        slow_down(handle.sync._channels[1], job["slow_phase2"])
     put_in, came_out = [], []
     skew = random.Random(job.get("skew", 0) + rank) if "skew" in job else None
     for step in range(job.get("steps", 4)):
