@@ -10,13 +10,14 @@ bucket of a step, if it had fewer, would end the step while an earlier one is st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
-from gradq.collectives.base import Collective, Pending, Step
+from gradq.collectives.base import Collective, Pending, Segment, Setting, Step
 
-__all__ = ["Joined"]
+__all__ = ["Joined", "join"]
 
 
 class _All:
@@ -63,3 +64,21 @@ class Joined(Collective):
             yield _All([pending for _, pending in posted])
         for part in running:
             assert next(part, None) is None, "a part has more stages than it has channels"
+
+
+def join(
+    segments: Mapping[type[Collective], Sequence[Segment]],
+    used: Collection[type[Collective]],
+    dtype: torch.dtype,
+    setting: Setting,
+) -> Collective:
+    """One collective for a bucket.
+
+    Args:
+        segments: of the bucket, by how they travel.
+        used: the collectives of the whole plan; if it is one, no joining is needed.
+        dtype: of the bucket, see `Collective`.
+        setting: see `Collective`.
+    """
+    parts = [collective(own, dtype, setting) for collective, own in segments.items()]
+    return parts[0] if len(used) == 1 else Joined(parts, max(c.num_channels for c in used))

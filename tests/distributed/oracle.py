@@ -1,7 +1,7 @@
 """What the ranks must agree on, computed in one process, parameter by parameter, in plain words.
 
-It shares the codecs with the library and nothing else: no buckets, no messages, no threads. `run` is what
-every rank of the DDP tests executes; `expected` predicts its gradients to the bit.
+It shares codecs and kernels with the library and nothing else: no buckets, no messages, no threads. `run` is
+what every rank of the DDP tests executes; `expected` predicts its gradients to the bit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradq
 from gradq import rng, wire
+from gradq.kernels.low_rank import low_rank_kernels
 from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Policy, Spec
 
 Gradients = list[dict[str, Tensor]]  # by step, then by parameter; flat, in memory order
@@ -134,6 +135,9 @@ def expected(
     world_size, steps = len(put_in), len(put_in[0])
     outcome: Gradients = [{} for _ in range(steps)]
     for name, (info, entry) in plan.items():
+        if entry.low_rank:
+            _low_rank(outcome, [[transform(g[name]) for g in one] for one in put_in], info, entry, seed)
+            continue
         phases = {"direct": 1, "two_phase": 2, "auto": 1 + two_phase}[entry.collective]
         work = entry.phase1.work_dtype
         local = [torch.zeros(info.numel, dtype=work) for _ in range(world_size)]
@@ -148,6 +152,34 @@ def expected(
                 )
             outcome[step][name] = out.to(info.dtype)
     return outcome
+
+
+def _low_rank(
+    outcome: Gradients, put_in: list[list[Tensor]], info: ParameterInfo, entry: Assignment, seed: int
+) -> None:
+    """PowerSGD, a half iteration a step; put_in by rank and step."""
+    world_size, m, n = len(put_in), info.shape[0], info.numel // info.shape[0]
+    r = min(entry.low_rank, m, n)
+    residuals = [torch.zeros(m * n) for _ in range(world_size)]
+    kernels = low_rank_kernels(torch.device("cpu"))
+    factor, left = torch.zeros(r, n), False
+    for step, reduced in enumerate(outcome):
+        basis = torch.empty_like(factor)
+        kernels.orthonormalize(factor, basis, key=rng.dither_key(seed, step, rng.name_id(info.name), 3))
+        factors = torch.zeros(world_size, r, n if left else m)
+        for rank in range(world_size):
+            value, own = torch.empty(m * n), factors[rank]
+            x = put_in[rank][step].float()
+            kernels.project(x, residuals[rank], value, basis, own, left=left, loss_scale=1.0)
+            kernels.remove(*((basis, own) if left else (own, basis)), value, loss_scale=1.0)
+            residuals[rank] = value
+        factor = factors[0]
+        for other in factors[1:]:
+            factor = factor + other
+        factor = factor / world_size
+        out = torch.empty(m * n)
+        kernels.reconstruct(*((basis, factor) if left else (factor, basis)), out)
+        reduced[info.name], left = out.to(info.dtype), not left
 
 
 def _pieces(info: ParameterInfo, entry: Assignment, world_size: int, phases: int) -> list[tuple[int, int]]:
