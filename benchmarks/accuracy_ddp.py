@@ -1,12 +1,17 @@
 """Does compression change what is learned? The GPT example, at equal steps, over several seeds.
 
     python benchmarks/accuracy_ddp.py
+    python benchmarks/accuracy_ddp.py --codecs int3@two_phase sign --reuse benchmarks/results/...json
 
 Every codec trains `examples/train_gpt.py` on real ranks, with the seeds in common: a seed decides the initial
-weights, the data and the rounding. The baseline is bf16. A codec is *within 2 sd* if its mean validation loss
-differs from the baseline's by at most two pooled standard deviations over seeds; the paired difference (same
-seed, same data) is shown too, because it is the sharper test. Finished runs are kept in --partial and not
-repeated, so an interrupted benchmark continues where it was.
+weights, the data and the rounding. A codec is any gradq spec, with "@collective" after it to choose one: on 2
+ranks "auto" is direct, where the codec of phase 2 has nothing to do, so "@two_phase" shows what it costs.
+
+The baseline is bf16. A codec is *within 2 sd* if its mean validation loss differs from the baseline's by at
+most two pooled standard deviations over seeds, and *within 1 %* if by at most that part of the baseline's
+loss; the paired difference (same seed, same data) is shown too, because it is the sharper test. Finished
+runs are kept in --partial and not repeated, so an interrupted benchmark continues where it was; --reuse takes
+the runs of an older record with the same settings.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from gradq.bench.records import git_commit, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "bf16"
-KEY = ("codec", "seed", "steps", "params", "ranks", "batch_size", "lr")
+KEY = ("codec", "collective", "seed", "steps", "params", "ranks", "batch_size", "lr")
 
 Record = dict[str, Any]
 
@@ -41,6 +46,17 @@ def read(path: Path) -> list[Record]:
     """The complete lines of a JSON-lines file that may still grow."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def key_of(run: Record) -> tuple[Any, ...]:
+    """What decides a run's outcome; runs recorded before there was a choice of collective used "auto"."""
+    return tuple(({"collective": "auto"} | run)[name] for name in KEY)
+
+
+def label_of(run: Record) -> str:
+    """The row a run belongs to, as on the command line."""
+    collective = run.get("collective", "auto")
+    return run["codec"] if collective == "auto" else f"{run['codec']}@{collective}"
 
 
 def run(key: Record, progress: Progress, task: Any) -> Record:
@@ -86,7 +102,7 @@ def run(key: Record, progress: Progress, task: Any) -> Record:
 
 def compare(runs: list[Record], codecs: list[str], seeds: list[int]) -> list[Record]:
     """A row for each codec, against the baseline."""
-    losses = {(r["codec"], r["seed"]): r["val_loss"] for r in runs}
+    losses = {(label_of(r), r["seed"]): r["val_loss"] for r in runs}
     base = [losses[BASELINE, seed] for seed in seeds]
     rows = []
     for codec in codecs:
@@ -102,9 +118,11 @@ def compare(runs: list[Record], codecs: list[str], seeds: list[int]) -> list[Rec
                 "difference_to_bf16": difference,
                 "pooled_sd": pooled,
                 "within_2_sd": abs(difference) <= 2 * pooled,
+                "percent_of_bf16": 100 * difference / statistics.mean(base),
+                "within_1_percent": abs(difference) <= 0.01 * statistics.mean(base),
                 "paired_differences": differences,
                 "paired_sd": statistics.stdev(differences),
-                "ratio": statistics.mean(r["ratio"] for r in runs if r["codec"] == codec),
+                "ratio": statistics.mean(r["ratio"] for r in runs if label_of(r) == codec),
             }
         )
     return rows
@@ -114,7 +132,7 @@ def show(rows: list[Record], title: str, console: Console) -> None:
     """The table."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("codec")
-    for column in ("validation loss", "to bf16", "within 2 sd", "paired difference", "ratio"):
+    for column in ("validation loss", "to bf16", "%", "within 2 sd", "paired difference", "ratio"):
         table.add_column(column, justify="right")
     for row in rows:
         paired = statistics.mean(row["paired_differences"])
@@ -123,6 +141,7 @@ def show(rows: list[Record], title: str, console: Console) -> None:
             row["codec"],
             f"{row['val_loss_mean']:.4f} ± {row['val_loss_sd']:.4f}",
             "baseline" if is_baseline else f"{row['difference_to_bf16']:+.4f}",
+            "" if is_baseline else f"{row['percent_of_bf16']:+.2f}",
             "" if is_baseline else "yes" if row["within_2_sd"] else "[red]no[/]",
             "" if is_baseline else f"{paired:+.4f} ± {row['paired_sd']:.4f}",
             f"{row['ratio']:.2f}",
@@ -135,7 +154,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     codecs = ["bf16", "none", "int8", "int4"]
     parser.add_argument(
-        "--codecs", nargs="+", default=codecs, help=f"gradq specs (default {' '.join(codecs)})"
+        "--codecs", nargs="+", default=codecs, help=f"spec or spec@collective (default {' '.join(codecs)})"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--steps", type=int, default=750, help="optimizer steps of a run (default 750)")
@@ -149,6 +168,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--partial", type=Path, default=ROOT / "out" / "accuracy_ddp.jsonl", help="finished runs"
     )
+    parser.add_argument("--reuse", type=Path, nargs="*", default=[], help="records whose runs to take over")
     args = parser.parse_args()
     args.codecs = list(dict.fromkeys([BASELINE, *args.codecs]))
     args.seeds = list(dict.fromkeys(args.seeds))
@@ -162,9 +182,14 @@ def main() -> None:
     args = parse_args()
     console = Console(width=None if sys.stdout.isatty() else 110)
     fixed = {name: getattr(args, name) for name in ("steps", "params", "ranks", "batch_size", "lr")}
-    keys = [{"codec": codec, "seed": seed} | fixed for seed in args.seeds for codec in args.codecs]
-    finished = {tuple(r[name] for name in KEY): r for r in read(args.partial)}
-    todo = [key for key in keys if tuple(key[name] for name in KEY) not in finished]
+    keys = []
+    for seed in args.seeds:
+        for label in args.codecs:
+            codec, _, collective = label.partition("@")
+            keys.append({"codec": codec, "collective": collective or "auto", "seed": seed} | fixed)
+    recorded = [r for path in args.reuse for r in json.loads(path.read_text())["runs"]]
+    finished = {key_of(r): r for r in [*recorded, *read(args.partial)]}
+    todo = [key for key in keys if key_of(key) not in finished]
     args.partial.parent.mkdir(parents=True, exist_ok=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=console) as progress:
@@ -172,14 +197,14 @@ def main() -> None:
             "", total=len(keys) * args.steps, completed=(len(keys) - len(todo)) * args.steps
         )
         for key in todo:
-            progress.update(task, description=f"seed {key['seed']} {key['codec']}")
+            progress.update(task, description=f"seed {key['seed']} {label_of(key)}")
             record = run(key, progress, task)
-            finished[tuple(key[name] for name in KEY)] = record
+            finished[key_of(key)] = record
             with args.partial.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             if not console.is_terminal:
-                console.print(f"seed {key['seed']} {key['codec']}: validation loss {record['val_loss']:.4f}")
-    runs = [finished[tuple(key[name] for name in KEY)] for key in keys]
+                console.print(f"seed {key['seed']} {label_of(key)}: validation loss {record['val_loss']:.4f}")
+    runs = [finished[key_of(key)] for key in keys]
     rows = compare(runs, args.codecs, args.seeds)
     title = (
         f"GPT of {runs[0]['num_parameters'] / 1e6:.1f} M parameters, {args.ranks} ranks, {args.steps} steps"

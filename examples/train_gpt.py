@@ -136,7 +136,9 @@ class Trainer:
         self.train_text, self.val_text = load_text()
         self.model = DistributedDataParallel(build(args.params, args.seq_len, args.seed))
         feedback = FEEDBACK[args.feedback]
-        self.handle = gradq.compress(self.model, args.codec, seed=args.seed, feedback=feedback)
+        self.handle = gradq.compress(
+            self.model, args.codec, seed=args.seed, feedback=feedback, collective=args.collective
+        )
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -313,6 +315,7 @@ def parse_args() -> argparse.Namespace:
 
     add("--codec", "int4", "gradq spec: none, fp32, bf16, fp16, int8 ... int2, int4+int4")
     add("--feedback", "auto", "error feedback", choices=FEEDBACK)
+    add("--collective", "auto", "how it is averaged: auto, direct, two_phase, ...")
     add("--params", "1m", "model size", choices=PRESETS)
     add("--steps", 400, "optimizer steps of the whole run")
     add("--stop-at", 0, "end after this step; the schedule still spans --steps; 0: run all")

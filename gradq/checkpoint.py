@@ -8,7 +8,8 @@ of a row-sharded DTensor [W, n], which DCP saves whole::
 
 On the same number of ranks the run continues bit for bit. On another, every rank takes the mean over the old
 ranks' local residuals (so the correction still owed to the mean gradient is preserved), the shard residuals
-are reset, and a log line says so.
+are reset, and a log line says so. The bases of `collectives.low_rank` are equal on all ranks, and are plain
+tensors.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradq.collectives import basis_numel
 from gradq.errors import CheckpointError
 from gradq.feedback import Residuals
 from gradq.sync import GradientSync
@@ -38,7 +40,7 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
     Returns:
         "format", "step" and "world_size" as integer tensors; "rank" [W, 1]; "local" and "shard": residuals by
         parameter name, row-sharded DTensors [W, n] (shard residuals padded to the longest piece). At world
-        size 1 the rows are plain tensors [1, n].
+        size 1 the rows are plain tensors [1, n]. "bases": tensors [n], by parameter name.
     """
     local, shard = {}, {}
     for name, length in _shapes(sync)[0].items():
@@ -52,6 +54,7 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
         "rank": _row(torch.tensor([sync.rank]), sync.group),
         "local": local,
         "shard": shard,
+        "bases": {name: _residual(sync.feedback.bases, name, n) for name, n in _bases(sync).items()},
     }
 
 
@@ -78,7 +81,8 @@ def load_state_dict(sync: GradientSync, state: dict[str, Any]) -> None:
             "keeps one rank's rows only. Save with torch.distributed.checkpoint, or call full_tensor() on "
             "every entry"
         )
-    _restore(sync, saved_world_size, int(state["step"]), state["local"], state["shard"])
+    bases = state.get("bases", {})  # states saved before there was low rank have none
+    _restore(sync, saved_world_size, int(state["step"]), state["local"], state["shard"], bases)
 
 
 def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "gradq") -> None:
@@ -99,7 +103,7 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
     _load({key: scalars}, checkpoint_id, sync)
     if int(scalars["world_size"]) == sync.world_size:
         state = state_dict(sync)
-        for kind in ("local", "shard"):
+        for kind in ("local", "shard", "bases"):
             state[kind] = {n: row for n, row in state[kind].items() if saved[kind].get(n) == row.shape}
         _load({key: state}, checkpoint_id, sync)
         load_state_dict(sync, state)
@@ -108,11 +112,13 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
         )
         return
     local: dict[str, Tensor] = {}
+    bases = {name: torch.empty(shape) for name, shape in saved["bases"].items()}
+    _load({key: {"bases": bases}}, checkpoint_id, sync)
     for name, shape in saved["local"].items():  # one at a time: all ranks' rows of one parameter in memory
         rows = {key: {"local": {name: torch.empty(shape)}}}
         _load(rows, checkpoint_id, sync)
         local[name] = rows[key]["local"][name].mean(0, keepdim=True)
-    _restore(sync, int(scalars["world_size"]), int(scalars["step"]), local, {})
+    _restore(sync, int(scalars["world_size"]), int(scalars["step"]), local, {}, bases)
 
 
 class HasSync(Protocol):
@@ -122,9 +128,14 @@ class HasSync(Protocol):
 
 
 def _restore(
-    sync: GradientSync, saved_world_size: int, step: int, local: dict[str, Tensor], shard: dict[str, Tensor]
+    sync: GradientSync,
+    saved_world_size: int,
+    step: int,
+    local: dict[str, Tensor],
+    shard: dict[str, Tensor],
+    bases: dict[str, Tensor],
 ) -> None:
-    """Set step and residuals; nothing is changed if something does not fit."""
+    """Set step, residuals and bases; nothing is changed if a local residual does not fit."""
     wanted_local, wanted_shard = _shapes(sync)
     same = saved_world_size == sync.world_size
     rows = {name: _own_row(rows, sync, same) for name, rows in local.items() if name in wanted_local}
@@ -133,8 +144,13 @@ def _restore(
     }
     _check_fit({name: row.numel() for name, row in rows.items()}, sync)
     shard_rows = {name: row for name, row in shard_rows.items() if row.numel() == wanted_shard[name]}
+    wanted_bases = _bases(sync)
+    fitting = {name: basis for name, basis in bases.items() if wanted_bases.get(name) == basis.numel()}
     sync.feedback.local.clear()
     sync.feedback.shard.clear()
+    sync.feedback.bases.clear()
+    for name, basis in fitting.items():
+        sync.feedback.bases.replace(name, basis)
     for name, row in rows.items():
         sync.feedback.local.replace(name, row)
     for name, row in shard_rows.items():
@@ -150,6 +166,7 @@ def _restore(
         )
     _log_difference("no longer use feedback; their residuals were dropped", local, wanted_local)
     _log_difference("have no saved local residual and start at zero", wanted_local, rows)
+    _log_difference("have no saved basis that fits and start at random", wanted_bases, fitting)
     if same:
         _log_difference("have no saved shard residual that fits and start at zero", wanted_shard, shard_rows)
 
@@ -181,6 +198,12 @@ def _shapes(sync: GradientSync) -> tuple[dict[str, int], dict[str, int]]:
         if segment.feedback2
     }
     return local, shard
+
+
+def _bases(sync: GradientSync) -> dict[str, int]:
+    """Elements of what low rank remembers, by name."""
+    segments = [sync.segment(name) for name, entry in sync.plan.items() if entry.low_rank]
+    return {segment.name: basis_numel(segment.matrix, segment.low_rank) for segment in segments}
 
 
 def _residual(residuals: Residuals, name: str, numel: int) -> Tensor:
@@ -231,7 +254,7 @@ def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
     if f"{key}.world_size" not in entries:
         keys = sorted({name.split(".")[0] for name in entries})
         raise CheckpointError(f"{path} has no gradq state under {key!r}; it holds: {', '.join(keys)}")
-    shapes: dict[str, dict[str, torch.Size]] = {"local": {}, "shard": {}}
+    shapes: dict[str, dict[str, torch.Size]] = {"local": {}, "shard": {}, "bases": {}}
     for name, entry in entries.items():
         for kind, found in shapes.items():
             if name.startswith(f"{key}.{kind}.") and isinstance(entry, TensorStorageMetadata):

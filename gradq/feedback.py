@@ -134,19 +134,25 @@ class Residuals:
 
 @dataclass
 class Feedback:
-    """Both kinds of residuals of one rank."""
+    """Both kinds of residuals of one rank, and the bases of `collectives.low_rank`.
+
+    Bases are no residuals (and never bf16): all ranks have the same. But a step reads and writes them in the
+    same way, and one that is not finite must leave them as they were too.
+    """
 
     dtype: str = "fp32"
     local: Residuals = field(init=False)
     shard: Residuals = field(init=False)
+    bases: Residuals = field(init=False)
 
     def __post_init__(self) -> None:
         self.local = Residuals(self.dtype)
         self.shard = Residuals(self.dtype)
+        self.bases = Residuals()
 
     def finish(self, finite: bool) -> None:
         """End a step: commit if every gradient was finite, else discard."""
-        for residuals in (self.local, self.shard):
+        for residuals in (self.local, self.shard, self.bases):
             if finite:
                 residuals.commit()
             else:

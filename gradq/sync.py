@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from gradq import wire
-from gradq.collectives import Collective, Executor, Segment, Setting, Step, choose, open_channels
+from gradq.collectives import Collective, Executor, Segment, Setting, Step, choose, join, open_channels
 from gradq.collectives.base import Pending
 from gradq.errors import ConfigError
 from gradq.feedback import Feedback
@@ -92,6 +92,7 @@ class GradientSync:
         self._finite, self._sample, self._loss_scale = True, False, 1.0
         self._buckets: dict[int, _Bucket] = {}
         self._executor = Executor()
+        self.plan: Plan = {}
         self.set_policy(policy, label)
         self._channels, self._close_channels = open_channels(group, 2, self.metrics, config.timeout)
 
@@ -110,19 +111,26 @@ class GradientSync:
             raise ConfigError(
                 f"the policy {label} must plan for exactly the parameters it is given, not {wrong}"
             )
+        for name, entry in plan.items():
+            entry.check(self.parameters[name])
         agree(self._notes(plan, label), self.group)
+        unchanged = {name for name, entry in plan.items() if entry == self.plan.get(name)}
         self.plan = plan
         self._buckets.clear()
-        payload_bytes = sum(e.phase1.nbytes(self.parameters[name].numel) for name, e in plan.items())
+        payload_bytes = int(sum(e.payload_bytes(self.parameters[name]) for name, e in plan.items()))
         self._collective = choose(self.config.collective, self.world_size, payload_bytes)
+        self._collectives = {n: choose(e.collective, plain=self._collective) for n, e in plan.items()}
         self._has_feedback = any(entry.feedback1 or entry.feedback2 for entry in self.plan.values())
         dropped = self.feedback.local.keep({n for n, entry in self.plan.items() if entry.feedback1})
         dropped += self.feedback.shard.keep(set())
+        self.feedback.bases.keep(unchanged)
         if dropped:
             _log.info("new plan: dropped the residuals of %d parameters (%s, ...)", len(dropped), dropped[0])
         if self.world_size > 1:
             for codec in {codec for entry in plan.values() for codec in (entry.phase1, entry.phase2)}:
                 codec.warm_up()
+            for collective in set(self._collectives.values()):
+                collective.warm_up()
 
     def _notes(self, plan: Plan, label: str) -> dict[str, object]:
         """What all ranks must have in common."""
@@ -171,16 +179,18 @@ class GradientSync:
         """The bucket's collective and buffers, made anew when DDP has changed its layout."""
         bucket = self._buckets.get(index)
         if bucket is None or bucket.names != names or bucket.dtype != flat.dtype:
-            segments, start = [], 0
+            segments: dict[type[Collective], list[Segment]] = {}
+            start = 0
             for name in names:
-                segments.append(self.segment(name, start))
-                start += segments[-1].numel
+                segments.setdefault(self._collectives[name], []).append(self.segment(name, start))
+                start += self.parameters[name].numel
             assert start == flat.numel(), (
                 f"bucket {index} has {flat.numel()} elements, its parameters {start}"
             )
             work_dtype = flat.dtype if flat.dtype == torch.float64 else torch.float32
             work = None if flat.dtype == work_dtype else torch.empty_like(flat, dtype=work_dtype)
-            collective = self._collective(segments, work_dtype, self._setting(flat.device))
+            setting = self._setting(flat.device)
+            collective = join(segments, set(self._collectives.values()), work_dtype, setting)
             bucket = self._buckets[index] = _Bucket(names, flat.dtype, collective, work)
         return bucket
 
@@ -195,7 +205,9 @@ class GradientSync:
             phase1=entry.phase1,
             phase2=entry.phase2,
             feedback1=entry.feedback1,
-            feedback2=entry.feedback2 and self._collective.num_channels > 1,
+            feedback2=entry.feedback2 and self._collectives[name].num_channels > 1,
+            matrix=info.matrix,
+            low_rank=min(entry.low_rank, *info.matrix),
         )
 
     def piece_numel(self, name: str, owner: int) -> int:
@@ -213,6 +225,8 @@ class GradientSync:
             shard=self.feedback.shard,
             metrics=self.metrics,
             device=device,
+            bases=self.feedback.bases,
+            plain=self._collective,
         )
 
     def _run(self, bucket: _Bucket, flat: Tensor, step: Step, last: bool) -> Iterator[Pending]:
@@ -252,8 +266,9 @@ class GradientSync:
         """Totals so far, and per parameter if asked."""
         table = {}
         for name, entry in self.plan.items() if parameters else ():
-            numel = self.parameters[name].numel
-            table[name] = ParameterStats(numel, str(entry), entry.phase1.wire_bits_per_element(numel))
+            info = self.parameters[name]
+            bits = 8 * entry.payload_bytes(info) / max(info.numel, 1)
+            table[name] = ParameterStats(info.numel, str(entry), bits)
         return self.metrics.stats(table)
 
     @property

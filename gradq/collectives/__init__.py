@@ -6,37 +6,60 @@ from gradq.collectives.base import Collective, Segment, Setting, Step
 from gradq.collectives.channels import open_channels
 from gradq.collectives.direct import Direct
 from gradq.collectives.executor import Executor
+from gradq.collectives.joined import Joined, join
+from gradq.collectives.low_rank import LowRank, basis_numel
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
 
-__all__ = ["COLLECTIVES", "Collective", "Executor", "Segment", "Setting", "Step", "choose", "open_channels"]
+__all__ = [
+    "COLLECTIVES",
+    "PER_PARAMETER",
+    "Collective",
+    "Executor",
+    "Joined",
+    "LowRank",
+    "Segment",
+    "Setting",
+    "Step",
+    "basis_numel",
+    "choose",
+    "join",
+    "open_channels",
+]
 
+# for a whole model or for single parameters
 COLLECTIVES: dict[str, type[Collective]] = {"direct": Direct, "two_phase": TwoPhase}
+# only for parameters whose assignment names them
+PER_PARAMETER: dict[str, type[Collective]] = {"low_rank": LowRank}
 
 _SMALL_BYTES = 64 * 1024
 
 
-def choose(name: str, world_size: int, payload_bytes: int) -> type[Collective]:
-    """The collective for a run.
+def choose(
+    name: str, world_size: int = 0, payload_bytes: int = 0, *, plain: type[Collective] | None = None
+) -> type[Collective]:
+    """The collective for a run; given that, as plain, the one for a parameter.
 
-    The choice is one for the whole model and never per bucket, so that results do not depend on how DDP
-    groups parameters into buckets.
+    The choice is made for the whole model or for a parameter and never per bucket, so that results do not
+    depend on how DDP groups parameters into buckets.
 
     Args:
-        name: "auto", or a key of `COLLECTIVES`.
+        name: "auto", or a key of `COLLECTIVES`; for a parameter also one of `PER_PARAMETER`.
         world_size: number of ranks.
         payload_bytes: encoded size of the whole model's gradients.
+        plain: the collective of the model.
 
     Returns:
-        For "auto": `Direct` at two ranks or where everything a rank sends is at most 64 KiB (latency decides
-        there), else `TwoPhase`.
+        For "auto": plain, if given; `Direct` at two ranks or where everything a rank sends is at most 64 KiB
+        (latency decides there), else `TwoPhase`.
 
     Raises:
         ConfigError: unknown name.
     """
     if name == "auto":
         direct = world_size <= 2 or (world_size - 1) * payload_bytes <= _SMALL_BYTES
-        return Direct if direct else TwoPhase
-    if name not in COLLECTIVES:
-        raise ConfigError(f"collective={name!r}: choose from auto, {', '.join(COLLECTIVES)}")
-    return COLLECTIVES[name]
+        return plain or (Direct if direct else TwoPhase)
+    known = COLLECTIVES if plain is None else COLLECTIVES | PER_PARAMETER
+    if name not in known:
+        raise ConfigError(f"collective={name!r}: choose from auto, {', '.join(known)}")
+    return known[name]

@@ -94,6 +94,8 @@ class Segment:
         phase2: codec of the means.
         feedback1: whether phase 1 uses the local residual.
         feedback2: whether phase 2 uses the shard residual.
+        matrix: rows and columns of the parameter, for `low_rank`.
+        low_rank: the rank it is approximated with there; 0 elsewhere.
     """
 
     name: str
@@ -104,6 +106,8 @@ class Segment:
     phase2: SegmentCodec
     feedback1: bool
     feedback2: bool
+    matrix: tuple[int, int] = (0, 0)
+    low_rank: int = 0
 
     def piece(self, world_size: int, owner: int) -> tuple[int, int]:
         """The elements [start, stop) of this parameter that a rank owns."""
@@ -130,7 +134,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Setting:
-    """Everything around a collective that outlives a bucket."""
+    """Everything around a collective that outlives a bucket.
+
+    Attributes:
+        rank: of this process.
+        world_size: number of ranks.
+        seed: of all random bits.
+        channels: one a stage.
+        local: local residuals.
+        shard: shard residuals.
+        metrics: takes what is measured.
+        device: of the buckets.
+        bases: what `low_rank` remembers from step to step.
+        plain: the collective of the whole model, for a part of another collective's work that needs one.
+    """
 
     rank: int
     world_size: int
@@ -140,6 +157,8 @@ class Setting:
     shard: Residuals
     metrics: Metrics
     device: torch.device
+    bases: Residuals | None = None
+    plain: type[Collective] | None = None
 
 
 class Collective(ABC):
@@ -163,6 +182,11 @@ class Collective(ABC):
             for s in self.segments
         ]
         self._layout = wire.layout_digest(f"{type(self).__name__} {described}")
+
+    @classmethod
+    def warm_up(cls) -> None:
+        """Compile what this collective uses besides codecs, before the first step. Here: nothing."""
+        return
 
     @abstractmethod
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:

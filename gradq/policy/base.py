@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from gradq.codecs import Codec, ExactCodec
+from gradq.collectives import COLLECTIVES, PER_PARAMETER
 from gradq.errors import ConfigError
 
 __all__ = ["Assignment", "ParameterInfo", "Plan", "Policy"]
@@ -43,21 +44,50 @@ class ParameterInfo:
         """Number of dimensions."""
         return len(self.shape)
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows, columns for `collectives.low_rank`: the first dimension, and all others in memory order."""
+        return (self.shape[0], self.numel // self.shape[0]) if self.numel else (0, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """How one parameter travels: codecs and feedback of both phases.
+    """How one parameter travels: codecs and feedback of both phases, and the collective.
+
+    Attributes:
+        phase1: codec of the gradients.
+        phase2: codec of the means.
+        feedback1: whether phase 1 keeps a local residual.
+        feedback2: whether phase 2, where the collective has one, keeps a shard residual.
+        collective: a name in `gradq.collectives.COLLECTIVES` or `PER_PARAMETER`, or "auto" for the one of the
+            whole model.
+        low_rank: with collective="low_rank" the rank of the approximation. phase1 and phase2 then carry its
+            factors, exact, and feedback1 is always on.
 
     Raises:
-        ConfigError: error feedback through a codec that has none or does not contract.
+        ConfigError: error feedback through a codec that has none or does not contract; an unknown collective;
+            a collective that cannot work with the rest.
     """
 
     phase1: Codec
     phase2: Codec
     feedback1: bool = False
     feedback2: bool = False
+    collective: str = "auto"
+    low_rank: int = 0
 
     def __post_init__(self) -> None:
+        known = ("auto", *COLLECTIVES, *PER_PARAMETER)
+        if self.collective not in known:
+            raise ConfigError(f"Assignment(collective={self.collective!r}): choose from {', '.join(known)}")
+        if (self.collective == "low_rank") != (self.low_rank > 0):
+            raise ConfigError(
+                f"Assignment(collective={self.collective!r}, low_rank={self.low_rank}): low_rank is the "
+                'rank, at least 1, with collective="low_rank", and 0 with any other'
+            )
+        if self.low_rank:
+            self._check_low_rank()
+            return
         for codec, feedback in ((self.phase1, self.feedback1), (self.phase2, self.feedback2)):
             if feedback and isinstance(codec, ExactCodec):
                 raise ConfigError(f"codec {codec} has no error feedback; it loses nothing worth feeding back")
@@ -67,10 +97,46 @@ class Assignment:
                     "feeding that back diverges; use rounding=nearest, more bits or a smaller block_size"
                 )
 
+    def _check_low_rank(self) -> None:
+        if not self.feedback1 or self.feedback2:
+            raise ConfigError(
+                "low_rank needs feedback1=True (what the factors leave out would be lost in every step, and "
+                "training does not converge) and feedback2=False (they are averaged exactly)"
+            )
+        for codec in (self.phase1, self.phase2):
+            if not isinstance(codec, ExactCodec) or codec.dtype != "fp32":
+                raise ConfigError(f"low_rank averages its factors in fp32, not in {codec}")
+
+    def check(self, parameter: ParameterInfo) -> None:
+        """Whether this parameter can travel so.
+
+        Raises:
+            ConfigError: naming the parameter and why not.
+        """
+        if self.low_rank and (parameter.ndim < 2 or parameter.numel == 0):
+            raise ConfigError(
+                f"low_rank for parameter {parameter.name!r} of shape {list(parameter.shape)}: it needs a "
+                "matrix; give this one a codec"
+            )
+        if self.low_rank and parameter.dtype == torch.float64:
+            raise ConfigError(
+                f"low_rank computes in fp32 and parameter {parameter.name!r} is fp64; send it exact"
+            )
+
+    def payload_bytes(self, parameter: ParameterInfo) -> float:
+        """Bytes of this rank's part in phase 1, on average over the steps."""
+        if not self.low_rank:
+            return self.phase1.nbytes(parameter.numel)
+        rank = min(self.low_rank, *parameter.matrix)
+        return sum(self.phase1.nbytes(rank * size) for size in parameter.matrix) / 2
+
     def __str__(self) -> str:
-        """The codecs as a spec, "+feedback" where residuals are kept."""
+        """The codecs as a spec, "with feedback" where residuals are kept; a collective that was asked for."""
+        if self.low_rank:
+            return f"powersgd:{self.low_rank} with feedback"
         both = [(self.phase1, self.feedback1), (self.phase2, self.feedback2)]
-        return "+".join(f"{codec}{' with feedback' if feedback else ''}" for codec, feedback in both)
+        codecs = "+".join(f"{codec}{' with feedback' if feedback else ''}" for codec, feedback in both)
+        return codecs if self.collective == "auto" else f"{codecs} by {self.collective}"
 
 
 Plan = Mapping[str, Assignment]

@@ -37,8 +37,9 @@ class FixedPolicy:
         exact: names or shell patterns of parameters to add to the default rule, or a predicate over
             `ParameterInfo` that replaces it. The default is `small_or_1d` for specs that quantize, and
             nothing for casts such as "bf16", which send all parameters in that dtype. Exact parameters
-            travel in their own dtype.
-        feedback: "auto" (at 4 bits and below), True or False.
+            travel in their own dtype. With low rank the default rule and the patterns keep parameters out
+            of it too.
+        feedback: "auto" (at 4 bits and below, and for low rank), True or False.
     """
 
     spec: Spec
@@ -48,34 +49,47 @@ class FixedPolicy:
     def __post_init__(self) -> None:
         if self.feedback not in ("auto", True, False):
             raise ConfigError(f"feedback={self.feedback!r}: choose 'auto', True or False")
+        if self.spec.low_rank and self.feedback is False:
+            raise ConfigError(
+                f"feedback=False with {self.spec}: what the low rank leaves out would be lost in every "
+                'step, and training does not converge; use feedback="auto"'
+            )
 
     def plan(self, parameters: Sequence[ParameterInfo]) -> dict[str, Assignment]:
         """An assignment for every parameter, by name.
 
-        fp64 gradients always travel exact: the quantized codecs compute in fp32.
+        fp64 gradients always travel exact: the quantized codecs compute in fp32. Low rank is for the matrices
+        where its factors take fewer bytes than the parameter would otherwise.
 
         Raises:
             ConfigError: a pattern matches no parameter, or error feedback was asked for a codec that does not
                 contract.
         """
+        rest = None if self.spec.low_rank and self.spec.phase1 is None else self._compressed()
+        casts = rest is None or (isinstance(rest.phase1, ExactCodec) and isinstance(rest.phase2, ExactCodec))
+        is_exact = self._exact_rule(parameters, default=(lambda _: False) if casts else small_or_1d)
+        never_low_rank = self._exact_rule(parameters, default=small_or_1d)
+        plan = {}
+        for parameter in parameters:
+            fp64 = parameter.dtype == torch.float64
+            native = fp64 or rest is None or is_exact(parameter)
+            entry = _native(parameter) if native or rest is None else rest
+            if self.spec.low_rank and parameter.ndim > 1 and not fp64 and not never_low_rank(parameter):
+                factors = _low_rank(self.spec.low_rank)
+                saves = factors.payload_bytes(parameter) < entry.payload_bytes(parameter)
+                entry = factors if saves else entry
+            plan[parameter.name] = entry
+        return plan
+
+    def _compressed(self) -> Assignment:
         codec1, codec2 = self.spec.codecs()
         feedback1, feedback2 = self._feedback(codec1), self._feedback(codec2)
-        compressed = Assignment(
+        return Assignment(
             phase1=codec1.for_feedback(feedback1),
             phase2=codec2.for_feedback(feedback2),
             feedback1=feedback1,
             feedback2=feedback2,
         )
-        quantized = not (isinstance(codec1, ExactCodec) and isinstance(codec2, ExactCodec))
-        is_exact = self._exact_rule(parameters, default=small_or_1d if quantized else lambda _: False)
-        plan = {}
-        for parameter in parameters:
-            if parameter.dtype == torch.float64 or is_exact(parameter):
-                native = ExactCodec(dtype=_NATIVE[parameter.dtype])
-                plan[parameter.name] = Assignment(phase1=native, phase2=native)
-            else:
-                plan[parameter.name] = compressed
-        return plan
 
     def _feedback(self, codec: Codec) -> bool:
         if isinstance(codec, ExactCodec):
@@ -98,3 +112,13 @@ class FixedPolicy:
                 raise ConfigError(f"exact={pattern!r} matches no parameter{hint}")
         chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
         return lambda parameter: parameter.name in chosen or default(parameter)
+
+
+def _native(parameter: ParameterInfo) -> Assignment:
+    codec = ExactCodec(dtype=_NATIVE[parameter.dtype])
+    return Assignment(phase1=codec, phase2=codec)
+
+
+def _low_rank(rank: int) -> Assignment:
+    fp32 = ExactCodec()
+    return Assignment(phase1=fp32, phase2=fp32, feedback1=True, collective="low_rank", low_rank=rank)

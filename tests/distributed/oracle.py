@@ -1,7 +1,7 @@
 """What the ranks must agree on, computed in one process, parameter by parameter, in plain words.
 
-It shares the codecs with the library and nothing else: no buckets, no messages, no threads. `run` is what
-every rank of the DDP tests executes; `expected` predicts its gradients to the bit.
+It shares codecs and kernels with the library and nothing else: no buckets, no messages, no threads. `run` is
+what every rank of the DDP tests executes; `expected` predicts its gradients to the bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradq
 from gradq import rng, wire
-from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Spec
+from gradq.kernels.low_rank import low_rank_kernels
+from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Policy, Spec
 
 Gradients = list[dict[str, Tensor]]  # by step, then by parameter; flat, in memory order
 
@@ -87,6 +88,21 @@ def run(rank: int, job: dict[str, Any]) -> tuple[Gradients, Gradients, dict[str,
     return put_in, came_out, {"stats": stats, "repr": repr(handle)}
 
 
+def slow_down(channel: Any, seconds: float) -> None:
+    """Let everything posted on a channel arrive late."""
+    post = channel.post
+
+    class Late:
+        def __init__(self, pending: Any) -> None:
+            self.pending = pending
+
+        def wait(self) -> None:
+            time.sleep(seconds)
+            self.pending.wait()
+
+    channel.post = lambda *args: Late(post(*args))
+
+
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: flat(p.detach(), p.grad if p.grad is not None else torch.zeros_like(p))
@@ -94,13 +110,16 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def plan_for(model: nn.Module, spec: str, **options: Any) -> dict[str, tuple[ParameterInfo, Assignment]]:
-    """The plan a FixedPolicy makes, by name."""
+def plan_for(
+    model: nn.Module, spec: str | Policy, **options: Any
+) -> dict[str, tuple[ParameterInfo, Assignment]]:
+    """The plan a policy makes, a FixedPolicy if only the spec is given, by name."""
     infos = [
         ParameterInfo(name=name, shape=tuple(p.shape), dtype=p.dtype, index=index)
         for index, (name, p) in enumerate(model.named_parameters())
     ]
-    plan = FixedPolicy(spec=Spec.parse(spec), **options).plan(infos)
+    policy = FixedPolicy(spec=Spec.parse(spec), **options) if isinstance(spec, str) else spec
+    plan = policy.plan(infos)
     return {info.name: (info, plan[info.name]) for info in infos}
 
 
@@ -116,25 +135,55 @@ def expected(
     world_size, steps = len(put_in), len(put_in[0])
     outcome: Gradients = [{} for _ in range(steps)]
     for name, (info, entry) in plan.items():
+        if entry.low_rank:
+            _low_rank(outcome, [[transform(g[name]) for g in one] for one in put_in], info, entry, seed)
+            continue
+        phases = {"direct": 1, "two_phase": 2, "auto": 1 + two_phase}[entry.collective]
         work = entry.phase1.work_dtype
         local = [torch.zeros(info.numel, dtype=work) for _ in range(world_size)]
         shard = torch.zeros(info.numel, dtype=work)
         for step in range(steps):
             xs = [transform(put_in[rank][step][name]).to(work) for rank in range(world_size)]
             out = torch.empty(info.numel, dtype=work)
-            for start, stop in _pieces(info, entry, world_size, two_phase):
+            for start, stop in _pieces(info, entry, world_size, phases):
                 mean = _phase1(name, entry, xs, local, start, stop, step, seed)
                 out[start:stop] = (
-                    _phase2(name, entry, mean, shard, start, stop, step, seed) if two_phase else mean
+                    _phase2(name, entry, mean, shard, start, stop, step, seed) if phases == 2 else mean
                 )
             outcome[step][name] = out.to(info.dtype)
     return outcome
 
 
-def _pieces(
-    info: ParameterInfo, entry: Assignment, world_size: int, two_phase: bool
-) -> list[tuple[int, int]]:
-    if not two_phase:
+def _low_rank(
+    outcome: Gradients, put_in: list[list[Tensor]], info: ParameterInfo, entry: Assignment, seed: int
+) -> None:
+    """PowerSGD, a half iteration a step; put_in by rank and step."""
+    world_size, m, n = len(put_in), info.shape[0], info.numel // info.shape[0]
+    r = min(entry.low_rank, m, n)
+    residuals = [torch.zeros(m * n) for _ in range(world_size)]
+    kernels = low_rank_kernels(torch.device("cpu"))
+    factor, left = torch.zeros(r, n), False
+    for step, reduced in enumerate(outcome):
+        basis = torch.empty_like(factor)
+        kernels.orthonormalize(factor, basis, key=rng.dither_key(seed, step, rng.name_id(info.name), 3))
+        factors = torch.zeros(world_size, r, n if left else m)
+        for rank in range(world_size):
+            value, own = torch.empty(m * n), factors[rank]
+            x = put_in[rank][step].float()
+            kernels.project(x, residuals[rank], value, basis, own, left=left, loss_scale=1.0)
+            kernels.remove(*((basis, own) if left else (own, basis)), value, loss_scale=1.0)
+            residuals[rank] = value
+        factor = factors[0]
+        for other in factors[1:]:
+            factor = factor + other
+        factor = factor / world_size
+        out = torch.empty(m * n)
+        kernels.reconstruct(*((basis, factor) if left else (factor, basis)), out)
+        reduced[info.name], left = out.to(info.dtype), not left
+
+
+def _pieces(info: ParameterInfo, entry: Assignment, world_size: int, phases: int) -> list[tuple[int, int]]:
+    if phases == 1:
         return [(0, info.numel)]
     grain = math.lcm(entry.phase1.block_size, entry.phase2.block_size)
     pieces = [wire.shard(info.numel, grain, world_size, owner, info.index) for owner in range(world_size)]

@@ -19,7 +19,7 @@ SPEC = {"int4+int4": {"collective": "two_phase"}, "int4": {}, "int8": {}}
 
 def trained(rank: int, spec: str, steps: int, options: dict):
     model = make()
-    handle = gradq.compress(model, spec, **SPEC[spec], **options)
+    handle = gradq.compress(model, spec, **SPEC.get(spec, {}), **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for step in range(steps):
         backward(model, rank, step)
@@ -55,7 +55,7 @@ def resume(rank: int, folder: str, spec: str, options: dict, bucket_cap_mb: floa
     records = Records()
     logging.getLogger("gradq").addHandler(records)
     model = make(bucket_cap_mb)
-    handle = gradq.compress(model, spec, **SPEC[spec], **options)
+    handle = gradq.compress(model, spec, **SPEC.get(spec, {}), **options)
     weights = {"model": model.module.state_dict()}
     dcp.load(weights, checkpoint_id=folder)
     gradq.load_checkpoint(handle, folder)

@@ -187,3 +187,14 @@ def test_a_cast_sends_all_but_what_is_named() -> None:
 def test_feedback_for_a_cast_is_refused() -> None:
     with pytest.raises(ConfigError, match="codec bf16 has no error feedback"):
         Assignment(phase1=from_spec("bf16"), phase2=from_spec("fp32"), feedback1=True)
+
+
+# --- collectives ---------------------------------------------------------------------------------------
+
+
+def test_an_assignment_may_name_its_collective_and_says_so():
+    codec = from_spec("int8")
+    assert str(Assignment(phase1=codec, phase2=codec)) == "int8+int8"
+    assert str(Assignment(phase1=codec, phase2=codec, collective="direct")) == "int8+int8 by direct"
+    with pytest.raises(ConfigError, match=r"Assignment\(collective='ring'\): choose from auto, direct, two_"):
+        Assignment(phase1=codec, phase2=codec, collective="ring")
