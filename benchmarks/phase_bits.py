@@ -95,7 +95,9 @@ def energy(x: Tensor) -> float:
     return float(x.double().square().sum())
 
 
-def measure(ranks: list[dict[str, Tensor]], spec: str, world_size: int, feedback: bool, totals: Totals) -> None:
+def measure(
+    ranks: list[dict[str, Tensor]], spec: str, world_size: int, feedback: bool, totals: Totals
+) -> None:
     """Add the energies of one stage to totals, by codec of phase 2; "" is phase 1 alone."""
     codec = codecs.from_spec(spec)
     seconds = PHASE2 + (PHASE2_ROTATED if spec.startswith(("rot", "trellis")) else ())
@@ -143,7 +145,9 @@ def main() -> None:
                     measure(ranks, spec, world_size, feedback, totals[spec, world_size, feedback])
             print(f"step {stage}: {spec}", file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
-    print(f"{'phase 1':>9} {'feedback':>8} {'W':>3} {'phase 1 error':>14}  cheapest phase 2, bits more, ½ log2 W")
+    print(
+        f"{'phase 1':>9} {'feedback':>8} {'W':>3} {'phase 1 error':>14}  cheapest phase 2, bits more, ½ log W"
+    )
     for (spec, world_size, feedback), found in totals.items():
         first = found["error", ""] / found["exact", ""]
         group = [

@@ -111,7 +111,7 @@ class RotatedCodec(Codec):
         """Decide scale="auto"."""
         return self if self.scale != "auto" else replace(self, scale="mse" if feedback else "unbiased")
 
-    def default_phase2(self) -> Codec:
+    def default_phase2(self, world_size: int | None = None) -> Codec:
         """Uniform with 8 bits: the error of the mean is seen whole by every rank."""
         return UniformCodec(num_bits=8)
 

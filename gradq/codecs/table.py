@@ -159,7 +159,7 @@ class TableCodec(Codec):
         decided = "nearest" if (feedback and nearest) or not stochastic else "stochastic"
         return replace(self, rounding=decided)
 
-    def default_phase2(self) -> Codec:
+    def default_phase2(self, world_size: int | None = None) -> Codec:
         """Uniform with 8 bits, but for the formats that have 8."""
         return self if _FORMATS[self.format].num_bits == 8 else UniformCodec(num_bits=8)
 

@@ -102,7 +102,7 @@ class UniformCodec(Codec):
             return self
         return replace(self, rounding="nearest" if feedback else "stochastic")
 
-    def default_phase2(self) -> UniformCodec:
+    def default_phase2(self, world_size: int | None = None) -> UniformCodec:
         """8 bits: the error of the mean is seen whole by every rank."""
         return replace(self, num_bits=8)
 

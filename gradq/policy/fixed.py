@@ -58,24 +58,29 @@ class FixedPolicy:
             ConfigError: a pattern matches no parameter, or error feedback was asked for a codec that does not
                 contract.
         """
-        codec1, codec2 = self.spec.codecs()
-        feedback1, feedback2 = self._feedback(codec1), self._feedback(codec2)
-        compressed = Assignment(
-            phase1=codec1.for_feedback(feedback1),
-            phase2=codec2.for_feedback(feedback2),
-            feedback1=feedback1,
-            feedback2=feedback2,
-        )
-        quantized = not (isinstance(codec1, ExactCodec) and isinstance(codec2, ExactCodec))
+        codecs = self.spec.codecs()
+        quantized = not all(isinstance(codec, ExactCodec) for codec in codecs)
         is_exact = self._exact_rule(parameters, default=small_or_1d if quantized else lambda _: False)
+        compressed = {size: self.assignment(size) for size in {p.world_size for p in parameters} | {None}}
         plan = {}
         for parameter in parameters:
             if parameter.dtype == torch.float64 or is_exact(parameter):
                 native = ExactCodec(dtype=_NATIVE[parameter.dtype])
                 plan[parameter.name] = Assignment(phase1=native, phase2=native)
             else:
-                plan[parameter.name] = compressed
+                plan[parameter.name] = compressed[parameter.world_size]
         return plan
+
+    def assignment(self, world_size: int | None = None) -> Assignment:
+        """How what is not exact travels among so many ranks (None: unknown)."""
+        codec1, codec2 = self.spec.codecs(world_size)
+        feedback1, feedback2 = self._feedback(codec1), self._feedback(codec2)
+        return Assignment(
+            phase1=codec1.for_feedback(feedback1),
+            phase2=codec2.for_feedback(feedback2),
+            feedback1=feedback1,
+            feedback2=feedback2,
+        )
 
     def _feedback(self, codec: Codec) -> bool:
         if isinstance(codec, ExactCodec):
