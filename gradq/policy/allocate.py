@@ -29,7 +29,7 @@ import numpy.typing as npt
 from gradq.codecs import Codec, from_spec
 from gradq.errors import ConfigError
 
-__all__ = ["Allocation", "GradientStatistics", "allocate_bits"]
+__all__ = ["Allocation", "GradientStatistics", "allocate_bits", "solve"]
 
 _MAX_STATES = 200_000
 _Vector = npt.NDArray[np.float64]

@@ -238,6 +238,6 @@ def _one_codec(spec: str | Codec | Spec) -> Spec:
     parsed = Spec.parse(spec)
     if parsed.is_none or parsed.phase2 is not None:
         raise ConfigError(
-            f"{str(parsed)!r}: BitAllocation chooses codecs of phase 1; name one, such as 'int4'"
+            f"{str(parsed)!r}: BitAllocation chooses codecs of phase 1; name one such as 'int4'"
         )
     return parsed
