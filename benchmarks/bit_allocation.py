@@ -2,14 +2,15 @@
 
     python benchmarks/bit_allocation.py [--loss] [--out benchmarks/results/bit_allocation]
 
-Error: gradients of the GPT of examples/train_gpt.py (1m), 4 ranks, at several steps of its training. For every
-spec and stage, `allocate_bits` spends the spec's bytes by what was measured at the stage *before* (as
-`gradq.BitAllocation` does) and, as the best it could do, by what is measured at the stage itself. `nmse` is the
-error of all ranks' gradients over their energy, without residuals, `mean` that of their mean in one phase.
+Error: gradients of the GPT of examples/train_gpt.py (1m), 4 ranks, at several steps of its training. For
+every spec and stage, `allocate_bits` spends the spec's bytes by what was measured at the stage *before* (as
+`gradq.BitAllocation` does) and, as the best it could do, by what is measured at the stage itself. `nmse` is
+the error of all ranks' gradients over their energy, without residuals, `mean` that of their mean in one
+phase.
 A plan's bytes are never more than the spec's.
 
-Loss (--loss): trains the example on 2 real ranks with the spec and with BitAllocation(bytes_of=spec), several
-seeds; a seed decides weights, data and rounding. Finished runs are kept in --partial and not repeated.
+Loss (--loss): trains the example on 2 real ranks with the spec and with BitAllocation(bytes_of=spec), with
+both weightings, several seeds; a seed decides weights, data and rounding. Finished runs are kept in --partial and not repeated.
 """
 
 from __future__ import annotations
@@ -146,19 +147,30 @@ def train(rank: int, key: Record) -> Record | None:
     from train_gpt import Trainer
 
     args = argparse.Namespace(
-        params="1m", batch_size=8, seq_len=64, accumulate=1, lr=1e-3, warmup=20,
-        precision="fp32", feedback="auto", checkpoint=None, quiet=True, log_file=None,
-        steps=key["steps"], seed=key["seed"], codec=key["spec"],
+        params="1m",
+        batch_size=8,
+        seq_len=64,
+        accumulate=1,
+        lr=1e-3,
+        warmup=20,
+        precision="fp32",
+        feedback="auto",
+        checkpoint=None,
+        quiet=True,
+        log_file=None,
+        steps=key["steps"],
+        seed=key["seed"],
+        codec=key["spec"],
     )
-    if key["allocated"]:
-        options = {"every": key["every"], "feedback": key["feedback"]}
+    if key["weighting"]:
+        options = {"every": key["every"], "weighting": key["weighting"]}
         args.codec = gradq.BitAllocation(
             bytes_of=key["spec"], candidates=FAMILIES[key["spec"][:3]], **options
         )
     trainer = Trainer(args)
     losses = [trainer.step(step)[0] for step in range(args.steps)]
     val_loss, stats = trainer.evaluate(), trainer.handle.stats()
-    plan = args.codec.allocation if key["allocated"] else {}
+    plan = args.codec.allocation if key["weighting"] else {}
     trainer.handle.close()
     if rank:
         return None
@@ -173,11 +185,9 @@ def losses(args: argparse.Namespace) -> list[Record]:
     runs = [json.loads(line) for line in text.splitlines()]
     for seed in args.seeds:
         for spec in args.specs:
-            for allocated, feedback in ((False, "auto"), (True, "auto"), (True, True)):
-                if spec == "none" and allocated:
-                    continue
-                key = {"spec": spec, "allocated": allocated, "seed": seed, "steps": args.steps}
-                key |= {"every": args.every, "feedback": feedback}
+            for weighting in ("", "energy", "relative"):
+                key = {"spec": spec, "weighting": weighting, "seed": seed, "steps": args.steps}
+                key |= {"every": args.every, "ranks": args.ranks}
                 if any(all(run[name] == value for name, value in key.items()) for run in runs):
                     continue
                 runs.append(run_ranks(train, args.ranks, key, timeout=3600, group_timeout=600)[0])

@@ -40,6 +40,9 @@ class BitAllocation:
         every: steps between plans. The first comes after so many.
         samples: steps of them in which the candidates are measured; the last one, and others evenly before.
             One costs as much as encoding and decoding the gradients once for every candidate.
+        weighting: "energy": a parameter counts by the size of its error, as it does in the gradient vector
+            and in SGD; "relative": by the error's share of its gradient times its elements, as it does in
+            Adam, which divides the size of a gradient out.
         exact: see `FixedPolicy`.
         feedback: see `FixedPolicy`. A parameter that moves to a codec without feedback loses its residual.
 
@@ -59,6 +62,7 @@ class BitAllocation:
         candidates: Sequence[str | Codec] = CANDIDATES,
         every: int = 100,
         samples: int = 2,
+        weighting: str = "relative",
         exact: ExactRule = (),
         feedback: bool | str = "auto",
     ) -> None:
@@ -75,9 +79,11 @@ class BitAllocation:
             raise ConfigError(f"every={every!r}: it is a number of steps, at least 1")
         if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= every:
             raise ConfigError(f"samples={samples!r}: it is a number of steps, from 1 to every={every}")
+        if weighting not in ("energy", "relative"):
+            raise ConfigError(f"weighting={weighting!r}: choose 'energy' or 'relative'")
         if isinstance(candidates, str) or len(candidates) < 2:
             raise ConfigError(f"candidates={candidates!r}: there must be at least two, in a list")
-        self._every, self._samples = every, samples
+        self._every, self._samples, self._weighting = every, samples, weighting
         self._average_bits, self._limits_error = average_bits, error_of is not None
         specs = {str(spec): spec for spec in map(_one_codec, candidates)}
         reference = bytes_of if error_of is None else error_of
@@ -90,7 +96,8 @@ class BitAllocation:
         self._codecs = {name: policy.assignment().phase1 for name, policy in self._policies.items()}
         self.label = (
             f"BitAllocation({', '.join(f'{name}={str(value)!r}' for name, value in given.items())}, "
-            f"candidates={list(self._codecs)}, every={every}, samples={samples})"
+            f"candidates={list(self._codecs)}, every={every}, samples={samples}, "
+            f"weighting={weighting!r})"
         )
         self._numel: dict[str, int] = {}  # of what is compressed
         self._choice: dict[str, str] = {}
@@ -204,6 +211,8 @@ class BitAllocation:
         for name, numel in self._numel.items():
             unseen = sums[name, ""] == 0
             own = {c: average[c] * numel if unseen else sums[name, c] for c in ("", *self._codecs)}
+            if self._weighting == "relative" and own[""] > 0:
+                own = {c: value * numel / own[""] for c, value in own.items()}
             statistics[name] = GradientStatistics(numel=numel, energy=own.pop(""), errors=own)
         return statistics
 

@@ -34,6 +34,10 @@ def policy_sample(policy):
     return next(step for step in range(1000) if policy.candidates(step, "a"))
 
 
+def make(**options):
+    return BitAllocation(**{"weighting": "energy", "every": 10} | options)
+
+
 def nbytes(policy):
     return sum(from_spec(policy.allocation[p.name]).nbytes(p.numel) for p in MODEL if p.name != "c")
 
@@ -74,7 +78,7 @@ def test_sampled_steps_are_spread_and_end_with_the_last(every, samples):
 
 
 def test_what_is_measured_moves_the_bits_and_keeps_the_bytes():
-    policy = BitAllocation(bytes_of="int5", every=10)
+    policy = make(bytes_of="int5")
     policy.plan(MODEL)
     budget = nbytes(policy)
     see(policy, {"a": 1.0, "b": 256.0, "d": 1.0})
@@ -89,8 +93,24 @@ def test_what_is_measured_moves_the_bits_and_keeps_the_bytes():
     assert not any(policy.measured()), "the next plan starts from nothing"
 
 
+def test_relative_errors_do_not_see_how_loud_a_parameter_is():
+    """As Adam does not. At equal NMSE all have equal bits; one that is harder to quantize has more."""
+    for harder, spec in ((1.0, "int5"), (400.0, "int7")):
+        policy = make(bytes_of="int5", weighting="relative")
+        policy.plan(MODEL)
+        see(policy, {"a": 1.0, "b": 256.0, "d": 1.0})
+        for step in range(2):
+            for codec in policy.candidates(9, "a"):
+                policy.observe(
+                    Event("candidate_error", (harder - 1) / 2 * 4.0 ** -int(codec[3]), step, 0, 0, "a", codec)
+                )
+        policy.learn([policy.measured()])
+        assert policy.allocation["b"] in (("int5",) if harder == 1.0 else ("int3", "int4"))
+        assert policy.allocation["a"] >= spec
+
+
 def test_error_of_keeps_the_error_with_fewer_bytes():
-    policy = BitAllocation(error_of="int4", every=10)
+    policy = make(error_of="int4")
     policy.plan(MODEL)
     budget = nbytes(policy)
     energies = {"a": 1.0, "b": 4096.0, "d": 1.0}
@@ -104,7 +124,7 @@ def test_error_of_keeps_the_error_with_fewer_bytes():
 def test_all_ranks_measurements_count_and_their_sum_does_not_depend_on_who_adds():
     plans = []
     for _ in range(2):
-        policy = BitAllocation(bytes_of="int4", every=10)
+        policy = make(bytes_of="int4")
         policy.plan(MODEL)
         see(policy, {"a": 1.0, "b": 1.0, "d": 1.0})
         quiet = policy.measured()
@@ -116,7 +136,7 @@ def test_all_ranks_measurements_count_and_their_sum_does_not_depend_on_who_adds(
 
 
 def test_a_parameter_without_a_gradient_keeps_average_bits():
-    policy = BitAllocation(bytes_of="int4", every=10)
+    policy = make(bytes_of="int4")
     policy.plan(MODEL)
     see(policy, {"a": 1.0, "d": 1.0})
     policy.learn([policy.measured()])
@@ -124,7 +144,7 @@ def test_a_parameter_without_a_gradient_keeps_average_bits():
 
 
 def test_without_measurements_the_plan_stays():
-    policy = BitAllocation(bytes_of="int4", every=10)
+    policy = make(bytes_of="int4")
     before = policy.plan(MODEL)
     policy.learn([policy.measured()] * 3)
     assert policy.plan(MODEL) == before
@@ -138,7 +158,7 @@ def test_other_events_change_nothing():
 
 
 def test_state_goes_on_where_it_was():
-    first, second = (BitAllocation(bytes_of="int4", every=10) for _ in range(2))
+    first, second = (make(bytes_of="int4") for _ in range(2))
     for policy in (first, second):
         policy.plan(MODEL)
     see(first, {"a": 1.0, "b": 999.0, "d": 3.0})
@@ -175,11 +195,12 @@ def test_the_label_has_every_setting():
             {},
             {"every": 50},
             {"samples": 1},
+            {"weighting": "energy"},
             {"candidates": ["int4", "int8"]},
             {"bytes_of": "int3"},
         )
     } | {BitAllocation(error_of="int4").label, BitAllocation(average_bits=4.5).label}
-    assert len(labels) == 7
+    assert len(labels) == 8
     assert "0x" not in "".join(labels)
 
 
@@ -194,6 +215,7 @@ def test_the_label_has_every_setting():
         ({"bytes_of": "int4", "every": 2.5}, ConfigError, "every=2.5"),
         ({"bytes_of": "int4", "every": 4, "samples": 5}, ConfigError, "from 1 to every=4"),
         ({"bytes_of": "int4", "candidates": ["int4"]}, ConfigError, "at least two"),
+        ({"bytes_of": "int4", "weighting": "numel"}, ConfigError, "weighting='numel'"),
         ({"bytes_of": "int4", "candidates": "int4"}, ConfigError, "at least two"),
         ({"bytes_of": "int4+int4"}, ConfigError, "name one such as 'int4'"),
         ({"bytes_of": "none"}, ConfigError, "chooses codecs"),
