@@ -10,7 +10,8 @@ phase.
 A plan's bytes are never more than the spec's.
 
 Loss (--loss): trains the example on 2 real ranks with the spec and with BitAllocation(bytes_of=spec), with
-both weightings, several seeds; a seed decides weights, data and rounding. Finished runs are kept in --partial and not repeated.
+both weightings, several seeds; a seed decides weights, data and rounding. Finished runs are kept in --partial
+and not repeated.
 """
 
 from __future__ import annotations

@@ -94,10 +94,12 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def plan_for(model: nn.Module, spec: str, **options: Any) -> dict[str, tuple[ParameterInfo, Assignment]]:
+def plan_for(
+    model: nn.Module, spec: str, world_size: int | None = None, **options: Any
+) -> dict[str, tuple[ParameterInfo, Assignment]]:
     """The plan a FixedPolicy makes, by name."""
     infos = [
-        ParameterInfo(name=name, shape=tuple(p.shape), dtype=p.dtype, index=index)
+        ParameterInfo(name=name, shape=tuple(p.shape), dtype=p.dtype, index=index, world_size=world_size)
         for index, (name, p) in enumerate(model.named_parameters())
     ]
     plan = FixedPolicy(spec=Spec.parse(spec), **options).plan(infos)

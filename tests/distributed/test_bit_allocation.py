@@ -31,10 +31,10 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(40)
         self.branch = nn.Linear(40, 40)
 
-    def forward(self, x: torch.Tensor, branch: bool) -> torch.Tensor:
-        outputs = [10.0 ** (-k) * layer(x) for k, layer in enumerate(self.layers)]
-        x = self.norm(sum(outputs))
-        return self.branch(x) if branch else x
+    def forward(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """Layer 0 is the loudest in steps 0 to 3, layer 3 in steps 4 to 7, and so on."""
+        x = self.norm(sum(10.0 ** -((k + index // 4) % 4) * layer(x) for k, layer in enumerate(self.layers)))
+        return self.branch(x) if index % 2 == 0 else x
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -52,14 +52,14 @@ def policy(**options) -> gradq.BitAllocation:
 
 
 def step(model: DistributedDataParallel, rank: int, index: int, micros: int = 1) -> None:
-    """Backward, the whole batch in several parts; layer k of four is the loud one in steps 8k to 8k + 7."""
+    """Backward, the batch in several parts, late on the higher ranks."""
     model.zero_grad(set_to_none=True)
     for micro in range(micros):
         generator = torch.Generator().manual_seed(1000 * index + 10 * micro + rank)
         x = torch.randn(6, 40, generator=generator)
         time.sleep(0.004 * rank * (index % 3))
         with model.no_sync() if micro < micros - 1 else contextlib.nullcontext():
-            model(x, branch=index % 2 == 0).square().mul(torch.arange(40)).mean().backward()
+            model(x, index).square().mul(torch.arange(40)).mean().backward()
 
 
 def train(rank: int, micros: int, options: dict):
@@ -84,9 +84,10 @@ def test_plans_change_in_lockstep(world_size: int, micros: int) -> None:
     assert [at for at, _ in replans] == [3, 6, 9]
     assert replans[0][1] > 0, "the first plan from measurements is the one for all: the test sees nothing"
     assert sampled == [1, 2, 4, 5, 7, 8]
-    first, last = rows[2][0], rows[9][0]
-    assert set(first.values()) == {"int4"}
-    assert int(last["layers.0.weight"][3]) > int(last["layers.3.weight"][3])
+    assert set(rows[2][0].values()) == {"int4"}
+    for index, loud, quiet in ((3, 0, 3), (9, 3, 0)):  # planned by steps 1 and 2, by 7 and 8
+        bits = {name: int(spec[3]) for name, spec in rows[index][0].items()}
+        assert bits[f"layers.{loud}.weight"] > bits[f"layers.{quiet}.weight"], index
     sent = [b - a for (_, _, a), (_, _, b) in itertools.pairwise(rows)]
     assert max(sent) == sent[0], "a plan spends more than its budget"
     for other, other_replans, _ in results[1:]:
@@ -101,28 +102,30 @@ def account(rank: int):
     model, plain = make(), make()
     handle = gradq.compress(model, policy(feedback=True))
     owed = {name: torch.zeros_like(p) for name, p in model.module.named_parameters()}
-    plans = []
+    plans, rounding = [], dict.fromkeys(owed, 0.0)
     for index in range(10):
         step(model, rank, index)
         step(plain, rank, index)
         for name in owed:
-            owed[name] += gradients(plain.module)[name] - gradients(model.module)[name]
+            exact = gradients(plain.module)[name]
+            owed[name] += exact - gradients(model.module)[name]
+            rounding[name] += 1e-6 * float(exact.abs().max())
         plans.append(handle.spec.allocation)
     kept = residuals(handle)
     handle.close()
-    return owed, kept, plans
+    return owed, kept, plans, rounding
 
 
 def test_no_residual_is_lost_when_plans_change() -> None:
     """In one phase with feedback: all that was not sent stands in the residuals, whatever the plans were."""
     results = run_ranks(account, 2)
-    plans = results[0][2]
+    _, _, plans, rounding = results[0]
     assert len({tuple(plan.values()) for plan in plans}) > 1
     for name in plans[0]:
         owed = results[0][0][name]
-        held = sum(kept[f"local {name}"] for _, kept, _ in results).view_as(owed) / 2
-        assert owed.norm() > 0
-        assert torch.allclose(owed, held, rtol=1e-4, atol=1e-6 * float(held.abs().max()))
+        held = sum(kept[f"local {name}"] for _, kept, _, _ in results).view_as(owed) / 2
+        assert float(owed.abs().max()) > 100 * rounding[name]
+        assert float((owed - held).abs().max()) < rounding[name]
 
 
 def keep_shards(rank: int):
