@@ -182,20 +182,56 @@ def train(rank: int, key: Record) -> Record | None:
 def losses(args: argparse.Namespace) -> list[Record]:
     """All training runs, the finished ones from a file."""
     args.partial.parent.mkdir(parents=True, exist_ok=True)
-    text = args.partial.read_text() if args.partial.exists() else ""
-    runs = [json.loads(line) for line in text.splitlines()]
-    for seed in args.seeds:
-        for spec in args.specs:
-            for weighting in ("", "energy", "relative"):
-                key = {"spec": spec, "weighting": weighting, "seed": seed, "steps": args.steps}
-                key |= {"every": args.every, "ranks": args.ranks}
-                if any(all(run[name] == value for name, value in key.items()) for run in runs):
-                    continue
-                runs.append(run_ranks(train, args.ranks, key, timeout=3600, group_timeout=600)[0])
-                with args.partial.open("a") as file:
-                    file.write(json.dumps(runs[-1]) + "\n")
-                print({name: value for name, value in runs[-1].items() if name != "plan"}, flush=True)
-    return runs
+    args.partial.touch()
+    settings = {name: getattr(args, name) for name in ("params", "steps", "every", "ranks")}
+    keys = [
+        {"spec": spec, "weighting": weighting, "seed": seed} | settings
+        for seed in args.seeds
+        for spec in args.specs
+        for weighting in ("", "energy", "relative")
+    ]
+    todo = [key for key in keys if find(key, read(args.partial)) is None]
+    if todo:
+        run_ranks(train_all, args.ranks, todo, str(args.partial), timeout=36_000, group_timeout=1800)
+    runs = read(args.partial)
+    return [run for key in keys if (run := find(key, runs))]
+
+
+def train_all(rank: int, keys: list[Record], partial: str) -> None:
+    """All runs, one after another, on the same processes."""
+    for key in keys:
+        run = train(rank, key)
+        if run is not None:
+            with Path(partial).open("a") as file:
+                file.write(json.dumps(run) + "\n")
+            print({name: value for name, value in run.items() if name != "plan"}, flush=True)
+
+
+def read(partial: Path) -> list[Record]:
+    """The finished runs."""
+    return [json.loads(line) for line in partial.read_text().splitlines()]
+
+
+def find(key: Record, runs: list[Record]) -> Record | None:
+    """The run of a key."""
+    return next((r for r in runs if all(r.get(name) == value for name, value in key.items())), None)
+
+
+def summary(runs: list[Record]) -> list[Record]:
+    """By spec and weighting: mean and standard deviation over seeds of the loss, and of the difference."""
+    rows: list[Record] = []
+    for spec, weighting in dict.fromkeys((run["spec"], run["weighting"]) for run in runs):
+        own = {r["seed"]: r for r in runs if (r["spec"], r["weighting"]) == (spec, weighting)}
+        single = {r["seed"]: r["val_loss"] for r in runs if (r["spec"], r["weighting"]) == (spec, "")}
+        differences = [own[seed]["val_loss"] - single[seed] for seed in own]
+        row = {"spec": spec, "weighting": weighting or "single", "seeds": len(own)}
+        row["val_loss"] = statistics.mean(run["val_loss"] for run in own.values())
+        row["difference"] = statistics.mean(differences)
+        row["difference_sd"] = statistics.stdev(differences) if len(own) > 1 else float("nan")
+        row["wire_bytes_per_step"] = statistics.mean(run["wire_bytes_per_step"] for run in own.values())
+        rows.append(row)
+        print(row, flush=True)
+    return rows
 
 
 def plot(rows: list[Record], file: Path) -> None:
