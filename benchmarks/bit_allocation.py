@@ -148,7 +148,7 @@ def train(rank: int, key: Record) -> Record | None:
     from train_gpt import Trainer
 
     args = argparse.Namespace(
-        params="1m",
+        params=key["params"],
         batch_size=8,
         seq_len=64,
         accumulate=1,
@@ -261,6 +261,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "bit_allocation")
     parser.add_argument("--loss", action="store_true", help="train too")
     parser.add_argument("--specs", nargs="+", default=["int2", "int3", "rot2"], help="to train with")
+    parser.add_argument("--params", default="1m", help="model size of the example, of --loss")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=50, help="steps between plans")
@@ -274,6 +275,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.loss:
         record["runs"] = losses(args)
+        record["summary"] = summary(record["runs"])
         args.out.with_name(args.out.name + "_loss.json").write_text(json.dumps(record, indent=1) + "\n")
         return
     rows = record["rows"] = errors()
