@@ -27,21 +27,33 @@ from gradq.errors import (
 )
 from gradq.hooks.ddp import HookState, compress, hook
 from gradq.metrics import Event, ParameterStats, Stats
-from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Spec
+from gradq.policy import (
+    Assignment,
+    BitAllocation,
+    FixedPolicy,
+    GradientStatistics,
+    MixedPolicy,
+    ParameterInfo,
+    Spec,
+    allocate_bits,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Assignment",
+    "BitAllocation",
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
     "Event",
     "FixedPolicy",
+    "GradientStatistics",
     "GradqError",
     "HookState",
     "KernelError",
     "MismatchError",
+    "MixedPolicy",
     "NonFiniteError",
     "ParameterInfo",
     "ParameterStats",
@@ -53,6 +65,7 @@ __all__ = [
     "TraceError",
     "UnsupportedError",
     "WireError",
+    "allocate_bits",
     "compress",
     "hook",
     "load_checkpoint",

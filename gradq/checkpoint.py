@@ -40,7 +40,8 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
     Returns:
         "format", "step" and "world_size" as integer tensors; "rank" [W, 1]; "local" and "shard": residuals by
         parameter name, row-sharded DTensors [W, n] (shard residuals padded to the longest piece). At world
-        size 1 the rows are plain tensors [1, n]. "bases": tensors [n], by parameter name.
+        size 1 the rows are plain tensors [1, n]. "bases": tensors [n], by parameter name. With an adaptive
+        policy also "policy": its plan, and what every rank has measured for the next, row-sharded fp64 [W, n].
     """
     local, shard = {}, {}
     for name, length in _shapes(sync)[0].items():
@@ -55,6 +56,7 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
         "local": local,
         "shard": shard,
         "bases": {name: _residual(sync.feedback.bases, name, n) for name, n in _bases(sync).items()},
+        **_policy_state(sync),
     }
 
 
@@ -69,18 +71,9 @@ def load_state_dict(sync: GradientSync, state: dict[str, Any]) -> None:
         CheckpointError: the state is of another format or model, or holds another rank's rows (saved with
             torch.save on one rank; use DCP, or full tensors).
     """
-    if int(state["format"]) != _FORMAT:
-        raise CheckpointError(
-            f"the saved state has format {int(state['format'])}, this gradq reads {_FORMAT}"
-        )
+    _check_source(sync, state)
     saved_world_size = int(state["world_size"])
-    saved_rank = _shard_of(state["rank"])
-    if saved_rank is not None and int(saved_rank) != sync.rank:
-        raise CheckpointError(
-            f"rank {sync.rank} was given the residuals of rank {int(saved_rank)}: torch.save "
-            "keeps one rank's rows only. Save with torch.distributed.checkpoint, or call full_tensor() on "
-            "every entry"
-        )
+    _restore_policy(sync, saved_world_size, state.get("policy"))
     bases = state.get("bases", {})  # states saved before there was low rank have none
     _restore(sync, saved_world_size, int(state["step"]), state["local"], state["shard"], bases)
 
@@ -101,12 +94,15 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
     _check_fit({name: shape[1] for name, shape in saved["local"].items()}, sync)
     scalars = {name: torch.zeros((), dtype=torch.int64) for name in ("format", "step", "world_size")}
     _load({key: scalars}, checkpoint_id, sync)
+    _load_policy(sync, int(scalars["world_size"]), saved["policy"], checkpoint_id, key)
     if int(scalars["world_size"]) == sync.world_size:
         state = state_dict(sync)
         for kind in ("local", "shard", "bases"):
             state[kind] = {n: row for n, row in state[kind].items() if saved[kind].get(n) == row.shape}
+        state.pop("policy", None)  # it is in place
         _load({key: state}, checkpoint_id, sync)
-        load_state_dict(sync, state)
+        _check_source(sync, state)
+        _restore(sync, sync.world_size, int(state["step"]), state["local"], state["shard"], state["bases"])
         _log_difference(
             "no longer use feedback; their residuals were dropped", saved["local"], state["local"]
         )
@@ -119,6 +115,54 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
         _load(rows, checkpoint_id, sync)
         local[name] = rows[key]["local"][name].mean(0, keepdim=True)
     _restore(sync, int(scalars["world_size"]), int(scalars["step"]), local, {}, bases)
+
+
+def _policy_state(sync: GradientSync) -> dict[str, Any]:
+    policy = sync.learner.adaptive
+    if policy is None:
+        return {}
+    measured = torch.tensor(policy.measured(), dtype=torch.float64)
+    return {"policy": {**policy.state_dict(), "measured": _row(measured, sync.group)}}
+
+
+def _load_policy(
+    sync: GradientSync,
+    saved_world_size: int,
+    saved: Mapping[str, torch.Size],
+    checkpoint_id: str | Path,
+    key: str,
+) -> None:
+    """Bring an adaptive policy to the saved plan, before anything asks which residuals are wanted."""
+    policy = sync.learner.adaptive
+    if policy is None or not saved:
+        _restore_policy(sync, saved_world_size, saved or None)
+        return
+    if saved_world_size == sync.world_size:
+        state = _policy_state(sync)["policy"]
+    else:
+        state = policy.state_dict() | {"measured": torch.empty(saved["measured"], dtype=torch.float64)}
+    for name, value in state.items():
+        if saved.get(name) != value.shape:
+            raise CheckpointError(
+                f"the saved plan is of other parameters or candidates than {sync.learner.label}"
+            )
+    _load({key: {"policy": state}}, checkpoint_id, sync)
+    _restore_policy(sync, saved_world_size, state)
+
+
+def _restore_policy(sync: GradientSync, saved_world_size: int, state: Mapping[str, Any] | None) -> None:
+    """Make the saved plan current, or say that there is none to make."""
+    policy = sync.learner.adaptive
+    if policy is None:
+        if state is not None:
+            _log.warning("resumed: the saved plan of an adaptive policy is not used; this run has none")
+        return
+    if state is None:
+        _log.warning("resumed: no plan was saved; %s starts from its first", sync.learner.label)
+        return
+    measured = _own_row(state["measured"], sync, saved_world_size == sync.world_size)
+    policy.load_state_dict({n: v for n, v in state.items() if n != "measured"}, measured.tolist())
+    sync.set_policy(policy, sync.learner.label)
 
 
 class HasSync(Protocol):
@@ -169,6 +213,20 @@ def _restore(
     _log_difference("have no saved basis that fits and start at random", wanted_bases, fitting)
     if same:
         _log_difference("have no saved shard residual that fits and start at zero", wanted_shard, shard_rows)
+
+
+def _check_source(sync: GradientSync, state: dict[str, Any]) -> None:
+    if int(state["format"]) != _FORMAT:
+        raise CheckpointError(
+            f"the saved state has format {int(state['format'])}, this gradq reads {_FORMAT}"
+        )
+    saved_rank = _shard_of(state["rank"])
+    if saved_rank is not None and int(saved_rank) != sync.rank:
+        raise CheckpointError(
+            f"rank {sync.rank} was given the residuals of rank {int(saved_rank)}: torch.save "
+            "keeps one rank's rows only. Save with torch.distributed.checkpoint, or call full_tensor() on "
+            "every entry"
+        )
 
 
 def _check_fit(saved_numel: Mapping[str, int], sync: GradientSync) -> None:
@@ -254,7 +312,7 @@ def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
     if f"{key}.world_size" not in entries:
         keys = sorted({name.split(".")[0] for name in entries})
         raise CheckpointError(f"{path} has no gradq state under {key!r}; it holds: {', '.join(keys)}")
-    shapes: dict[str, dict[str, torch.Size]] = {"local": {}, "shard": {}, "bases": {}}
+    shapes: dict[str, dict[str, torch.Size]] = {"local": {}, "shard": {}, "bases": {}, "policy": {}}
     for name, entry in entries.items():
         for kind, found in shapes.items():
             if name.startswith(f"{key}.{kind}.") and isinstance(entry, TensorStorageMetadata):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from gradq.errors import MismatchError
 
-__all__ = ["agree"]
+__all__ = ["agree", "gather"]
+
+_T = TypeVar("_T")
 
 
 def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
@@ -23,8 +26,7 @@ def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
         MismatchError: on every rank, naming the first rank that cannot start, or that differs from rank 0,
             and the field.
     """
-    everyone: list[Mapping[str, object]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(everyone, dict(fields), group=group)
+    everyone = gather(dict(fields), group)
     for rank, theirs in enumerate(everyone):
         if "error" in theirs:
             raise MismatchError(f"rank {rank} cannot start: {theirs['error']}")
@@ -37,6 +39,13 @@ def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
                     f"ranks disagree: {name} is {ours!r} on rank 0 and {other!r} on rank {rank}. "
                     "Start all ranks with the same model and the same gradq arguments"
                 )
+
+
+def gather(value: _T, group: dist.ProcessGroup) -> list[_T]:
+    """Every rank's value, by rank; a collective call."""
+    everyone = [value] * group.size()
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone
 
 
 def _difference(field: str, first: object, other: object) -> tuple[str, object, object] | None:

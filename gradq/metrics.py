@@ -23,12 +23,15 @@ class Event:
 
     Attributes:
         kind: "encode_ms", "exchange_ms", "decode_ms", "wire_bytes", "dense_bytes", "step",
-            "error_energy" or "signal_energy" (sums of squares, of a sampled step).
+            "error_energy" or "signal_energy" (sums of squares, of a sampled step); of an adaptive policy:
+            "gradient_energy", "candidate_error" (sums of squares, unscaled), "measure_ms", and "replan"
+            (parameters that got another codec).
         value: in the unit that the kind's suffix names.
         step: optimizer step.
         bucket: index of the bucket, -1 where it does not apply.
         phase: 1, 2, ..., 0 where it does not apply.
         parameter: its name, "" where it does not apply.
+        codec: the candidate whose error it is, "" where it does not apply.
     """
 
     kind: str
@@ -37,6 +40,7 @@ class Event:
     bucket: int = -1
     phase: int = 0
     parameter: str = ""
+    codec: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,14 +114,19 @@ class Metrics:
         with self._lock:
             self._sinks.append(sink)
 
+    def remove_sink(self, sink: Callable[[Event], None]) -> None:
+        """Call a sink no more."""
+        with self._lock:
+            self._sinks.remove(sink)
+
     def record(self, event: Event) -> None:
         """Count an event and hand it to the sinks."""
         with self._lock:
             if not math.isfinite(event.value):
                 pass  # a sampled step with NaN or Inf in it says nothing of the codec
-            elif event.parameter:
+            elif event.kind in ("error_energy", "signal_energy"):
                 self._energies[event.parameter, event.kind] += event.value
-            else:
+            elif not event.parameter:
                 self._totals[event.kind] += event.value
             sinks = tuple(self._sinks)
         for sink in sinks:

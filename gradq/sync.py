@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from gradq import wire
+from gradq.adaptive import Learner
 from gradq.collectives import Collective, Executor, Segment, Setting, Step, choose, join, open_channels
 from gradq.collectives.base import Pending
 from gradq.errors import ConfigError
@@ -82,9 +83,9 @@ class GradientSync:
         group: dist.ProcessGroup,
         config: SyncConfig,
     ) -> None:
-        self.parameters = {parameter.name: parameter for parameter in parameters}
         self.group, self.config = group, config
         self.rank, self.world_size = group.rank(), group.size()
+        self.parameters = {p.name: replace(p, world_size=self.world_size) for p in parameters}
         self.metrics = Metrics()
         self.feedback = Feedback(config.residual_dtype)
         self.step = 0
@@ -93,14 +94,15 @@ class GradientSync:
         self._buckets: dict[int, _Bucket] = {}
         self._executor = Executor()
         self.plan: Plan = {}
+        self.learner = Learner(group, self.metrics, config.seed)
         self.set_policy(policy, label)
         self._channels, self._close_channels = open_channels(group, 2, self.metrics, config.timeout)
 
     def set_policy(self, policy: Policy | None, label: str) -> None:
         """Use another policy from the next step on. Call it between steps, on all ranks: they compare notes.
 
-        Local residuals of parameters that still use feedback are kept; all others, and the shard residuals,
-        are dropped, and a log line says so.
+        Local residuals of parameters that still use feedback are kept, shard residuals if the piece that
+        this rank owns is the same too; all others are dropped, and a log line says so.
 
         Raises:
             ConfigError: the plan leaves parameters out; MismatchError: ranks disagree. The old policy stays.
@@ -114,15 +116,19 @@ class GradientSync:
         for name, entry in plan.items():
             entry.check(self.parameters[name])
         agree(self._notes(plan, label), self.group)
+        self.learner.follow(policy, label, self.plan, plan, self.step)
+        if plan and plan == self.plan:
+            return
         unchanged = {name for name, entry in plan.items() if entry == self.plan.get(name)}
-        self.plan = plan
+        before, self.plan = self._shard_pieces(), plan
         self._buckets.clear()
         payload_bytes = int(sum(e.payload_bytes(self.parameters[name]) for name, e in plan.items()))
         self._collective = choose(self.config.collective, self.world_size, payload_bytes)
         self._collectives = {n: choose(e.collective, plain=self._collective) for n, e in plan.items()}
         self._has_feedback = any(entry.feedback1 or entry.feedback2 for entry in self.plan.values())
         dropped = self.feedback.local.keep({n for n, entry in self.plan.items() if entry.feedback1})
-        dropped += self.feedback.shard.keep(set())
+        kept = {name for name, piece in self._shard_pieces().items() if before.get(name) == piece}
+        dropped += self.feedback.shard.keep(kept)
         self.feedback.bases.keep(unchanged)
         if dropped:
             _log.info("new plan: dropped the residuals of %d parameters (%s, ...)", len(dropped), dropped[0])
@@ -131,6 +137,11 @@ class GradientSync:
                 codec.warm_up()
             for collective in set(self._collectives.values()):
                 collective.warm_up()
+
+    def _shard_pieces(self) -> dict[str, tuple[int, int]]:
+        """The part of each parameter of which this rank keeps a shard residual."""
+        segments = [self.segment(name) for name in self.plan]
+        return {s.name: s.piece(self.world_size, self.rank) for s in segments if s.feedback2}
 
     def _notes(self, plan: Plan, label: str) -> dict[str, object]:
         """What all ranks must have in common."""
@@ -167,6 +178,8 @@ class GradientSync:
             self._loss_scale = float(self.config.loss_scale())
         if self.world_size == 1:
             return self._pass_through(flat, last)
+        if index == 0 and self.learner.learns(self.step):
+            self.set_policy(self.learner.policy, self.learner.label)
         dense_bytes = wire.ring_bytes(flat.nbytes, self.world_size)
         self.metrics.record(Event("dense_bytes", dense_bytes, self.step, index))
         if not self.plan:
@@ -232,6 +245,7 @@ class GradientSync:
     def _run(self, bucket: _Bucket, flat: Tensor, step: Step, last: bool) -> Iterator[Pending]:
         """The stages of one bucket, for the executor."""
         work = flat if bucket.work is None else bucket.work.copy_(flat)
+        self.learner.measure([self.parameters[name] for name in bucket.names], work, step)
         yield from bucket.collective.average(work, step)
         if work is not flat:
             flat.copy_(work)
@@ -278,7 +292,7 @@ class GradientSync:
 
     def close(self) -> None:
         """End the threads and the process groups; afterwards `average` is a plain all-reduce. Idempotent."""
-        self.plan, self._has_feedback = {}, False
+        self.plan, self._has_feedback, self.learner.policy = {}, False, None
         self._executor.close()
         self._close_channels()
         self._close_channels = lambda: None

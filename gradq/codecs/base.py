@@ -57,8 +57,11 @@ class Codec(ABC):
         """This codec with every "auto" option decided, for use with or without error feedback."""
         return self
 
-    def default_phase2(self) -> Codec:
-        """The codec for the means when a spec names only one: their error is not averaged down."""
+    def default_phase2(self, world_size: int | None = None) -> Codec:
+        """The codec for the means of world_size ranks (None: unknown) when a spec names only one.
+
+        It needs more bits: the error of the means is not averaged down.
+        """
         return self
 
     @abstractmethod

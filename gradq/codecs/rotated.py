@@ -24,6 +24,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradq.codecs.base import Codec
+from gradq.codecs.phase2 import phase2_bits
 from gradq.codecs.uniform import UniformCodec
 from gradq.errors import ConfigError
 from gradq.kernels.rotated import TILE, payload_bytes, rotated_kernels, rotation_base
@@ -111,9 +112,9 @@ class RotatedCodec(Codec):
         """Decide scale="auto"."""
         return self if self.scale != "auto" else replace(self, scale="mse" if feedback else "unbiased")
 
-    def default_phase2(self) -> Codec:
-        """Uniform with 8 bits: the error of the mean is seen whole by every rank."""
-        return UniformCodec(num_bits=8)
+    def default_phase2(self, world_size: int | None = None) -> Codec:
+        """Uniform with 6 or 8 bits: the error of the mean is seen whole. See `gradq.codecs.phase2`."""
+        return UniformCodec(num_bits=phase2_bits(self.num_bits + 1, world_size))
 
     def nbytes(self, numel: int) -> int:
         """Four bytes, a bf16 scale for every 256 elements, codes of whole rows of 16."""

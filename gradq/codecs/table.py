@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from gradq.codecs.base import Codec
+from gradq.codecs.phase2 import phase2_bits
 from gradq.codecs.uniform import UniformCodec
 from gradq.errors import ConfigError
 from gradq.kernels.rotated import POLYNOMIALS
@@ -159,9 +160,10 @@ class TableCodec(Codec):
         decided = "nearest" if (feedback and nearest) or not stochastic else "stochastic"
         return replace(self, rounding=decided)
 
-    def default_phase2(self) -> Codec:
-        """Uniform with 8 bits, but for the formats that have 8."""
-        return self if _FORMATS[self.format].num_bits == 8 else UniformCodec(num_bits=8)
+    def default_phase2(self, world_size: int | None = None) -> Codec:
+        """Uniform with 6 or 8 bits, but for the formats that have 8. See `gradq.codecs.phase2`."""
+        num_bits = _FORMATS[self.format].num_bits
+        return self if num_bits == 8 else UniformCodec(num_bits=phase2_bits(num_bits + 1, world_size))
 
     def nbytes(self, numel: int) -> int:
         """Scales, then codes; the last block is padded to a multiple of 8 elements."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradq.codecs.base import Codec
+from gradq.codecs.phase2 import phase2_bits
 from gradq.errors import ConfigError
 from gradq.rng import EncodeContext
 
@@ -102,9 +103,9 @@ class UniformCodec(Codec):
             return self
         return replace(self, rounding="nearest" if feedback else "stochastic")
 
-    def default_phase2(self) -> UniformCodec:
-        """8 bits: the error of the mean is seen whole by every rank."""
-        return replace(self, num_bits=8)
+    def default_phase2(self, world_size: int | None = None) -> UniformCodec:
+        """6 or 8 bits: the error of the mean is seen whole by every rank. See `gradq.codecs.phase2`."""
+        return replace(self, num_bits=phase2_bits(self.num_bits, world_size))
 
     def nbytes(self, numel: int) -> int:
         """Scales, then codes; the last block is padded to a multiple of 8 elements."""

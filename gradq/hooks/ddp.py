@@ -4,7 +4,7 @@ This module has no `from __future__ import annotations`: DDP compares the hook's
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,7 @@ from gradq.codecs import Codec
 from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
 from gradq.handshake import agree
 from gradq.metrics import Event, Stats
-from gradq.policy import ExactRule, FixedPolicy, ParameterInfo, Policy, Spec
+from gradq.policy import ExactRule, FixedPolicy, MixedPolicy, ParameterInfo, Policy, Rules, Spec, roles
 from gradq.sync import GradientSync, SyncConfig
 
 __all__ = ["HookState", "compress", "hook"]
@@ -39,8 +39,9 @@ class HookState:
     Args:
         module: the model, wrapped in DistributedDataParallel or not.
         spec: how gradients travel: "none", "fp32", "bf16", "fp16", "int8" ... "int2", two of them as
-            "phase1+phase2", a codec or a `Spec`; or a policy object. "int4" sends gradients in 4 bits and
-            their means in 8.
+            "phase1+phase2", a codec or a `Spec`; a mapping of rules such as {"wte*": "int8", "*": "int4"}
+            (see `MixedPolicy`); or a policy object, such as `BitAllocation`. "int4" sends gradients in 4 bits
+            and their means in more, by the number of ranks.
         group: the process group DDP averages over; DDP's own, or the default group.
         feedback: error feedback: "auto" (at 4 bits and below), True or False. It keeps two fp32 copies of
             the compressed gradients.
@@ -62,7 +63,7 @@ class HookState:
     def __init__(
         self,
         module: nn.Module,
-        spec: str | Codec | Spec | Policy = "int8",
+        spec: str | Codec | Spec | Policy | Rules = "int8",
         *,
         group: dist.ProcessGroup | None = None,
         feedback: bool | str = "auto",
@@ -99,8 +100,10 @@ class HookState:
                 agree({"error": str(error)}, group)
             raise
 
-    def _policy(self, spec: str | Codec | Spec | Policy) -> tuple[Spec | Policy, Policy | None]:
+    def _policy(self, spec: str | Codec | Spec | Policy | Rules) -> tuple[Spec | Policy, Policy | None]:
         """What was asked for, and the policy it stands for."""
+        if isinstance(spec, Mapping):
+            spec = MixedPolicy(rules=spec, exact=self._exact, feedback=self._feedback)
         if not isinstance(spec, str | Codec | Spec):
             return spec, spec
         parsed = Spec.parse(spec)
@@ -128,7 +131,7 @@ class HookState:
             ) from None
         return self.sync.average(flat, names, index=bucket.index(), last=bucket.is_last())
 
-    def set_spec(self, spec: str | Codec | Spec | Policy) -> None:
+    def set_spec(self, spec: str | Codec | Spec | Policy | Rules) -> None:
         """Use another spec from the next step on.
 
         All ranks call it between the same two steps. Residuals of parameters that no longer use feedback are
@@ -184,7 +187,7 @@ class HookState:
 
 def _label(spec: Spec | Policy) -> str:
     """A name that is equal on all ranks; the `repr` of a policy may hold addresses."""
-    return str(spec) if isinstance(spec, Spec) else type(spec).__name__
+    return str(spec) if isinstance(spec, Spec) else getattr(spec, "label", type(spec).__name__)
 
 
 def hook(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -203,7 +206,7 @@ def hook(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Ten
 
 def compress(
     model: nn.Module,
-    spec: str | Codec | Spec | Policy = "int8",
+    spec: str | Codec | Spec | Policy | Rules = "int8",
     *,
     group: dist.ProcessGroup | None = None,
     feedback: bool | str = "auto",
@@ -281,7 +284,7 @@ def _describe(module: nn.Module, names: dict[Tensor, str]) -> list[ParameterInfo
             raise UnsupportedError(
                 f"module {path!r} makes sparse gradients, which cannot be compressed; use sparse=False"
             )
-    parameters = []
+    parameters, role = [], roles(module)
     for index, (parameter, name) in enumerate(names.items()):
         if parameter.dtype not in _DTYPES:
             raise UnsupportedError(
@@ -292,7 +295,13 @@ def _describe(module: nn.Module, names: dict[Tensor, str]) -> list[ParameterInfo
                 f"parameter {name!r} is on {parameter.device}; this version of gradq runs on CPU tensors"
             )
         parameters.append(
-            ParameterInfo(name=name, shape=tuple(parameter.shape), dtype=parameter.dtype, index=index)
+            ParameterInfo(
+                name=name,
+                shape=tuple(parameter.shape),
+                dtype=parameter.dtype,
+                index=index,
+                role=role.get(name, ""),
+            )
         )
     if not parameters:
         raise UnsupportedError(

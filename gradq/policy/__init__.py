@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-from gradq.policy.base import Assignment, ParameterInfo, Plan, Policy
+from gradq.policy.allocate import Allocation, GradientStatistics, allocate_bits
+from gradq.policy.base import AdaptivePolicy, Assignment, ParameterInfo, Plan, Policy
+from gradq.policy.bit_allocation import BitAllocation
 from gradq.policy.fixed import ExactRule, FixedPolicy, small_or_1d
+from gradq.policy.mixed import MixedPolicy, Rules, roles
 from gradq.policy.spec import Spec
 
-__all__ = ["Assignment", "ExactRule", "FixedPolicy", "ParameterInfo", "Plan", "Policy", "Spec", "small_or_1d"]
+__all__ = [
+    "AdaptivePolicy",
+    "Allocation",
+    "Assignment",
+    "BitAllocation",
+    "ExactRule",
+    "FixedPolicy",
+    "GradientStatistics",
+    "MixedPolicy",
+    "ParameterInfo",
+    "Plan",
+    "Policy",
+    "Rules",
+    "Spec",
+    "allocate_bits",
+    "roles",
+    "small_or_1d",
+]

@@ -65,15 +65,17 @@ class FixedPolicy:
             ConfigError: a pattern matches no parameter, or error feedback was asked for a codec that does not
                 contract.
         """
-        rest = None if self.spec.low_rank and self.spec.phase1 is None else self._compressed()
-        casts = rest is None or (isinstance(rest.phase1, ExactCodec) and isinstance(rest.phase2, ExactCodec))
+        rest = None if self.spec.low_rank and self.spec.phase1 is None else self.spec.codecs()
+        casts = rest is None or all(isinstance(codec, ExactCodec) for codec in rest)
         is_exact = self._exact_rule(parameters, default=(lambda _: False) if casts else small_or_1d)
         never_low_rank = self._exact_rule(parameters, default=small_or_1d)
+        sizes = {p.world_size for p in parameters} if rest is not None else set()
+        compressed = {size: self.assignment(size) for size in sizes}
         plan = {}
         for parameter in parameters:
             fp64 = parameter.dtype == torch.float64
             native = fp64 or rest is None or is_exact(parameter)
-            entry = _native(parameter) if native or rest is None else rest
+            entry = _native(parameter) if native else compressed[parameter.world_size]
             if self.spec.low_rank and parameter.ndim > 1 and not fp64 and not never_low_rank(parameter):
                 factors = _low_rank(self.spec.low_rank)
                 saves = factors.payload_bytes(parameter) < entry.payload_bytes(parameter)
@@ -81,8 +83,9 @@ class FixedPolicy:
             plan[parameter.name] = entry
         return plan
 
-    def _compressed(self) -> Assignment:
-        codec1, codec2 = self.spec.codecs()
+    def assignment(self, world_size: int | None = None) -> Assignment:
+        """How what is not exact travels among so many ranks (None: unknown)."""
+        codec1, codec2 = self.spec.codecs(world_size)
         feedback1, feedback2 = self._feedback(codec1), self._feedback(codec2)
         return Assignment(
             phase1=codec1.for_feedback(feedback1),

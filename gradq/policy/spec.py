@@ -81,15 +81,17 @@ class Spec:
         """Whether gradients are left to a plain all-reduce."""
         return self.phase1 is None and not self.low_rank
 
-    def codecs(self) -> tuple[Codec, Codec]:
-        """The codecs of both phases.
+    def codecs(self, world_size: int | None = None) -> tuple[Codec, Codec]:
+        """The codecs of both phases, for a number of ranks (None: unknown).
 
         Raises:
             SpecError: the spec names none.
         """
         if self.phase1 is None:
             raise SpecError(f'the spec "{self}" has no codecs')
-        return self.phase1, self.phase2 if self.phase2 is not None else self.phase1.default_phase2()
+        if self.phase2 is not None:
+            return self.phase1, self.phase2
+        return self.phase1, self.phase1.default_phase2(world_size)
 
     def __str__(self) -> str:
         """The text that makes this spec again."""

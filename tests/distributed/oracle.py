@@ -111,11 +111,11 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plan_for(
-    model: nn.Module, spec: str | Policy, **options: Any
+    model: nn.Module, spec: str | Policy, world_size: int | None = None, **options: Any
 ) -> dict[str, tuple[ParameterInfo, Assignment]]:
     """The plan a policy makes, a FixedPolicy if only the spec is given, by name."""
     infos = [
-        ParameterInfo(name=name, shape=tuple(p.shape), dtype=p.dtype, index=index)
+        ParameterInfo(name=name, shape=tuple(p.shape), dtype=p.dtype, index=index, world_size=world_size)
         for index, (name, p) in enumerate(model.named_parameters())
     ]
     policy = FixedPolicy(spec=Spec.parse(spec), **options) if isinstance(spec, str) else spec

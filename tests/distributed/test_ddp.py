@@ -18,7 +18,7 @@ def check(world_size: int, job: dict, *, two_phase: bool | None = None, unused: 
     put_in = [result[0] for result in results]
     model = Net(job.get("dtype", torch.float32), job.get("mixed", False))
     options = {key: value for key, value in job.get("compress", {}).items() if key in ("feedback", "exact")}
-    plan = plan_for(model, job["spec"], **options)
+    plan = plan_for(model, job["spec"], world_size, **options)
     if two_phase is None:
         collective = job.get("compress", {}).get("collective", "auto")
         two_phase = collective == "two_phase"

@@ -22,6 +22,7 @@ LAYERS = [
     {"codecs", "feedback", "collectives"},
     {"policy"},
     {"handshake"},
+    {"adaptive"},
     {"sync"},
     {"checkpoint"},
     {"hooks"},
