@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from gradq.collectives.base import Collective, Segment, Setting, Step
+from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
 from gradq.collectives.channels import open_channels
 from gradq.collectives.direct import Direct
 from gradq.collectives.executor import Executor
+from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
+from gradq.collectives.reduce_scatter import ReduceScatter, ShardSegment
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
 
-__all__ = ["COLLECTIVES", "Collective", "Executor", "Segment", "Setting", "Step", "choose", "open_channels"]
+__all__ = [
+    "COLLECTIVES",
+    "Collective",
+    "Executor",
+    "Hierarchical",
+    "ReduceScatter",
+    "Scratch",
+    "Segment",
+    "Setting",
+    "ShardSegment",
+    "Step",
+    "choose",
+    "open_channels",
+    "ranks_per_node",
+]
 
-COLLECTIVES: dict[str, type[Collective]] = {"direct": Direct, "two_phase": TwoPhase}
+COLLECTIVES: dict[str, type[Collective]] = {
+    "direct": Direct,
+    "two_phase": TwoPhase,
+    "hierarchical": Hierarchical,
+}
 
 _SMALL_BYTES = 64 * 1024
 

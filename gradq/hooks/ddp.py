@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradq import checkpoint
 from gradq.codecs import Codec
+from gradq.collectives import ranks_per_node
 from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
 from gradq.handshake import agree
 from gradq.metrics import Event, Stats
@@ -48,10 +49,12 @@ class HookState:
             elements or one dimension; or a predicate over `ParameterInfo` that decides alone. See
             `FixedPolicy` for casts such as "bf16".
         seed: of the stochastic rounding. Same seed, same bytes.
-        collective: "auto" (direct at two ranks, else two_phase), "direct" or "two_phase".
+        collective: "auto" (direct at two ranks, else two_phase), "direct", "two_phase" or "hierarchical"
+            (exact inside a node, compressed between nodes; see `gradq.collectives.hierarchical`).
         residual_dtype: "fp32", or "bf16" for half the memory at an unrecovered rounding of 2**-9.
         grad_scaler: a `torch.amp.GradScaler`: residuals are then kept in unscaled units.
         timeout: of an exchange; the group's by default.
+        local_world_size: ranks a node, for collective="hierarchical"; LOCAL_WORLD_SIZE by default.
 
     Raises:
         ConfigError: an argument out of its range (SpecError for the spec).
@@ -72,6 +75,7 @@ class HookState:
         residual_dtype: str = "fp32",
         grad_scaler: torch.amp.GradScaler | None = None,
         timeout: timedelta | None = None,
+        local_world_size: int | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError('no process group: call torch.distributed.init_process_group("gloo") first')
@@ -81,14 +85,15 @@ class HookState:
         inner = module.module if isinstance(module, DistributedDataParallel) else module
         self._names = {p: name for name, p in inner.named_parameters() if p.requires_grad}
         self._feedback, self._exact = feedback, exact
-        config = SyncConfig(
-            seed=seed,
-            collective=collective,
-            residual_dtype=residual_dtype,
-            timeout=timeout,
-            loss_scale=(lambda: 1.0) if grad_scaler is None else grad_scaler.get_scale,
-        )
         try:
+            config = SyncConfig(
+                seed=seed,
+                collective=collective,
+                local_world_size=_local_world_size(collective, local_world_size, group),
+                residual_dtype=residual_dtype,
+                timeout=timeout,
+                loss_scale=(lambda: 1.0) if grad_scaler is None else grad_scaler.get_scale,
+            )
             parameters = _describe(inner, self._names)
             self.spec, policy = self._policy(spec)
             self.sync = GradientSync(parameters, policy, _label(self.spec), group, config)
@@ -187,6 +192,15 @@ def _label(spec: Spec | Policy) -> str:
     return str(spec) if isinstance(spec, Spec) else type(spec).__name__
 
 
+def _local_world_size(collective: str, asked: int | None, group: dist.ProcessGroup) -> int:
+    """Ranks a node if that matters, else 1."""
+    if collective == "hierarchical":
+        return ranks_per_node(asked, group.rank(), group.size())
+    if asked is not None:
+        raise ConfigError('local_world_size= is for collective="hierarchical"')
+    return 1
+
+
 def hook(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The communication hook: `model.register_comm_hook(gradq.HookState(model, "int4"), gradq.hook)`.
 
@@ -213,6 +227,7 @@ def compress(
     residual_dtype: str = "fp32",
     grad_scaler: torch.amp.GradScaler | None = None,
     timeout: timedelta | None = None,
+    local_world_size: int | None = None,
 ) -> HookState:
     """Compress the gradients of a DistributedDataParallel model before they are averaged.
 
@@ -225,10 +240,11 @@ def compress(
         feedback: "auto", True or False.
         exact: what travels exact besides small and one-dimensional parameters.
         seed: of the stochastic rounding.
-        collective: "auto", "direct" or "two_phase".
+        collective: "auto", "direct", "two_phase" or "hierarchical".
         residual_dtype: "fp32" or "bf16".
         grad_scaler: the GradScaler in use, if any.
         timeout: of an exchange.
+        local_world_size: ranks a node, for "hierarchical".
 
     Returns:
         The handle: `stats`, `set_spec`, `state_dict`, `load_state_dict`, `close`.
@@ -261,6 +277,7 @@ def compress(
         residual_dtype=residual_dtype,
         grad_scaler=grad_scaler,
         timeout=timeout,
+        local_world_size=local_world_size,
     )
     try:
         model.register_comm_hook(state, hook)
