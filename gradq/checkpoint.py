@@ -93,6 +93,7 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
         CheckpointError: there is no such checkpoint or key, or the model differs.
     """
     sync = handle.sync
+    key = ".".join([key, *getattr(handle, "checkpoint_path", ())])  # FSDP2 with replicas: the shard's own
     saved = _saved_shapes(Path(checkpoint_id), key)
     _check_fit({name: shape[1] for name, shape in saved["local"].items()}, sync)
     scalars = {name: torch.zeros((), dtype=torch.int64) for name in ("format", "step", "world_size")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradq.collectives.all_gather import AllGather
 from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
 from gradq.collectives.channels import open_channels
 from gradq.collectives.direct import Direct
@@ -13,6 +14,7 @@ from gradq.errors import ConfigError
 
 __all__ = [
     "COLLECTIVES",
+    "AllGather",
     "Collective",
     "Executor",
     "Hierarchical",

@@ -19,6 +19,7 @@ from gradq.codecs import Codec
 from gradq.collectives import ranks_per_node
 from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
 from gradq.handshake import agree
+from gradq.hooks._fsdp_torch import is_fully_sharded
 from gradq.metrics import Event, Stats
 from gradq.policy import ExactRule, FixedPolicy, ParameterInfo, Policy, Spec
 from gradq.sync import GradientSync, SyncConfig
@@ -228,13 +229,17 @@ def compress(
     grad_scaler: torch.amp.GradScaler | None = None,
     timeout: timedelta | None = None,
     local_world_size: int | None = None,
+    replicate_group: dist.ProcessGroup | None = None,
+    shard_spec: str | Codec | Spec | Policy = "none",
+    gather_spec: str | Codec | Spec = "none",
 ) -> HookState:
-    """Compress the gradients of a DistributedDataParallel model before they are averaged.
+    """Compress the gradients of a model before they are averaged: DistributedDataParallel or FSDP2.
 
     All ranks call it with the same arguments, once, after wrapping the model and before the first step.
 
     Args:
-        model: a DistributedDataParallel model on CPU tensors over Gloo.
+        model: a DistributedDataParallel model, or one that `fully_shard` was applied to (FSDP2, HSDP; see
+            `gradq.hooks.fsdp`), on CPU tensors over Gloo.
         spec: see `HookState`, like all that follow.
         group: process group; the model's own by default.
         feedback: "auto", True or False.
@@ -245,23 +250,49 @@ def compress(
         grad_scaler: the GradScaler in use, if any.
         timeout: of an exchange.
         local_world_size: ranks a node, for "hierarchical".
+        replicate_group: FSDP2 on a mesh of one dimension: the ranks that hold the same shard.
+        shard_spec: FSDP2 with replicas: how gradients travel in the reduce-scatter.
+        gather_spec: FSDP2: how parameters travel when they are gathered.
 
     Returns:
         The handle: `stats`, `set_spec`, `state_dict`, `load_state_dict`, `close`.
 
     Raises:
-        UnsupportedError: not a DDP model, its hook is taken, or see `HookState`.
+        UnsupportedError: not a DDP or FSDP2 model, its hook is taken, or see `HookState`.
         ConfigError, MismatchError: see `HookState`.
 
     Example:
         >>> model = DistributedDataParallel(model)          # doctest: +SKIP
         >>> handle = gradq.compress(model, "int4")          # doctest: +SKIP
     """
+    if is_fully_sharded(model):
+        from gradq.hooks.fsdp import ShardedHookState  # it builds on this module
+
+        if group is not None or local_world_size is not None:
+            raise ConfigError(
+                "group= and local_world_size= are for DistributedDataParallel; FSDP2 knows its mesh"
+            )
+        return ShardedHookState(
+            model,
+            spec,
+            feedback=feedback,
+            exact=exact,
+            seed=seed,
+            collective=collective,
+            residual_dtype=residual_dtype,
+            grad_scaler=grad_scaler,
+            timeout=timeout,
+            replicate_group=replicate_group,
+            shard_spec=shard_spec,
+            gather_spec=gather_spec,
+        )
     if not isinstance(model, DistributedDataParallel):
         raise UnsupportedError(
-            f"gradq.compress takes a DistributedDataParallel model, got {type(model).__name__}; "
-            "wrap it first: model = DistributedDataParallel(model)"
+            f"gradq.compress takes a DistributedDataParallel model or one with fully_shard applied (FSDP2), "
+            f"got {type(model).__name__}; wrap it first: model = DistributedDataParallel(model)"
         )
+    if replicate_group is not None or shard_spec != "none" or gather_spec != "none":
+        raise ConfigError("replicate_group=, shard_spec= and gather_spec= are for FSDP2 models")
     if model.mixed_precision is not None:
         raise UnsupportedError(
             "DistributedDataParallel(mixed_precision=...) takes the model's only hook; use torch.autocast"
