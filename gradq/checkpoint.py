@@ -41,7 +41,7 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
         "format", "step" and "world_size" as integer tensors; "rank" [W, 1]; "local" and "shard": residuals by
         parameter name, row-sharded DTensors [W, n] (shard residuals padded to the longest piece). At world
         size 1 the rows are plain tensors [1, n]. "bases": tensors [n], by parameter name. With an adaptive
-        policy also "policy": its plan, and what every rank has measured for the next, row-sharded fp64 [W, n].
+        policy also "policy": its plan, and what each rank measured since, row-sharded fp64 [W, n].
     """
     local, shard = {}, {}
     for name, length in _shapes(sync)[0].items():
@@ -90,6 +90,7 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
         CheckpointError: there is no such checkpoint or key, or the model differs.
     """
     sync = handle.sync
+    key = ".".join([key, *getattr(handle, "checkpoint_path", ())])  # FSDP2 with replicas: the shard's own
     saved = _saved_shapes(Path(checkpoint_id), key)
     _check_fit({name: shape[1] for name, shape in saved["local"].items()}, sync)
     scalars = {name: torch.zeros((), dtype=torch.int64) for name in ("format", "step", "world_size")}

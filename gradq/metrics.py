@@ -22,10 +22,10 @@ class Event:
     """One measurement.
 
     Attributes:
-        kind: "encode_ms", "exchange_ms", "decode_ms", "wire_bytes", "dense_bytes", "step",
-            "error_energy" or "signal_energy" (sums of squares, of a sampled step); of an adaptive policy:
-            "gradient_energy", "candidate_error" (sums of squares, unscaled), "measure_ms", and "replan"
-            (parameters that got another codec).
+        kind: "encode_ms", "exchange_ms", "decode_ms", "wire_bytes", "intra_node_bytes", "dense_bytes",
+            "step", "error_energy" or "signal_energy" (sums of squares, of a sampled step); of an adaptive
+            policy: "gradient_energy", "candidate_error" (sums of squares, unscaled), "measure_ms", and
+            "replan" (parameters that got another codec).
         value: in the unit that the kind's suffix names.
         step: optimizer step.
         bucket: index of the bucket, -1 where it does not apply.
@@ -68,6 +68,7 @@ class Stats:
         steps: finished optimizer steps.
         dense_bytes: what a ring all-reduce of the gradients in their own dtype would have sent.
         wire_bytes: payload bytes sent, scales, padding and headers included (TCP's own headers are not).
+        intra_node_bytes: those of them that stayed inside the node, where a collective knows the nodes.
         encode_ms: time spent encoding (all phases, worker thread).
         exchange_ms: time between posting and completing exchanges; overlapping ones both count.
         decode_ms: time spent decoding and averaging.
@@ -82,6 +83,7 @@ class Stats:
     exchange_ms: float = 0.0
     decode_ms: float = 0.0
     nmse: float | None = None
+    intra_node_bytes: int = 0
     parameters: dict[str, ParameterStats] = field(default_factory=dict)
 
     @property
@@ -89,12 +91,19 @@ class Stats:
         """Compression ratio, dense bytes / wire bytes: higher is better; 1.0 before the first step."""
         return self.dense_bytes / self.wire_bytes if self.wire_bytes else 1.0
 
+    @property
+    def inter_node_bytes(self) -> int:
+        """What left the node; all of wire_bytes unless the collective knows the nodes."""
+        return self.wire_bytes - self.intra_node_bytes
+
     def __str__(self) -> str:
         """One line a person can read, per step."""
         steps = max(self.steps, 1)
         nmse = "" if self.nmse is None else f", nmse {self.nmse:.2e}"
+        inside = self.intra_node_bytes / steps / 1e6
         return (
-            f"{self.steps} steps: {self.wire_bytes / steps / 1e6:.3f} MB a step on the wire, "
+            f"{self.steps} steps: {self.wire_bytes / steps / 1e6:.3f} MB a step on the wire"
+            f"{f' ({inside:.3f} inside the node)' if inside else ''}, "
             f"{self.ratio:.2f}x fewer than dense; encode {self.encode_ms / steps:.2f} ms, "
             f"exchange {self.exchange_ms / steps:.2f} ms, decode {self.decode_ms / steps:.2f} ms{nmse}"
         )
@@ -157,6 +166,7 @@ class Metrics:
             exchange_ms=totals.get("exchange_ms", 0.0),
             decode_ms=totals.get("decode_ms", 0.0),
             nmse=_nmse(errors, signals) if energies else None,
+            intra_node_bytes=int(totals.get("intra_node_bytes", 0)),
             parameters=filled,
         )
 

@@ -6,7 +6,7 @@ The life of a gradient:
 2. The policy has said which codec each parameter travels in; small ones travel exact in the same payload.
 3. The collective encodes, exchanges, averages and decodes, stage by stage on the executor's threads (`_run`;
    read `collectives/direct.py`, then `two_phase.py`).
-4. After the last bucket of a step the residuals are committed, unless a gradient was not finite (`_finish`).
+4. After the last bucket of a step the residuals are committed, unless a gradient was not finite (`finish`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class SyncConfig:
 
     Attributes:
         seed: of the dither.
-        collective: "auto", "direct" or "two_phase".
+        collective: "auto", "direct", "two_phase" or "hierarchical".
+        local_world_size: ranks a node for "hierarchical", else 1.
         residual_dtype: "fp32" or "bf16".
         timeout: of an exchange; None takes the process group's.
         loss_scale: asked at the start of every step.
@@ -51,6 +52,7 @@ class SyncConfig:
 
     seed: int = 0
     collective: str = "auto"
+    local_world_size: int = 1
     residual_dtype: str = "fp32"
     timeout: timedelta | None = None
     loss_scale: Callable[[], float] = lambda: 1.0
@@ -96,7 +98,8 @@ class GradientSync:
         self.plan: Plan = {}
         self.learner = Learner(group, self.metrics, config.seed)
         self.set_policy(policy, label)
-        self._channels, self._close_channels = open_channels(group, 2, self.metrics, config.timeout)
+        count = max(2, self._collective.num_channels)
+        self._channels, self._close_channels = open_channels(group, count, self.metrics, config.timeout)
 
     def set_policy(self, policy: Policy | None, label: str) -> None:
         """Use another policy from the next step on. Call it between steps, on all ranks: they compare notes.
@@ -155,6 +158,7 @@ class GradientSync:
             "spec": label,
             "seed": config.seed,
             "collective": config.collective,
+            "local_world_size": config.local_world_size,
             "residual_dtype": config.residual_dtype,
             "step": self.step,
             "parameters": described,
@@ -173,9 +177,7 @@ class GradientSync:
             A future of flat.
         """
         if index == 0:
-            self._finite, self._sample = True, self.sample_next
-            self.sample_next = False
-            self._loss_scale = float(self.config.loss_scale())
+            self.begin()
         if self.world_size == 1:
             return self._pass_through(flat, last)
         if index == 0 and self.learner.learns(self.step):
@@ -187,6 +189,12 @@ class GradientSync:
         bucket = self._bucket(flat, tuple(names), index)
         step = Step(self.step, index, self._loss_scale, self._sample)
         return self._executor.submit(self._run(bucket, flat, step, last), flat)
+
+    def begin(self) -> None:
+        """Start a step."""
+        self._finite, self._sample = True, self.sample_next
+        self.sample_next = False
+        self._loss_scale = float(self.config.loss_scale())
 
     def _bucket(self, flat: Tensor, names: tuple[str, ...], index: int) -> _Bucket:
         """The bucket's collective and buffers, made anew when DDP has changed its layout."""
@@ -221,6 +229,7 @@ class GradientSync:
             feedback2=entry.feedback2 and self._collectives[name].num_channels > 1,
             matrix=info.matrix,
             low_rank=min(entry.low_rank, *info.matrix),
+            local_world_size=self.config.local_world_size,
         )
 
     def piece_numel(self, name: str, owner: int) -> int:
@@ -240,6 +249,7 @@ class GradientSync:
             device=device,
             bases=self.feedback.bases,
             plain=self._collective,
+            local_world_size=self.config.local_world_size,
         )
 
     def _run(self, bucket: _Bucket, flat: Tensor, step: Step, last: bool) -> Iterator[Pending]:
@@ -252,9 +262,10 @@ class GradientSync:
         if self._has_feedback:
             self._finite = self._finite and _all_finite(flat)
         if last:
-            self._finish()
+            self.finish()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """End a step."""
         self.feedback.finish(self._finite)
         self.metrics.record(Event("step", 1, self.step))
         self.step += 1
@@ -262,7 +273,7 @@ class GradientSync:
     def _pass_through(self, flat: Tensor, last: bool) -> Future[Tensor]:
         """World size 1: the mean is the gradient."""
         if last:
-            self._finish()
+            self.finish()
         future: Future[Tensor] = Future()
         future.set_result(flat)
         return future
@@ -272,7 +283,7 @@ class GradientSync:
         self.metrics.record(Event("wire_bytes", dense_bytes, self.step, index))
         future = dist.all_reduce(flat.div_(self.world_size), group=self.group, async_op=True).get_future()
         if last:
-            self._finish()
+            self.finish()
         averaged: Future[Tensor] = future.then(lambda done: done.value()[0])
         return averaged
 

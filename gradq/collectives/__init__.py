@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from gradq.collectives.base import Collective, Segment, Setting, Step
+from gradq.collectives.all_gather import AllGather
+from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
 from gradq.collectives.channels import open_channels
 from gradq.collectives.direct import Direct
 from gradq.collectives.executor import Executor
+from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
 from gradq.collectives.joined import Joined, join
 from gradq.collectives.low_rank import LowRank, basis_numel
+from gradq.collectives.reduce_scatter import ReduceScatter, ShardSegment
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
 
 __all__ = [
     "COLLECTIVES",
     "PER_PARAMETER",
+    "AllGather",
     "Collective",
     "Executor",
+    "Hierarchical",
     "Joined",
     "LowRank",
+    "ReduceScatter",
+    "Scratch",
     "Segment",
     "Setting",
+    "ShardSegment",
     "Step",
     "basis_numel",
     "choose",
     "join",
     "open_channels",
+    "ranks_per_node",
 ]
 
 # for a whole model or for single parameters
-COLLECTIVES: dict[str, type[Collective]] = {"direct": Direct, "two_phase": TwoPhase}
+COLLECTIVES: dict[str, type[Collective]] = {
+    "direct": Direct,
+    "two_phase": TwoPhase,
+    "hierarchical": Hierarchical,
+}
 # only for parameters whose assignment names them
 PER_PARAMETER: dict[str, type[Collective]] = {"low_rank": LowRank}
 

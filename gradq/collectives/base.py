@@ -21,7 +21,17 @@ from torch import Tensor
 from gradq import rng, wire
 from gradq.metrics import Event, Metrics
 
-__all__ = ["Channel", "Collective", "Pending", "Residuals", "Segment", "SegmentCodec", "Setting", "Step"]
+__all__ = [
+    "Channel",
+    "Collective",
+    "Pending",
+    "Residuals",
+    "Scratch",
+    "Segment",
+    "SegmentCodec",
+    "Setting",
+    "Step",
+]
 
 
 class SegmentCodec(Protocol):
@@ -75,8 +85,8 @@ class Channel(Protocol):
         """Start to send send[r] to every rank r and to receive receive[r] from it; own entries are unused.
 
         Args:
-            send: W messages, uint8; the header is written into their first bytes.
-            receive: W buffers of the expected sizes.
+            send: W messages, uint8; the header is written into their first bytes. An empty one is not sent.
+            receive: W buffers of the expected sizes; empty where the peer's message is.
             header: this rank's header; a received one must equal it but for the sender.
         """
 
@@ -96,6 +106,9 @@ class Segment:
         feedback2: whether phase 2 uses the shard residual.
         matrix: rows and columns of the parameter, for `low_rank`.
         low_rank: the rank it is approximated with there; 0 elsewhere.
+        local_world_size: ranks a node, if they share the parameter out among themselves first (hierarchical).
+        offset: if the segment is a part of its parameter, where in the parameter it starts.
+        whole: elements of the parameter then; 0 if the segment is all of it.
     """
 
     name: str
@@ -108,11 +121,28 @@ class Segment:
     feedback2: bool
     matrix: tuple[int, int] = (0, 0)
     low_rank: int = 0
+    local_world_size: int = 1
+    offset: int = 0
+    whole: int = 0
+
+    @property
+    def grain(self) -> int:
+        """The parameter is cut at multiples of this many elements."""
+        return math.lcm(self.phase1.block_size, self.phase2.block_size)
 
     def piece(self, world_size: int, owner: int) -> tuple[int, int]:
-        """The elements [start, stop) of this parameter that a rank owns."""
-        grain = math.lcm(self.phase1.block_size, self.phase2.block_size)
-        return wire.shard(self.numel, grain, world_size, owner, self.rotation)
+        """The elements [start, stop) of this segment that a rank owns."""
+        if self.local_world_size == 1:
+            return wire.shard(self.numel, self.grain, world_size, owner, self.rotation)
+        node, local_rank = divmod(owner, self.local_world_size)
+        first, last = self.local_piece(local_rank)
+        num_nodes = world_size // self.local_world_size
+        start, stop = wire.shard(last - first, self.grain, num_nodes, node, self.rotation)
+        return first + start, first + stop
+
+    def local_piece(self, local_rank: int) -> tuple[int, int]:
+        """The elements [start, stop) that one rank of every node sums for its node."""
+        return wire.shard(self.numel, self.grain, self.local_world_size, local_rank, self.rotation)
 
 
 @dataclass(frozen=True)
@@ -130,6 +160,25 @@ class Step:
     bucket: int
     loss_scale: float = 1.0
     sample: bool = False
+
+
+class Scratch:
+    """Buffers of bytes by name, each as large as the largest request so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, nbytes: int) -> Tensor:
+        """The first nbytes of a buffer, uint8; whatever the last user left is in it."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < nbytes:
+            buffer = self._buffers[name] = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+        return buffer[:nbytes]
+
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(buffer.numel() for buffer in self._buffers.values())
 
 
 @dataclass(frozen=True)
@@ -159,6 +208,9 @@ class Setting:
     device: torch.device
     bases: Residuals | None = None
     plain: type[Collective] | None = None
+    local_world_size: int = 1
+    byte_kinds: tuple[str, ...] = ("wire_bytes",)  # what the bytes sent count as
+    scratch: Scratch | None = None  # shared by collectives that never run at the same time
 
 
 class Collective(ABC):
@@ -194,10 +246,15 @@ class Collective(ABC):
 
     def post(self, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step) -> Pending:
         """Post an exchange on the channel of a phase and count its bytes."""
-        setting = self.setting
+        return self._exchange(self.setting, phase, send, receive, step)
+
+    def _exchange(
+        self, setting: Setting, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step
+    ) -> Pending:
         header = wire.Header(phase, setting.rank, step.bucket, step.index, self._layout)
         sent = sum(message.numel() for peer, message in enumerate(send) if peer != setting.rank)
-        setting.metrics.record(Event("wire_bytes", sent, step.index, step.bucket, phase))
+        for kind in setting.byte_kinds:
+            setting.metrics.record(Event(kind, sent, step.index, step.bucket, phase))
         return setting.channels[phase - 1].post(send, receive, header)
 
     def timed(self, kind: str, step: Step, phase: int) -> AbstractContextManager[None]:
@@ -205,14 +262,25 @@ class Collective(ABC):
         return self.setting.metrics.timed(kind, step=step.index, bucket=step.bucket, phase=phase)
 
     def encode1(
-        self, segment: Segment, start: int, stop: int, x: Tensor, payload: Tensor, step: Step
+        self,
+        segment: Segment,
+        start: int,
+        stop: int,
+        x: Tensor,
+        payload: Tensor,
+        step: Step,
+        first_block: int | None = None,
     ) -> None:
-        """Phase 1: encode elements [start, stop) of a segment, x being just those."""
+        """Phase 1: encode elements [start, stop) of a segment, x being just those.
+
+        Pieces that do not start at a multiple of the block size must say which blocks of the dither they use.
+        """
         codec = segment.phase1
+        start, stop = segment.offset + start, segment.offset + stop
         context = rng.EncodeContext(
             key=rng.dither_key(self.setting.seed, step.index, self._ids[segment.name], 1),
             shift=rng.dither_shift(self.setting.rank, self.setting.world_size),
-            first_block=start // codec.block_size,
+            first_block=start // codec.block_size if first_block is None else first_block,
             loss_scale=step.loss_scale,
         )
         if not segment.feedback1:
@@ -220,7 +288,8 @@ class Collective(ABC):
             if step.sample:
                 self._sample(segment, x, payload, step)
             return
-        with self.setting.local.piece(segment.name, segment.numel, start, stop) as (old, new):
+        numel = segment.whole or segment.numel
+        with self.setting.local.piece(segment.name, numel, start, stop) as (old, new):
             codec.encode(x, payload, context=context, residual=old, new_residual=new)
             if step.sample:
                 self._sample(segment, x + step.loss_scale * old, payload, step)
@@ -232,7 +301,7 @@ class Collective(ABC):
         codec = segment.phase2
         context = rng.EncodeContext(
             key=rng.dither_key(self.setting.seed, step.index, self._ids[segment.name], 2),
-            first_block=start // codec.block_size,
+            first_block=(segment.offset + start) // codec.block_size,
             loss_scale=step.loss_scale,
         )
         if not segment.feedback2:

@@ -60,7 +60,7 @@ class _Exchange:
         elapsed_ms = 1e3 * (time.perf_counter() - self._posted)
         self._metrics.record(Event("exchange_ms", elapsed_ms, header.step, header.bucket, header.phase))
         for peer, message in enumerate(self._receive):
-            if peer != header.sender:
+            if peer != header.sender and message.numel():
                 received = message[: wire.HEADER_BYTES].numpy().tobytes()
                 replace(header, sender=peer).check(received)
 
@@ -87,10 +87,12 @@ class PeerChannel:
         self._posted += 1
         try:
             for peer in reversed(peers):
-                works.append(("receiving from", peer, self._group.recv([receive[peer]], peer, tag)))
+                if receive[peer].numel():
+                    works.append(("receiving from", peer, self._group.recv([receive[peer]], peer, tag)))
             for peer in peers:
-                send[peer][: wire.HEADER_BYTES] = packed
-                works.append(("sending to", peer, self._group.send([send[peer]], peer, tag)))
+                if send[peer].numel():
+                    send[peer][: wire.HEADER_BYTES] = packed
+                    works.append(("sending to", peer, self._group.send([send[peer]], peer, tag)))
         except RuntimeError as error:
             raise PeerError(
                 f"rank {header.sender}: cannot reach rank {peer} in step {header.step}, "

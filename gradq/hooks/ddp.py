@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradq import checkpoint
 from gradq.codecs import Codec
+from gradq.collectives import ranks_per_node
 from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
 from gradq.handshake import agree
+from gradq.hooks._fsdp_torch import is_fully_sharded
 from gradq.metrics import Event, Stats
 from gradq.policy import ExactRule, FixedPolicy, MixedPolicy, ParameterInfo, Policy, Rules, Spec, roles
 from gradq.sync import GradientSync, SyncConfig
@@ -49,10 +51,12 @@ class HookState:
             elements or one dimension; or a predicate over `ParameterInfo` that decides alone. See
             `FixedPolicy` for casts such as "bf16".
         seed: of the stochastic rounding. Same seed, same bytes.
-        collective: "auto" (direct at two ranks, else two_phase), "direct" or "two_phase".
+        collective: "auto" (direct at two ranks, else two_phase), "direct", "two_phase" or "hierarchical"
+            (exact inside a node, compressed between nodes; see `gradq.collectives.hierarchical`).
         residual_dtype: "fp32", or "bf16" for half the memory at an unrecovered rounding of 2**-9.
         grad_scaler: a `torch.amp.GradScaler`: residuals are then kept in unscaled units.
         timeout: of an exchange; the group's by default.
+        local_world_size: ranks a node, for collective="hierarchical"; LOCAL_WORLD_SIZE by default.
 
     Raises:
         ConfigError: an argument out of its range (SpecError for the spec).
@@ -73,6 +77,7 @@ class HookState:
         residual_dtype: str = "fp32",
         grad_scaler: torch.amp.GradScaler | None = None,
         timeout: timedelta | None = None,
+        local_world_size: int | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError('no process group: call torch.distributed.init_process_group("gloo") first')
@@ -82,14 +87,15 @@ class HookState:
         inner = module.module if isinstance(module, DistributedDataParallel) else module
         self._names = {p: name for name, p in inner.named_parameters() if p.requires_grad}
         self._feedback, self._exact = feedback, exact
-        config = SyncConfig(
-            seed=seed,
-            collective=collective,
-            residual_dtype=residual_dtype,
-            timeout=timeout,
-            loss_scale=(lambda: 1.0) if grad_scaler is None else grad_scaler.get_scale,
-        )
         try:
+            config = SyncConfig(
+                seed=seed,
+                collective=collective,
+                local_world_size=_local_world_size(collective, local_world_size, group),
+                residual_dtype=residual_dtype,
+                timeout=timeout,
+                loss_scale=(lambda: 1.0) if grad_scaler is None else grad_scaler.get_scale,
+            )
             parameters = _describe(inner, self._names)
             self.spec, policy = self._policy(spec)
             self.sync = GradientSync(parameters, policy, _label(self.spec), group, config)
@@ -190,6 +196,15 @@ def _label(spec: Spec | Policy) -> str:
     return str(spec) if isinstance(spec, Spec) else getattr(spec, "label", type(spec).__name__)
 
 
+def _local_world_size(collective: str, asked: int | None, group: dist.ProcessGroup) -> int:
+    """Ranks a node if that matters, else 1."""
+    if collective == "hierarchical":
+        return ranks_per_node(asked, group.rank(), group.size())
+    if asked is not None:
+        raise ConfigError('local_world_size= is for collective="hierarchical"')
+    return 1
+
+
 def hook(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """The communication hook: `model.register_comm_hook(gradq.HookState(model, "int4"), gradq.hook)`.
 
@@ -216,39 +231,71 @@ def compress(
     residual_dtype: str = "fp32",
     grad_scaler: torch.amp.GradScaler | None = None,
     timeout: timedelta | None = None,
+    local_world_size: int | None = None,
+    replicate_group: dist.ProcessGroup | None = None,
+    shard_spec: str | Codec | Spec | Policy = "none",
+    gather_spec: str | Codec | Spec = "none",
 ) -> HookState:
-    """Compress the gradients of a DistributedDataParallel model before they are averaged.
+    """Compress the gradients of a model before they are averaged: DistributedDataParallel or FSDP2.
 
     All ranks call it with the same arguments, once, after wrapping the model and before the first step.
 
     Args:
-        model: a DistributedDataParallel model on CPU tensors over Gloo.
+        model: a DistributedDataParallel model, or one that `fully_shard` was applied to (FSDP2, HSDP; see
+            `gradq.hooks.fsdp`), on CPU tensors over Gloo.
         spec: see `HookState`, like all that follow.
         group: process group; the model's own by default.
         feedback: "auto", True or False.
         exact: what travels exact besides small and one-dimensional parameters.
         seed: of the stochastic rounding.
-        collective: "auto", "direct" or "two_phase".
+        collective: "auto", "direct", "two_phase" or "hierarchical".
         residual_dtype: "fp32" or "bf16".
         grad_scaler: the GradScaler in use, if any.
         timeout: of an exchange.
+        local_world_size: ranks a node, for "hierarchical".
+        replicate_group: FSDP2 on a mesh of one dimension: the ranks that hold the same shard.
+        shard_spec: FSDP2 with replicas: how gradients travel in the reduce-scatter.
+        gather_spec: FSDP2: how parameters travel when they are gathered.
 
     Returns:
         The handle: `stats`, `set_spec`, `state_dict`, `load_state_dict`, `close`.
 
     Raises:
-        UnsupportedError: not a DDP model, its hook is taken, or see `HookState`.
+        UnsupportedError: not a DDP or FSDP2 model, its hook is taken, or see `HookState`.
         ConfigError, MismatchError: see `HookState`.
 
     Example:
         >>> model = DistributedDataParallel(model)          # doctest: +SKIP
         >>> handle = gradq.compress(model, "int4")          # doctest: +SKIP
     """
+    if is_fully_sharded(model):
+        from gradq.hooks.fsdp import ShardedHookState  # it builds on this module
+
+        if group is not None or local_world_size is not None:
+            raise ConfigError(
+                "group= and local_world_size= are for DistributedDataParallel; FSDP2 knows its mesh"
+            )
+        return ShardedHookState(
+            model,
+            spec,
+            feedback=feedback,
+            exact=exact,
+            seed=seed,
+            collective=collective,
+            residual_dtype=residual_dtype,
+            grad_scaler=grad_scaler,
+            timeout=timeout,
+            replicate_group=replicate_group,
+            shard_spec=shard_spec,
+            gather_spec=gather_spec,
+        )
     if not isinstance(model, DistributedDataParallel):
         raise UnsupportedError(
-            f"gradq.compress takes a DistributedDataParallel model, got {type(model).__name__}; "
-            "wrap it first: model = DistributedDataParallel(model)"
+            f"gradq.compress takes a DistributedDataParallel model or one with fully_shard applied (FSDP2), "
+            f"got {type(model).__name__}; wrap it first: model = DistributedDataParallel(model)"
         )
+    if replicate_group is not None or shard_spec != "none" or gather_spec != "none":
+        raise ConfigError("replicate_group=, shard_spec= and gather_spec= are for FSDP2 models")
     if model.mixed_precision is not None:
         raise UnsupportedError(
             "DistributedDataParallel(mixed_precision=...) takes the model's only hook; use torch.autocast"
@@ -264,6 +311,7 @@ def compress(
         residual_dtype=residual_dtype,
         grad_scaler=grad_scaler,
         timeout=timeout,
+        local_world_size=local_world_size,
     )
     try:
         model.register_comm_hook(state, hook)

@@ -1,0 +1,454 @@
+"""FSDP2: `compress` for models that `fully_shard` was applied to, with or without replicas (HSDP).
+
+Plain FSDP2 (a mesh of one dimension): the reduce-scatter of every unit is compressed. With replicas (a mesh
+of two dimensions, or `replicate_group=`): the reduce-scatter inside the node stays FSDP's own unless asked,
+and the average over replicas is compressed. Parameters may be gathered in 8 bits (`gather_spec`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+
+from gradq import checkpoint
+from gradq.codecs import Codec, ExactCodec
+from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
+from gradq.handshake import agree
+from gradq.hooks import _fsdp_torch
+from gradq.hooks._fsdp_torch import Shard, Unit
+from gradq.hooks.ddp import _DTYPES, HookState, _label
+from gradq.hooks.sharded import ShardedSync
+from gradq.metrics import Event, Stats
+from gradq.policy import ExactRule, FixedPolicy, ParameterInfo, Plan, Policy, Spec
+from gradq.sync import GradientSync, SyncConfig
+
+__all__ = ["ShardedHookState"]
+
+_log = logging.getLogger("gradq")
+
+
+class ShardedHookState(HookState):
+    """The handle that `compress` returns for a model sharded by `fully_shard`.
+
+    Constructing it is a collective call over all ranks of the model's mesh. A step is one backward that
+    reduces gradients. What FSDP computes stays as it is: the reduction's dtype (`MixedPrecisionPolicy`), its
+    divide factor (`set_gradient_divide_factor`), mean or sum, gradient accumulation. NaN and Inf appear in
+    the gradient of the rank that owns the shard, as in plain FSDP.
+
+    A rank holds buffers for the encoded gradients of its largest unit. Error feedback is off unless asked
+    for, because its local residual is as large as the *unsharded* gradient: two fp32 copies, 8 bytes for
+    every element of the whole model on every rank. Without it 4 bits round stochastically. With replicas the
+    residual is of the shard only, and the default is that of DDP.
+
+    Args:
+        model: a module with `fully_shard` applied to it, its parts, or both.
+        spec: how gradients travel, see `HookState`. With replicas: between the replicas.
+        feedback: error feedback: "auto" (off; with replicas at 4 bits and below), True or False.
+        exact: see `HookState`; sizes are those of whole parameters.
+        seed: of the stochastic rounding.
+        collective: between replicas; see `HookState`. Without replicas there is nothing to choose.
+        residual_dtype: see `HookState`.
+        grad_scaler: see `HookState`.
+        timeout: of an exchange; the group's by default.
+        replicate_group: the ranks that hold the same shard, if the mesh has one dimension and the replicas
+            are yours to average. Not with a mesh of two dimensions, which knows them.
+        shard_spec: with replicas: how gradients travel in the reduce-scatter; "none" leaves it to FSDP.
+        gather_spec: how parameters travel when FSDP gathers them: "none", or an unbiased codec such as
+            "int8". Shards and optimizer stay exact.
+
+    Raises:
+        UnsupportedError: a set-up that cannot be compressed, or a torch without the hooks.
+        ConfigError, MismatchError: see `HookState`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: str | Codec | Spec | Policy = "int8",
+        *,
+        feedback: bool | str = "auto",
+        exact: ExactRule = (),
+        seed: int = 0,
+        collective: str = "auto",
+        residual_dtype: str = "fp32",
+        grad_scaler: torch.amp.GradScaler | None = None,
+        timeout: timedelta | None = None,
+        replicate_group: dist.ProcessGroup | None = None,
+        shard_spec: str | Codec | Spec | Policy = "none",
+        gather_spec: str | Codec | Spec = "none",
+    ) -> None:
+        self._units = _fsdp_torch.find_units(model)
+        shard_group = _same_group(self._units, "shard_group")
+        if shard_group is None:
+            raise UnsupportedError("fully_shard was applied to modules without parameters only")
+        native = _same_group(self._units, "replicate_group")
+        if native is not None and replicate_group is not None:
+            raise ConfigError("replicate_group= was given, but the model's mesh already has replicas")
+        replicate_group = native or replicate_group
+        self._exact = exact
+        self._feedback = False if feedback == "auto" and replicate_group is None else feedback
+        self._partial: dict[int, Tensor] = {}
+        self._backward = -1
+        config = SyncConfig(
+            seed=seed,
+            collective=collective if replicate_group is not None else "auto",
+            residual_dtype=residual_dtype,
+            timeout=timeout,
+            loss_scale=(lambda: 1.0) if grad_scaler is None else grad_scaler.get_scale,
+        )
+        problem: GradqError | None = None
+        try:
+            if replicate_group is None and collective != "auto":
+                raise ConfigError(f"collective={collective!r}: FSDP2 without replicas has only one")
+            if replicate_group is None and shard_spec != "none":
+                raise ConfigError(
+                    "shard_spec= is for models with replicas; spec is the reduce-scatter's here"
+                )
+            self._check(model)
+            self.spec, policy = self._policy(spec)
+            shard_label, shard_policy = (_label(self.spec), policy)
+            if replicate_group is not None:
+                asked, shard_policy = self._policy(shard_spec, feedback=False)
+                shard_label = _label(asked)
+            self._shards = ShardedSync(
+                [_info(shard, index, shard.reduce_dtype) for index, shard in enumerate(self._all())],
+                {shard.name: shard.chunk for shard in self._all()},
+                shard_policy,
+                shard_label,
+                shard_group,
+                dataclasses.replace(config, collective="auto"),
+                self._gather_plan(gather_spec),
+            )
+        except GradqError as error:
+            problem = error
+            if not isinstance(error, MismatchError):  # the others are waiting in the handshake: tell them
+                _tell(error, shard_group)
+        self.sync: GradientSync
+        if replicate_group is not None:  # ... and those in the other dimension of the mesh
+            if problem is not None:
+                _tell(problem, replicate_group)
+                raise problem
+            self.sync = self._shards.replicas = self._replicas(policy, replicate_group, config)
+            self._checkpoint_path = (f"shard{shard_group.rank()}of{shard_group.size()}",)
+        elif problem is not None:
+            raise problem
+        else:
+            self.sync = self._shards
+        try:
+            self._install(has_replicas=replicate_group is not None)
+        except BaseException:
+            self.close()
+            raise
+        self._say_what_it_costs()
+
+    def _all(self) -> list[Shard]:
+        return [shard for unit in self._units for shard in unit.shards]
+
+    def _check(self, model: nn.Module) -> None:
+        """Raise what cannot be compressed, by name."""
+        for unit in self._units:
+            if unit.device.type != "cpu":
+                raise UnsupportedError(
+                    f"module {unit.path!r} is on {unit.device}; this version of gradq runs on CPU tensors"
+                )
+        for shard in self._all():
+            if shard.requires_grad and shard.reduce_dtype not in _DTYPES:
+                raise UnsupportedError(
+                    f"the gradient of {shard.name!r} is reduced in {shard.reduce_dtype}; gradq averages "
+                    "fp32, bf16, fp16 and fp64 gradients"
+                )
+        if not any(shard.requires_grad for shard in self._all()):
+            raise UnsupportedError("the model has no sharded parameters that require gradients")
+        left_out = list(_fsdp_torch.unmanaged_parameters(model, self._units))
+        if left_out:
+            _log.warning(
+                "%d parameters (%s, ...) are in no fully_shard unit: neither FSDP nor gradq averages them",
+                len(left_out),
+                left_out[0],
+            )
+
+    def _policy(
+        self, spec: str | Codec | Spec | Policy, feedback: bool | str | None = None
+    ) -> tuple[Spec | Policy, Policy | None]:
+        if not isinstance(spec, str | Codec | Spec):
+            return spec, spec
+        parsed = Spec.parse(spec)
+        if parsed.is_none:
+            return parsed, None
+        chosen = self._feedback if feedback is None else feedback
+        return parsed, FixedPolicy(spec=parsed, exact=self._exact, feedback=chosen)
+
+    def _gather_plan(self, spec: str | Codec | Spec) -> Plan:
+        parsed = Spec.parse(spec)
+        if parsed.phase1 is None:
+            return {}
+        if not (parsed.phase1.unbiased or isinstance(parsed.phase1, ExactCodec)):
+            raise ConfigError(f"gather_spec={str(parsed)!r} rounds weights with a bias; use int8 or bf16")
+        for unit in self._units:
+            if unit.gathers_in_smaller_groups:
+                raise UnsupportedError(
+                    f"module {unit.path!r} reshards to fewer ranks after forward; gather_spec= needs "
+                    "reshard_after_forward to be True or False"
+                )
+        infos = [_info(shard, index, shard.gather_dtype) for index, shard in enumerate(self._all())]
+        return FixedPolicy(spec=parsed, exact=self._exact, feedback=False).plan(infos)
+
+    def _replicas(self, policy: Policy | None, group: dist.ProcessGroup, config: SyncConfig) -> GradientSync:
+        """What averages this rank's shards over the replicas."""
+        infos = [
+            ParameterInfo(name=shard.name, shape=(shard.chunk,), dtype=shard.reduce_dtype, index=index)
+            for index, shard in enumerate(self._all())
+        ]
+        own = dataclasses.replace(config, seed=config.seed + (self._shards.rank << 48))  # shards differ
+        return GradientSync(infos, self._for_shards(policy), _label(self.spec), group, own)
+
+    def _for_shards(self, policy: Policy | None) -> Policy | None:
+        return None if policy is None else _ForWhole(policy, self._all())
+
+    # --- what FSDP calls --------------------------------------------------------------------------------
+
+    def _install(self, *, has_replicas: bool) -> None:
+        for unit in self._units:
+            if not has_replicas or self._shards.plan:
+                unit.set_reduce_scatter(_ReduceScatterComm(self, unit))
+            if has_replicas:
+                if not self._shards.plan:
+                    unit.watch()
+                unit.set_replica_hook(_replica_hook(self, unit))
+            if self._shards.gather_plan:
+                unit.set_all_gather(_AllGatherComm(self._shards, unit))
+
+    def _enter_backward(self) -> None:
+        """Start a step with the first reduction of a backward, and end it with that backward."""
+        current = _fsdp_torch.backward_id()
+        if current == self._backward and current != -1:
+            return
+        self._backward = current
+        self._shards.begin()
+        _fsdp_torch.after_backward(self._leave_backward)
+
+    def _leave_backward(self) -> None:
+        self._backward = -1
+        if self.failure is None:
+            self._shards.finish()
+
+    def reduce(self, unit: Unit, out: Tensor, flat: Tensor, op: Any, group: dist.ProcessGroup) -> None:
+        """Reduce the gradients of one unit; what FSDP calls in the place of its reduce-scatter."""
+        shards = self._shards
+        self._enter_backward()
+        if not shards.plan:
+            nbytes = flat.nbytes * (shards.world_size - 1) // shards.world_size
+            for kind in ("dense_bytes", "wire_bytes"):
+                shards.metrics.record(Event(kind, nbytes, shards.step, unit.index))
+            _fsdp_torch.reduce_scatter(out, flat, op, group)
+            return
+        shards.reduce_scatter(
+            flat, out, unit.reducing, index=unit.index, factor=_factor(op, unit, shards.world_size)
+        )
+
+    def average_replicas(self, unit: Unit, shard: Tensor) -> None:
+        """Average the reduced gradients of one unit over the replicas.
+
+        As in FSDP itself, with `set_gradient_divide_factor` replicas are summed, and while
+        `set_requires_all_reduce(False)` holds they are only collected.
+        """
+        sync = self.sync
+        self._enter_backward()
+        if not self._shards.plan:
+            self._shards.enter(unit.index)
+        if not unit.all_reduces:
+            partial = self._partial.setdefault(unit.index, torch.zeros_like(shard))
+            partial += shard
+            shard.zero_()
+            return
+        if unit.index in self._partial:
+            shard += self._partial.pop(unit.index)
+        if sync.failure is not None:
+            raise sync.failure
+        try:
+            sync.average(shard, unit.reducing, index=unit.index + 1, last=False).wait()
+        except RuntimeError:
+            if sync.failure is not None:
+                raise sync.failure from None
+            raise
+        if unit.divide_factor is not None:
+            shard *= sync.world_size
+
+    # --- the handle -------------------------------------------------------------------------------------
+
+    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """Not for FSDP2, which has no buckets.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("this handle is of an FSDP2 model; gradq.hook is for DistributedDataParallel")
+
+    def set_spec(self, spec: str | Codec | Spec | Policy) -> None:
+        """Use another spec from the next step on; see `HookState.set_spec`."""
+        asked, policy = self._policy(spec)
+        if self.sync is not self._shards:
+            policy = self._for_shards(policy)
+        self.sync.set_policy(policy, _label(asked))
+        self.spec = asked
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the averaging, None while it works; `backward()` raises it as it is."""
+        return self._shards.failure or self.sync.failure
+
+    def stats(self, *, parameters: bool = False) -> Stats:
+        """Totals of this rank; with replicas, a compressed reduce-scatter counts as inside the node."""
+        stats = self.sync.stats(parameters)
+        if self.sync is self._shards or not self._shards.plan:
+            return stats
+        inside = self._shards.stats()
+        sums = {
+            name: getattr(stats, name) + getattr(inside, name)
+            for name in ("dense_bytes", "wire_bytes", "encode_ms", "exchange_ms", "decode_ms")
+        }
+        return dataclasses.replace(stats, intra_node_bytes=inside.wire_bytes, **sums)
+
+    @property
+    def checkpoint_path(self) -> tuple[str, ...]:
+        """Where under the key of a checkpoint this rank's state stands: replicas of a shard share one."""
+        return self._checkpoint_path if self.sync is not self._shards else ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step and residuals; see `HookState.state_dict`. With replicas, under the name of the shard."""
+        state = checkpoint.state_dict(self.sync)
+        for name in reversed(self.checkpoint_path):
+            state = {name: state}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; see `gradq.checkpoint.load_state_dict`."""
+        for name in self.checkpoint_path:
+            state = state[name]
+        checkpoint.load_state_dict(self.sync, state)
+        self._shards.step = self.sync.step
+
+    def close(self) -> None:
+        """End gradq's threads and process groups. FSDP's own reduction goes on. Idempotent.
+
+        With `replicate_group=` gradq's plain all-reduce goes on averaging the replicas.
+        """
+        keep_hook = self.sync is not self._shards and self._units[0].replicate_group is None
+        for unit in self._units:
+            unit.restore(keep_replica_hook=keep_hook)
+        if self.sync is not self._shards:
+            self.sync.close()
+        self._shards.close()
+
+    def _say_what_it_costs(self) -> None:
+        shards = self._shards
+        numel = sum(shards.parameters[name].numel for name, entry in shards.plan.items() if entry.feedback1)
+        if numel and shards.world_size > 1:
+            _log.warning(
+                "error feedback under FSDP2 keeps 2 copies of the unsharded gradient on every rank: %.1f MB",
+                numel * (8 if shards.config.residual_dtype == "fp32" else 4) / 1e6,
+            )
+
+
+class _ForWhole:
+    """A policy for shards that decides by the whole parameters."""
+
+    def __init__(self, policy: Policy, shards: Sequence[Shard]) -> None:
+        self._policy = policy
+        self._infos = [_info(shard, index, shard.reduce_dtype) for index, shard in enumerate(shards)]
+
+    def plan(self, parameters: Sequence[ParameterInfo]) -> Plan:
+        """The plan for the whole parameters, which have the same names."""
+        return self._policy.plan(self._infos)
+
+
+class _ReduceScatterComm:
+    """FSDP's interface of a reduction."""
+
+    def __init__(self, state: ShardedHookState, unit: Unit) -> None:
+        self._state, self._unit = state, unit
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for the input or the output."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        self._state.reduce(self._unit, output_tensor, input_tensor, op, group)
+
+
+class _AllGatherComm(_ReduceScatterComm):
+    """FSDP's interface of a gathering."""
+
+    def __init__(self, shards: ShardedSync, unit: Unit) -> None:
+        self._shards, self._unit = shards, unit
+
+    def __call__(  # type: ignore[override]
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        numel = input_tensor.numel()
+        row = output_tensor[group.rank() * numel : (group.rank() + 1) * numel]
+        if row.data_ptr() != input_tensor.data_ptr():
+            row.copy_(input_tensor)
+        names = [shard.name for shard in self._unit.shards]
+        self._shards.all_gather(output_tensor, names, index=self._unit.index)
+
+
+def _replica_hook(state: ShardedHookState, unit: Unit) -> Any:
+    def hook(reduced: Tensor) -> None:
+        state.average_replicas(unit, reduced)
+
+    return hook
+
+
+def _factor(op: Any, unit: Unit, world_size: int) -> float:
+    """What to multiply the mean by for the reduction that FSDP asks for."""
+    if op == dist.ReduceOp.AVG:
+        return 1.0
+    if op == dist.ReduceOp.SUM:
+        return float(world_size)
+    divide_factor = unit.divide_factor
+    if divide_factor is None:
+        raise UnsupportedError(f"module {unit.path!r} reduces gradients with {op}; gradq knows mean and sum")
+    return world_size / divide_factor
+
+
+def _info(shard: Shard, index: int, dtype: torch.dtype) -> ParameterInfo:
+    return ParameterInfo(name=shard.name, shape=shard.shape, dtype=dtype, index=index)
+
+
+def _same_group(units: Sequence[Unit], what: str) -> dist.ProcessGroup | None:
+    """The group that all units have in common.
+
+    Raises:
+        UnsupportedError: they have different ones.
+    """
+    groups = [getattr(unit, what) for unit in units]
+    ranks = [None if group is None else tuple(dist.get_process_group_ranks(group)) for group in groups]
+    for unit, own in zip(units, ranks, strict=True):
+        if own != ranks[0]:
+            raise UnsupportedError(
+                f"module {unit.path!r} is sharded over other ranks than {units[0].path!r}; gradq compresses "
+                "models of one mesh"
+            )
+    return groups[0] if groups else None
+
+
+def _tell(error: GradqError, group: dist.ProcessGroup) -> None:
+    with contextlib.suppress(MismatchError):
+        agree({"error": str(error)}, group)

@@ -1,0 +1,221 @@
+"""ShardedSync: gradients of sharded parameters; each rank gets the mean of its own shard.
+
+It is a `GradientSync` whose collective is `ReduceScatter`, driven to its end on the calling thread: FSDP uses
+the result of a reduction at once. FSDP reduces each of its units by itself, in the same order on all ranks; a
+step is one backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradq import wire
+from gradq.collectives import AllGather, ReduceScatter, Scratch, ShardSegment, Step
+from gradq.collectives.base import Pending, Setting
+from gradq.errors import UnsupportedError
+from gradq.metrics import Event
+from gradq.policy import ParameterInfo, Plan, Policy
+from gradq.sync import GradientSync, SyncConfig
+
+__all__ = ["ShardedSync"]
+
+_FLAGS_BUCKET = 0xFFFF
+
+
+class ShardedSync(GradientSync):
+    """Reduces sharded gradients over the ranks of a group, and gathers sharded parameters.
+
+    Args:
+        parameters: whole parameters; their dtype is that of the reduction.
+        chunks: elements of each that a rank holds, padding included.
+        policy: which codec for which parameter; None leaves reductions alone.
+        label: what the policy is called when ranks compare notes.
+        group: the ranks a parameter is sharded over.
+        config: see `SyncConfig`; there is one collective, so its choice is ignored.
+        gather_plan: how parameters travel when they are gathered; empty leaves that alone.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[ParameterInfo],
+        chunks: Mapping[str, int],
+        policy: Policy | None,
+        label: str,
+        group: dist.ProcessGroup,
+        config: SyncConfig,
+        gather_plan: Plan | None = None,
+    ) -> None:
+        self._chunks = dict(chunks)
+        self.gather_plan = dict(gather_plan or {})
+        self.replicas: GradientSync | None = None  # averages the shards over replicas; its steps are ours
+        self._layouts: dict[object, ReduceScatter | AllGather] = {}
+        self._scratch: Scratch | None = None
+        self._reduced: set[int] = set()
+        self._failure: BaseException | None = None
+        super().__init__(parameters, policy, label, group, config)
+
+    def set_policy(self, policy: Policy | None, label: str) -> None:
+        """See `GradientSync.set_policy`."""
+        super().set_policy(policy, label)
+        self._collective = ReduceScatter
+        self._layouts.clear()
+
+    def _notes(self, plan: Plan, label: str) -> dict[str, object]:
+        notes = super()._notes(plan, label)
+        return notes | {"gather": {name: str(entry) for name, entry in self.gather_plan.items()}}
+
+    def segment(self, name: str, start: int = 0) -> ShardSegment:
+        """How a parameter travels if its chunk starts at this element of a row."""
+        return self._segment(self.plan, name, start)
+
+    def _segment(self, plan: Plan, name: str, start: int) -> ShardSegment:
+        entry = plan[name]
+        return ShardSegment(
+            name=name,
+            start=start,
+            numel=self.parameters[name].numel,
+            rotation=0,
+            phase1=entry.phase1,
+            phase2=entry.phase2,
+            feedback1=entry.feedback1,
+            feedback2=False,
+            chunk=self._chunks[name],
+        )
+
+    def _segments(self, plan: Plan, names: Sequence[str], flat: Tensor) -> list[ShardSegment]:
+        segments, start = [], 0
+        for name in names:
+            segments.append(self._segment(plan, name, start))
+            start += segments[-1].chunk
+        if start * self.world_size != flat.numel():
+            raise UnsupportedError(
+                f"FSDP exchanges {flat.numel()} elements where {', '.join(names[:3])}, ... have "
+                f"{start * self.world_size}; it does not lay out these parameters as gradq expects"
+            )
+        return segments
+
+    def _shared_scratch(self, device: torch.device) -> Scratch:
+        if self._scratch is None:
+            self._scratch = Scratch(device)
+        return self._scratch
+
+    def _setting_with_scratch(self, device: torch.device, channel: int, byte_kind: str) -> Setting:
+        return replace(
+            self._setting(device),
+            channels=[self._channels[channel]],
+            byte_kinds=(byte_kind,),
+            scratch=self._shared_scratch(device),
+        )
+
+    def reduce_scatter(
+        self, flat: Tensor, out: Tensor, names: Sequence[str], *, index: int, factor: float
+    ) -> None:
+        """Reduce one unit and wait for it.
+
+        Args:
+            flat: [W * n], row r what rank r will own of the named parameters; this rank's row is overwritten.
+            out: [n], gets factor times the mean over ranks.
+            names: of the parameters, in order.
+            index: of the unit. One that was reduced before in this step starts the next step.
+            factor: W for a sum.
+
+        Raises:
+            PeerError, WireError: an exchange failed; every later one fails with the same error.
+        """
+        self.enter(index)
+        dense_bytes = flat.nbytes * (self.world_size - 1) // self.world_size
+        self.metrics.record(Event("dense_bytes", dense_bytes, self.step, index))
+        key = (index, tuple(names), flat.dtype)
+        layout = self._layouts.get(key)
+        work_dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
+        if layout is None:
+            segments = self._segments(self.plan, names, flat)
+            setting = self._setting_with_scratch(flat.device, 0, "wire_bytes")
+            layout = self._layouts[key] = ReduceScatter(segments, work_dtype, setting)
+        work = flat
+        if flat.dtype != work_dtype:
+            scratch = self._shared_scratch(flat.device)
+            work = scratch.take("work", flat.numel() * work_dtype.itemsize).view(work_dtype).copy_(flat)
+        self._drive(layout.average(work, Step(self.step, index, self._loss_scale, self._sample)))
+        row = work.view(self.world_size, -1)[self.rank]
+        if factor != 1:
+            row *= factor
+        out.copy_(row)
+        if self._has_feedback:
+            self._finite = self._finite and bool(torch.isfinite(row).all())
+
+    def all_gather(self, flat: Tensor, names: Sequence[str], *, index: int) -> None:
+        """Fill flat [W * n], of which this rank has filled its own row, with the decoded parameters.
+
+        In one step the same weights travel as the same bytes, so backward sees what forward saw.
+        """
+        dense_bytes = flat.nbytes * (self.world_size - 1) // self.world_size
+        self.metrics.record(Event("dense_gather_bytes", dense_bytes, self.step, index))
+        key = ("gather", index, flat.dtype)
+        layout = self._layouts.get(key)
+        if layout is None:
+            work_dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
+            segments = self._segments(self.gather_plan, names, flat)
+            setting = self._setting_with_scratch(flat.device, 1, "gather_bytes")
+            layout = self._layouts[key] = AllGather(segments, work_dtype, setting)
+        self._drive(layout.average(flat, Step(self.step, index)))
+
+    def enter(self, index: int) -> None:
+        """Note that a unit is reduced; the second time in a step starts the next step."""
+        if index in self._reduced:
+            self.finish()
+            self.begin()
+        self._reduced.add(index)
+
+    def begin(self) -> None:
+        """Start a step, for the replicas too."""
+        super().begin()
+        self._reduced.clear()
+        if self.replicas is not None:
+            self.replicas.begin()
+
+    def finish(self) -> None:
+        """End a step, for the replicas too. With feedback all ranks hear whether everything was finite."""
+        syncs: list[GradientSync] = [self] if self.replicas is None else [self, self.replicas]
+        finite = all(sync._finite for sync in syncs)
+        if self.world_size > 1 and any(sync._has_feedback for sync in syncs):
+            finite = self._all_ranks(finite)
+        for sync in syncs:
+            sync._finite = finite
+        super().finish()
+        if self.replicas is not None:
+            self.replicas.finish()
+
+    def _all_ranks(self, finite: bool) -> bool:
+        """Whether it holds on all ranks."""
+        flags = torch.zeros(self.world_size, wire.HEADER_BYTES + 1, dtype=torch.uint8)
+        flags[self.rank, -1] = int(finite)
+        header = wire.Header(2, self.rank, _FLAGS_BUCKET, self.step, 0)
+        self.metrics.record(Event("wire_bytes", flags[0].numel() * (self.world_size - 1), self.step))
+        rows = list(flags)
+        self._drive(
+            self._channels[1].post([rows[self.rank]] * self.world_size, rows, header) for _ in range(1)
+        )
+        return bool(flags[:, -1].all())
+
+    def _drive(self, steps: Iterable[Pending]) -> None:
+        """Run a collective to its end on this thread."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            with torch.no_grad():
+                for pending in steps:
+                    pending.wait()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the averaging, None while it works."""
+        return self._failure if self._failure is not None else super().failure
