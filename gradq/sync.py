@@ -141,19 +141,22 @@ class GradientSync:
             "parameters": described,
         }
 
-    def average(self, flat: Tensor, names: Sequence[str], *, index: int, last: bool) -> Future[Tensor]:
+    def average(
+        self, flat: Tensor, names: Sequence[str], *, index: int, last: bool, first: bool | None = None
+    ) -> Future[Tensor]:
         """Average one bucket.
 
         Args:
             flat: the gradients of the named parameters, one after another; replaced by their mean.
             names: of the parameters, in order.
-            index: of the bucket; 0 starts a step.
+            index: of the bucket.
             last: whether this bucket ends the step.
+            first: whether it starts one; bucket 0 does if this is not said.
 
         Returns:
             A future of flat.
         """
-        if index == 0:
+        if index == 0 if first is None else first:
             self._finite, self._sample = True, self.sample_next
             self.sample_next = False
             self._loss_scale = float(self.config.loss_scale())
