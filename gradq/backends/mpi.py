@@ -227,7 +227,9 @@ def _create(settings: Any, _: Any) -> MPIProcessGroup:
             f"of {world.size} in MPI: start it with mpiexec and call gradq.backends.mpi.init()"
         )
     members = world.group.Incl(ranks)
-    tag = zlib.crc32(str(settings.group_id).encode()) % 32768  # the least upper bound of tags MPI allows
+    # By the ranks, not by torch's name of the group: a locally synchronized group is named after how many
+    # groups a rank has, which may differ between ranks. Any MPI allows tags below 2**15.
+    tag = zlib.crc32(str(ranks).encode()) % 2**15
     comm = world.Create_group(members, tag)
     members.Free()
     return MPIProcessGroup(MPI, comm, _watcher(MPI), settings.timeout)

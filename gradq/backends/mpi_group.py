@@ -212,7 +212,9 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         def post() -> list[Any]:
             receive = (array(bits(flat)), counts([view.numel() for view in views], flat))
-            return [self._collectives.Iallgatherv(array(bits(staged)), receive)]
+            in_place = staged.data_ptr() == views[self.rank()].data_ptr()  # FSDP gathers so
+            send = self._MPI.IN_PLACE if in_place else array(bits(staged))
+            return [self._collectives.Iallgatherv(send, receive)]
 
         def finish() -> list[Tensor]:
             for output, view in zip(outputs, views, strict=True):
@@ -437,11 +439,14 @@ class MPIProcessGroup(dist.ProcessGroup):
             UnsupportedError: MPI has none for these tensors.
         """
         kind = next((known for known in self._ops if op == known), None)
-        dtype = tensors[0].dtype
-        if kind is None or (dtype.is_complex and kind not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG)):
-            raise UnsupportedError(f"the backend mpi4py cannot reduce {dtype} tensors by {op}")
+        dtype, ops = tensors[0].dtype, dist.ReduceOp
+        bitwise, additive = kind in (ops.BAND, ops.BOR, ops.BXOR), kind in (ops.SUM, ops.AVG)
+        if kind is None or (bitwise and dtype.is_floating_point) or (dtype.is_complex and not additive):
+            raise UnsupportedError(
+                f"the backend mpi4py cannot reduce {dtype} tensors by {getattr(op, 'op', op)}"
+            )
         if dtype == torch.bool:
-            both = (dist.ReduceOp.PRODUCT, dist.ReduceOp.MIN, dist.ReduceOp.BAND)
+            both = (ops.PRODUCT, ops.MIN, ops.BAND)
             return self._MPI.MIN if kind in both else self._MPI.MAX
         return self._ops[kind]
 
