@@ -10,6 +10,7 @@ name and its C++ (DDP, functional collectives) through virtual functions.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
@@ -54,7 +55,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         self._progress = progress
         self._posting = threading.Lock()
         self._failure: PeerError | None = None
-        self._coalesced: list[Future[list[Tensor]]] | None = None
+        self._coalesced: list[Future[Any]] | None = None
         self._closed = False
         self._name = self._description = ""
         self.options = SimpleNamespace(_timeout=timeout)
@@ -139,15 +140,15 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     # --- collectives ---------------------------------------------------------------------------------------
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> _Work:
         """Reduce every tensor over the ranks, in place."""
         return self._reduce_all("allreduce", tensors, opts or dist.AllreduceOptions())
 
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> _Work:
         """The same, for several."""
         return self._reduce_all("allreduce_coalesced", tensors, opts)
 
-    def _reduce_all(self, name: str, tensors: list[Tensor], opts: Any) -> dist.Work:
+    def _reduce_all(self, name: str, tensors: list[Tensor], opts: Any) -> _Work:
         staged = [to_reduce(tensor) for tensor in tensors]
 
         def post() -> list[Any]:
@@ -161,7 +162,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         return self._launch(name, post, finish, [staged])
 
-    def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+    def reduce(self, tensors: list[Tensor], opts: Any) -> _Work:
         """Reduce a tensor over the ranks, in place on the root."""
         (tensor,) = tensors
         staged = to_reduce(tensor)
@@ -180,7 +181,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         return self._launch("reduce", post, finish, [staged, received])
 
-    def broadcast(self, tensors: list[Tensor], opts: Any) -> dist.Work:
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> _Work:
         """Copy the root's tensor to all."""
         (tensor,) = tensors
         staged = flatten(tensor)
@@ -192,13 +193,13 @@ class MPIProcessGroup(dist.ProcessGroup):
         post = lambda: [self._collectives.Ibcast(array(bits(staged)), opts.rootRank)]  # noqa: E731
         return self._launch("broadcast", post, finish, [staged])
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> _Work:
         """Give every rank all ranks' tensors; they may differ in size."""
         return self._gather_all("allgather", outputs[0], inputs[0])
 
     def allgather_coalesced(
         self, output_lists: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
-    ) -> dist.Work:
+    ) -> _Work:
         """The same, for several; output_lists[k] are all ranks' inputs[k]."""
         works = [
             self._gather_all("allgather_coalesced", list(outputs), tensor)
@@ -206,7 +207,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         ]
         return self._join(works)
 
-    def _gather_all(self, name: str, outputs: Sequence[Tensor], tensor: Tensor) -> dist.Work:
+    def _gather_all(self, name: str, outputs: Sequence[Tensor], tensor: Tensor) -> _Work:
         staged = flatten(tensor)
         flat, views = together(outputs, tensor)
 
@@ -223,19 +224,19 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         return self._launch(name, post, finish, [staged, flat])
 
-    def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> dist.Work:
+    def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> _Work:
         """Give every rank all ranks' tensors in one, one after another."""
         return self._gather_all("all_gather_single", rows(output, self.size()), tensor)
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
-    ) -> dist.Work:
+    ) -> _Work:
         """The same, for several."""
         return self._join(
             [self.all_gather_single(output, tensor) for output, tensor in zip(outputs, inputs, strict=True)]
         )
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> dist.Work:
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> _Work:
         """Give the root all ranks' tensors."""
         (tensor,) = inputs
         staged, root = flatten(tensor), opts.rootRank
@@ -253,7 +254,7 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         return self._launch("gather", post, finish, [staged, flat])
 
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> dist.Work:
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> _Work:
         """Give every rank its tensor of the root's list."""
         (output,) = outputs
         root = opts.rootRank
@@ -273,11 +274,11 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         return self._launch("scatter", post, finish, [staged, flat])
 
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> dist.Work:
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> _Work:
         """Reduce a list of tensors over the ranks; each rank gets its own. They may differ in size."""
         return self._reduce_scatter("reduce_scatter", outputs[0], inputs[0], opts.reduceOp)
 
-    def _reduce_scatter(self, name: str, output: Tensor, parts: Sequence[Tensor], op: Any) -> dist.Work:
+    def _reduce_scatter(self, name: str, output: Tensor, parts: Sequence[Tensor], op: Any) -> _Work:
         flat = torch.cat([part.detach().reshape(-1) for part in parts])
         staged = to_reduce(flat)
         numels = [part.numel() * staged.numel() // max(flat.numel(), 1) for part in parts]
@@ -293,20 +294,20 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         return self._launch(name, post, finish, [staged, received])
 
-    def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any) -> dist.Work:
+    def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any) -> _Work:
         """Reduce a tensor of W equal parts over the ranks; each rank gets its own part."""
         parts = rows(tensor, self.size())
         return self._reduce_scatter("reduce_scatter_single", output, parts, opts.reduceOp)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any
-    ) -> dist.Work:
+    ) -> _Work:
         """The same, for several."""
         return self._join(
             [self.reduce_scatter_single(output, t, opts) for output, t in zip(outputs, inputs, strict=True)]
         )
 
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> dist.Work:
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> _Work:
         """Send inputs[r] to every rank r, and receive outputs[r] from it."""
         return self._exchange("alltoall", outputs, inputs)
 
@@ -317,13 +318,13 @@ class MPIProcessGroup(dist.ProcessGroup):
         output_sizes: list[int],
         input_sizes: list[int],
         opts: Any = None,
-    ) -> dist.Work:
+    ) -> _Work:
         """The same with one tensor each, cut along its first dimension."""
         outputs = output.split(list(output_sizes)) if output_sizes else rows(output, self.size())
         inputs = tensor.split(list(input_sizes)) if input_sizes else rows(tensor, self.size())
         return self._exchange("all_to_all_single", outputs, inputs)
 
-    def _exchange(self, name: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> dist.Work:
+    def _exchange(self, name: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Work:
         sent, pieces = together(inputs, inputs[0])
         for piece, tensor in zip(pieces, inputs, strict=True):
             piece.copy_(tensor.detach().reshape(-1))
@@ -341,32 +342,31 @@ class MPIProcessGroup(dist.ProcessGroup):
 
         return self._launch(name, post, finish, [sent, received])
 
-    def barrier(self, opts: Any = None) -> dist.Work:
+    def barrier(self, opts: Any = None) -> _Work:
         """Done when all ranks have come."""
         return self._launch("barrier", lambda: [self._collectives.Ibarrier()], list, [])
 
     # --- messages between two ranks ------------------------------------------------------------------------
 
-    def send(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> _Work:
         """Send a tensor to a rank of the group."""
         staged = flatten(tensors[0])
         self._check_tag(tag)
         post = lambda: [self._messages.Isend(array(bits(staged)), peer, tag)]  # noqa: E731
         return self._launch(f"send to rank {peer}", post, lambda: tensors, [staged])
 
-    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> dist.Work:
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> _Work:
         """Receive a tensor from a rank of the group."""
         return self._receive(tensors, peer, tag, f"receive from rank {peer}")
 
-    def recv_anysource(self, tensors: list[Tensor], tag: int) -> dist.Work:
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> _Work:
         """Receive a tensor from any rank; the work says from which."""
-        status = self._MPI.Status()
-        work = self._receive(tensors, self._MPI.ANY_SOURCE, tag, "receive from any rank", [status])
-        return _AnySource(work, status)
+        statuses = [self._MPI.Status()]
+        return self._receive(tensors, self._MPI.ANY_SOURCE, tag, "receive from any rank", statuses)
 
     def _receive(
         self, tensors: list[Tensor], peer: int, tag: int, name: str, statuses: list[Any] | None = None
-    ) -> dist.Work:
+    ) -> _Work:
         (tensor,) = tensors
         staged = flatten(tensor)
         self._check_tag(tag)
@@ -391,7 +391,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         finish: Callable[[], list[Tensor]],
         keep: list[Any],
         statuses: list[Any] | None = None,
-    ) -> dist.Work:
+    ) -> _Work:
         """Post an operation and have it watched.
 
         Raises:
@@ -406,26 +406,23 @@ class MPIProcessGroup(dist.ProcessGroup):
             requests = post()
         operation = Operation(requests, finish, where, self._timeout_s, self._fail, keep, statuses)
         self._progress.watch(operation)
-        return self._work(operation.done.then(_value))
+        return self._work(operation.done, statuses[0] if statuses else None)
 
-    def _work(self, future: Future[list[Tensor]]) -> dist.Work:
+    def _work(self, done: Future[Any], status: Any = None) -> _Work:
         if self._coalesced is not None:
-            self._coalesced.append(future)
-        work: dist.Work = torch._C._distributed_c10d._create_work_from_future(future)
-        return work
+            self._coalesced.append(done)
+        return _Work(done, status)
 
-    def _join(self, works: list[dist.Work]) -> dist.Work:
+    def _join(self, works: list[_Work]) -> _Work:
         """One work for several."""
-        joined = torch.futures.collect_all([work.get_future() for work in works])
-        return self._work(joined.then(lambda done: [t for f in done.value() for t in f.value()]))
+        return self._work(torch.futures.collect_all([work._done for work in works]).then(_values))
 
     def _start_coalescing(self, device: torch.device) -> None:
         self._coalesced = []
 
-    def _end_coalescing(self, device: torch.device) -> dist.Work:
-        futures, self._coalesced = self._coalesced or [], None
-        joined = torch.futures.collect_all(futures)
-        return self._work(joined.then(lambda done: [t for f in done.value() for t in f.value()]))
+    def _end_coalescing(self, device: torch.device) -> _Work:
+        done, self._coalesced = self._coalesced or [], None
+        return self._work(torch.futures.collect_all(done).then(_values))
 
     def _fail(self, error: PeerError) -> None:
         self._failure = self._failure or error
@@ -467,24 +464,56 @@ class MPIProcessGroup(dist.ProcessGroup):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
 
-class _AnySource(dist.Work):
-    """The work of a receive from any rank: it knows from which, once it is done."""
+class _Work(dist.Work):
+    """An operation under way; unlike the work that torch makes of a future, it raises when it failed.
 
-    def __init__(self, work: dist.Work, status: Any) -> None:
+    Args:
+        done: holds the tensors, or the error.
+        status: MPI's, of a receive from any rank.
+    """
+
+    def __init__(self, done: Future[Any], status: Any = None) -> None:
         super().__init__()
-        self._work, self._status = work, status
+        self._done, self._status = done, status
+        self._future = done.then(_value)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Return when the message is here."""
-        return bool(self._work.wait())
+        """Return when it is done.
+
+        Raises:
+            PeerError: it failed, or is not done after the timeout (0: the group's own).
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        while timeout > timedelta(0) and not self._done.done():
+            if time.monotonic() > deadline:
+                raise PeerError(f"an MPI operation is not done after {timeout.total_seconds():g} s")
+            time.sleep(1e-3)
+        self._done.wait()
+        _value(self._done)
+        return True
+
+    synchronize = wait
 
     def is_completed(self) -> bool:
-        """Whether the message is here."""
-        return bool(self._work.is_completed())
+        """Whether it is done."""
+        return self._done.done()
+
+    def is_success(self) -> bool:
+        """Whether it is done without an error."""
+        return self._done.done() and not isinstance(self._done.value(), BaseException)
+
+    def exception(self) -> BaseException | None:
+        """The error, if it has failed."""
+        outcome = self._done.value() if self._done.done() else None
+        return outcome if isinstance(outcome, BaseException) else None
+
+    def result(self) -> list[Tensor]:
+        """The tensors that were written."""
+        return _value(self._done)
 
     def get_future(self) -> Future[list[Tensor]]:
-        """Of the tensor."""
-        return self._work.get_future()
+        """Of the tensors; raises when the operation failed. What DDP waits for."""
+        return self._future
 
     def _source_rank(self) -> int:
         return int(self._status.Get_source())
@@ -495,3 +524,10 @@ def _value(done: Future[Any]) -> list[Tensor]:
     if isinstance(outcome, BaseException):
         raise outcome
     return list(outcome)
+
+
+def _values(done: Future[list[Future[Any]]]) -> list[Tensor] | BaseException:
+    """Of several futures: all tensors, or the first error."""
+    outcomes = [future.value() for future in done.value()]
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    return errors[0] if errors else [tensor for outcome in outcomes for tensor in outcome]

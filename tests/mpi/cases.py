@@ -34,15 +34,17 @@ class Branches(nn.Module):
         torch.manual_seed(0)
         self.first, self.left, self.right = nn.Linear(20, 33), nn.Linear(33, 7), nn.Linear(33, 7)
 
-    def forward(self, x: Tensor, right: bool = False) -> Tensor:
+    def forward(self, x: Tensor, branch: str) -> Tensor:
         hidden = self.first(x).tanh()
-        return self.right(hidden) if right else self.left(hidden)
+        return {"left": self.left, "right": self.right, "both": lambda h: self.left(h) + self.right(h)}[
+            branch
+        ](hidden)
 
 
 # --- torch's own cases ---------------------------------------------------------------------------------
 
 
-def ddp(rank: int, options: dict, rights: list[bool], num_steps: int = 3) -> list[dict[str, Tensor]]:
+def ddp(rank: int, options: dict, branches: list[str], num_steps: int = 3) -> list[dict[str, Tensor]]:
     """Gradients of plain DDP; checked against the mean of what every rank computes alone."""
     world_size = dist.get_world_size()
     model = Branches()
@@ -50,13 +52,13 @@ def ddp(rank: int, options: dict, rights: list[bool], num_steps: int = 3) -> lis
     model = DistributedDataParallel(model, **options)
     history = []
     for step in range(num_steps):
-        right = rights[step % len(rights)]
+        branch = branches[step % len(branches)]
         model.zero_grad()
-        model(make_input(rank, step), right).square().sum().backward()
+        model(make_input(rank, step), branch).square().sum().backward()
         want = {name: torch.zeros_like(p) for name, p in alone.named_parameters()}
         for other in range(world_size):
             alone.zero_grad()
-            alone(make_input(other, step), right).square().sum().backward()
+            alone(make_input(other, step), branch).square().sum().backward()
             for name, p in alone.named_parameters():
                 if p.grad is not None:
                     want[name] += p.grad / world_size
@@ -186,7 +188,7 @@ def reductions(rank: int) -> None:
     odd = value(rank, (6, 8), torch.float32).t()  # not contiguous
     dist.all_reduce(odd)
     close(odd, reduced([value(r, (6, 8), torch.float32).t() for r in range(world_size)], OP.SUM))
-    with pytest.raises(gradq.UnsupportedError, match="float32 tensors by .*BOR"):
+    with pytest.raises(gradq.UnsupportedError, match=r"float32 tensors by .*BOR"):
         dist.all_reduce(torch.ones(3), OP.BOR)
 
 

@@ -55,8 +55,8 @@ if dist.get_rank() == 1:
 start = time.monotonic()
 try:
     dist.all_reduce(torch.ones(1000))
-except RuntimeError as error:
-    print(f"after {time.monotonic() - start:.1f} s: {error}", flush=True)
+except gradq.PeerError as error:
+    print(f"PeerError after {time.monotonic() - start:.1f} s: {error}", flush=True)
 try:
     dist.barrier()
 except gradq.PeerError as error:
@@ -125,8 +125,8 @@ def test_too_little_thread_support_is_named(library: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("library", "using"), [("mpich", "openmpi"), ("openmpi", "mpich")])
-def test_the_launcher_of_another_mpi_is_named(library: str, using: str, tmp_path: Path) -> None:
+def test_the_launcher_of_another_mpi_is_named(tmp_path: Path) -> None:
+    """The other way round MPICH itself ends the process: "Fatal error in internal_Init_thread"."""
     body = """
 try:
     mpi.init()
@@ -134,7 +134,7 @@ except gradq.ConfigError as error:
     print(error)
     sys.exit(3)
 """
-    code, output = launch(library, 2, write(tmp_path, body), using=using)
+    code, output = launch("mpich", 2, write(tmp_path, body), using="openmpi")
     assert code != 0
     assert "mpiexec started 2 ranks, but each is alone" in output
     assert "MPI4PY_LIBMPI" in output

@@ -24,9 +24,9 @@ RANKS = [
 ]
 SMOKE: dict[str, Call] = {
     "environment": (cases.environment, ()),
-    "default all-reduce": (cases.ddp, ({}, [False])),
-    "find unused": (cases.ddp, ({"find_unused_parameters": True}, [False, True])),
-    "static graph": (cases.ddp, ({"static_graph": True}, [False])),
+    "default all-reduce": (cases.ddp, ({}, ["both"])),
+    "find unused": (cases.ddp, ({"find_unused_parameters": True}, ["left", "right"])),
+    "static graph": (cases.ddp, ({"static_graph": True}, ["left"])),
     "objects": (cases.objects, ()),
     "barrier": (cases.barrier, ()),
     "batched p2p": (cases.batched_p2p, ()),
