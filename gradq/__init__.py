@@ -26,6 +26,7 @@ from gradq.errors import (
     WireError,
 )
 from gradq.hooks.ddp import HookState, compress, hook
+from gradq.hooks.local_sgd import DiLoCo, LocalSGD
 from gradq.metrics import Event, ParameterStats, Stats
 from gradq.policy import (
     Assignment,
@@ -46,12 +47,14 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "DiLoCo",
     "Event",
     "FixedPolicy",
     "GradientStatistics",
     "GradqError",
     "HookState",
     "KernelError",
+    "LocalSGD",
     "MismatchError",
     "MixedPolicy",
     "NonFiniteError",

@@ -28,7 +28,16 @@ from gradq.errors import CheckpointError
 from gradq.feedback import Residuals
 from gradq.sync import GradientSync
 
-__all__ = ["HasSync", "load_checkpoint", "load_state_dict", "state_dict"]
+__all__ = [
+    "HasSync",
+    "load_checkpoint",
+    "load_state_dict",
+    "load_sync",
+    "own_row",
+    "read",
+    "state_dict",
+    "to_row",
+]
 
 _log = logging.getLogger("gradq")
 _FORMAT = 1
@@ -45,14 +54,14 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
     """
     local, shard = {}, {}
     for name, length in _shapes(sync)[0].items():
-        local[name] = _row(_residual(sync.feedback.local, name, length), sync.group)
+        local[name] = to_row(_residual(sync.feedback.local, name, length), sync.group)
     for name, length in _shapes(sync)[1].items():
-        shard[name] = _row(_residual(sync.feedback.shard, name, length), sync.group)
+        shard[name] = to_row(_residual(sync.feedback.shard, name, length), sync.group)
     return {
         "format": torch.tensor(_FORMAT),
         "step": torch.tensor(sync.step),
         "world_size": torch.tensor(sync.world_size),
-        "rank": _row(torch.tensor([sync.rank]), sync.group),
+        "rank": to_row(torch.tensor([sync.rank]), sync.group),
         "local": local,
         "shard": shard,
         "bases": {name: _residual(sync.feedback.bases, name, n) for name, n in _bases(sync).items()},
@@ -82,26 +91,33 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
     """Load what `dcp.save({key: handle.state_dict(), ...})` wrote, on any number of ranks. Collective.
 
     Args:
-        handle: from `gradq.compress`.
+        handle: from `gradq.compress`, or a `gradq.LocalSGD` or `gradq.DiLoCo`.
         checkpoint_id: the checkpoint's folder.
         key: where the state stands in the saved dictionary.
 
     Raises:
         CheckpointError: there is no such checkpoint or key, or the model differs.
     """
-    sync = handle.sync
-    key = ".".join([key, *getattr(handle, "checkpoint_path", ())])  # FSDP2 with replicas: the shard's own
+    if hasattr(handle, "load_checkpoint"):  # it has more to load than its sync
+        handle.load_checkpoint(checkpoint_id, key)
+        return
+    # FSDP2 with replicas: the shard's own
+    load_sync(handle.sync, checkpoint_id, ".".join([key, *getattr(handle, "checkpoint_path", ())]))
+
+
+def load_sync(sync: GradientSync, checkpoint_id: str | Path, key: str) -> None:
+    """Load the sync's part; see `load_checkpoint`."""
     saved = _saved_shapes(Path(checkpoint_id), key)
     _check_fit({name: shape[1] for name, shape in saved["local"].items()}, sync)
     scalars = {name: torch.zeros((), dtype=torch.int64) for name in ("format", "step", "world_size")}
-    _load({key: scalars}, checkpoint_id, sync)
+    read({key: scalars}, checkpoint_id, sync)
     _load_policy(sync, int(scalars["world_size"]), saved["policy"], checkpoint_id, key)
     if int(scalars["world_size"]) == sync.world_size:
         state = state_dict(sync)
         for kind in ("local", "shard", "bases"):
             state[kind] = {n: row for n, row in state[kind].items() if saved[kind].get(n) == row.shape}
         state.pop("policy", None)  # it is in place
-        _load({key: state}, checkpoint_id, sync)
+        read({key: state}, checkpoint_id, sync)
         _check_source(sync, state)
         _restore(sync, sync.world_size, int(state["step"]), state["local"], state["shard"], state["bases"])
         _log_difference(
@@ -110,10 +126,10 @@ def load_checkpoint(handle: HasSync, checkpoint_id: str | Path, key: str = "grad
         return
     local: dict[str, Tensor] = {}
     bases = {name: torch.empty(shape) for name, shape in saved["bases"].items()}
-    _load({key: {"bases": bases}}, checkpoint_id, sync)
+    read({key: {"bases": bases}}, checkpoint_id, sync)
     for name, shape in saved["local"].items():  # one at a time: all ranks' rows of one parameter in memory
         rows = {key: {"local": {name: torch.empty(shape)}}}
-        _load(rows, checkpoint_id, sync)
+        read(rows, checkpoint_id, sync)
         local[name] = rows[key]["local"][name].mean(0, keepdim=True)
     _restore(sync, int(scalars["world_size"]), int(scalars["step"]), local, {}, bases)
 
@@ -123,7 +139,7 @@ def _policy_state(sync: GradientSync) -> dict[str, Any]:
     if policy is None:
         return {}
     measured = torch.tensor(policy.measured(), dtype=torch.float64)
-    return {"policy": {**policy.state_dict(), "measured": _row(measured, sync.group)}}
+    return {"policy": {**policy.state_dict(), "measured": to_row(measured, sync.group)}}
 
 
 def _load_policy(
@@ -147,7 +163,7 @@ def _load_policy(
             raise CheckpointError(
                 f"the saved plan is of other parameters or candidates than {sync.learner.label}"
             )
-    _load({key: {"policy": state}}, checkpoint_id, sync)
+    read({key: {"policy": state}}, checkpoint_id, sync)
     _restore_policy(sync, saved_world_size, state)
 
 
@@ -161,7 +177,7 @@ def _restore_policy(sync: GradientSync, saved_world_size: int, state: Mapping[st
     if state is None:
         _log.warning("resumed: no plan was saved; %s starts from its first", sync.learner.label)
         return
-    measured = _own_row(state["measured"], sync, saved_world_size == sync.world_size)
+    measured = own_row(state["measured"], sync, saved_world_size == sync.world_size)
     policy.load_state_dict({n: v for n, v in state.items() if n != "measured"}, measured.tolist())
     sync.set_policy(policy, sync.learner.label)
 
@@ -183,9 +199,9 @@ def _restore(
     """Set step, residuals and bases; nothing is changed if a local residual does not fit."""
     wanted_local, wanted_shard = _shapes(sync)
     same = saved_world_size == sync.world_size
-    rows = {name: _own_row(rows, sync, same) for name, rows in local.items() if name in wanted_local}
+    rows = {name: own_row(rows, sync, same) for name, rows in local.items() if name in wanted_local}
     shard_rows = {
-        name: _own_row(rows, sync, same) for name, rows in shard.items() if same and name in wanted_shard
+        name: own_row(rows, sync, same) for name, rows in shard.items() if same and name in wanted_shard
     }
     _check_fit({name: row.numel() for name, row in rows.items()}, sync)
     shard_rows = {name: row for name, row in shard_rows.items() if row.numel() == wanted_shard[name]}
@@ -274,8 +290,8 @@ def _residual(residuals: Residuals, name: str, numel: int) -> Tensor:
     return row
 
 
-def _row(row: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's row of a row-sharded [W, n]."""
+def to_row(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's row of a row-sharded [W, ...]."""
     if group.size() == 1:
         return row[None]
     from torch.distributed.device_mesh import DeviceMesh  # DTensor takes 0.6 s to import
@@ -291,11 +307,14 @@ def _shard_of(rows: Tensor) -> Tensor | None:
     return rows.to_local() if isinstance(rows, DTensor) else None
 
 
-def _own_row(rows: Tensor, sync: GradientSync, same: bool) -> Tensor:
+def own_row(rows: Tensor, sync: GradientSync, same: bool) -> Tensor:
+    """This rank's part of rows [W, ...]; without a row of its own the mean, or of integers the first."""
     own = _shard_of(rows)
     if own is not None:
         return own[0]
-    return rows[sync.rank] if same else rows.mean(0)
+    if same:
+        return rows[sync.rank]
+    return rows.mean(0) if rows.is_floating_point() else rows[0]
 
 
 def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
@@ -321,7 +340,8 @@ def _saved_shapes(path: Path, key: str) -> dict[str, dict[str, torch.Size]]:
     return shapes
 
 
-def _load(state: dict[str, Any], checkpoint_id: str | Path, sync: GradientSync) -> None:
+def read(state: dict[str, Any], checkpoint_id: str | Path, sync: GradientSync) -> None:
+    """Fill the tensors of state from a checkpoint. Collective."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
     load(state, checkpoint_id=str(checkpoint_id), process_group=sync.group)

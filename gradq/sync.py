@@ -164,23 +164,27 @@ class GradientSync:
             "parameters": described,
         }
 
-    def average(self, flat: Tensor, names: Sequence[str], *, index: int, last: bool) -> Future[Tensor]:
+    def average(
+        self, flat: Tensor, names: Sequence[str], *, index: int, last: bool, first: bool | None = None
+    ) -> Future[Tensor]:
         """Average one bucket.
 
         Args:
             flat: the gradients of the named parameters, one after another; replaced by their mean.
             names: of the parameters, in order.
-            index: of the bucket; 0 starts a step.
+            index: of the bucket.
             last: whether this bucket ends the step.
+            first: whether it starts one; bucket 0 does if this is not said.
 
         Returns:
             A future of flat.
         """
-        if index == 0:
+        first = index == 0 if first is None else first
+        if first:
             self.begin()
         if self.world_size == 1:
             return self._pass_through(flat, last)
-        if index == 0 and self.learner.learns(self.step):
+        if first and self.learner.learns(self.step):
             self.set_policy(self.learner.policy, self.learner.label)
         dense_bytes = wire.ring_bytes(flat.nbytes, self.world_size)
         self.metrics.record(Event("dense_bytes", dense_bytes, self.step, index))

@@ -22,7 +22,8 @@ from gradq.metrics import Event, Metrics
 __all__ = ["PeerChannel", "open_channels"]
 
 
-_TAGS = 1 << 20
+_BACKENDS = ("gloo", "mpi4py")  # what can post a receive before the send, and tell messages apart by tags
+_TAGS = 1 << 15  # MPI allows at least as many
 
 
 class _Exchange:
@@ -116,7 +117,7 @@ def open_channels(
         The channels, and a function that gives their process groups back.
 
     Raises:
-        UnsupportedError: the group does not move CPU tensors over Gloo.
+        UnsupportedError: the group does not move CPU tensors over Gloo or MPI.
     """
     if group.size() == 1:
         return [], lambda: None
@@ -144,9 +145,9 @@ def open_channels(
 def _cpu_backend(group: dist.ProcessGroup) -> str:
     config = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
     backend = next((e.removeprefix("cpu:") for e in config.split(",") if e.startswith("cpu:")), "nothing")
-    if backend != "gloo":
+    if backend not in _BACKENDS:
         raise UnsupportedError(
-            f"the process group moves CPU tensors by {backend!r}; gradq needs Gloo in this version: "
-            'dist.init_process_group("gloo") or "cpu:gloo,cuda:nccl"'
+            f"the process group moves CPU tensors by {backend!r}; gradq needs Gloo or MPI: "
+            'dist.init_process_group("gloo") or "cpu:gloo,cuda:nccl", or gradq.backends.mpi.init()'
         )
     return backend

@@ -106,16 +106,19 @@ class HookState:
                 agree({"error": str(error)}, group)
             raise
 
-    def _policy(self, spec: str | Codec | Spec | Policy | Rules) -> tuple[Spec | Policy, Policy | None]:
+    def _policy(
+        self, spec: str | Codec | Spec | Policy | Rules, feedback: bool | str | None = None
+    ) -> tuple[Spec | Policy, Policy | None]:
         """What was asked for, and the policy it stands for."""
+        feedback = self._feedback if feedback is None else feedback
         if isinstance(spec, Mapping):
-            spec = MixedPolicy(rules=spec, exact=self._exact, feedback=self._feedback)
+            spec = MixedPolicy(rules=spec, exact=self._exact, feedback=feedback)
         if not isinstance(spec, str | Codec | Spec):
             return spec, spec
         parsed = Spec.parse(spec)
         if parsed.is_none:
             return parsed, None
-        return parsed, FixedPolicy(spec=parsed, exact=self._exact, feedback=self._feedback)
+        return parsed, FixedPolicy(spec=parsed, exact=self._exact, feedback=feedback)
 
     def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Average one DDP bucket; what `hook` calls.
@@ -233,7 +236,7 @@ def compress(
     timeout: timedelta | None = None,
     local_world_size: int | None = None,
     replicate_group: dist.ProcessGroup | None = None,
-    shard_spec: str | Codec | Spec | Policy = "none",
+    shard_spec: str | Codec | Spec | Policy | Rules = "none",
     gather_spec: str | Codec | Spec = "none",
 ) -> HookState:
     """Compress the gradients of a model before they are averaged: DistributedDataParallel or FSDP2.

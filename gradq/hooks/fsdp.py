@@ -28,7 +28,7 @@ from gradq.hooks._fsdp_torch import Shard, Unit
 from gradq.hooks.ddp import _DTYPES, HookState, _label
 from gradq.hooks.sharded import ShardedSync
 from gradq.metrics import Event, Stats
-from gradq.policy import ExactRule, FixedPolicy, ParameterInfo, Plan, Policy, Spec
+from gradq.policy import AdaptivePolicy, ExactRule, FixedPolicy, ParameterInfo, Plan, Policy, Rules, Spec
 from gradq.sync import GradientSync, SyncConfig
 
 __all__ = ["ShardedHookState"]
@@ -73,7 +73,7 @@ class ShardedHookState(HookState):
     def __init__(
         self,
         model: nn.Module,
-        spec: str | Codec | Spec | Policy = "int8",
+        spec: str | Codec | Spec | Policy | Rules = "int8",
         *,
         feedback: bool | str = "auto",
         exact: ExactRule = (),
@@ -83,7 +83,7 @@ class ShardedHookState(HookState):
         grad_scaler: torch.amp.GradScaler | None = None,
         timeout: timedelta | None = None,
         replicate_group: dist.ProcessGroup | None = None,
-        shard_spec: str | Codec | Spec | Policy = "none",
+        shard_spec: str | Codec | Spec | Policy | Rules = "none",
         gather_spec: str | Codec | Spec = "none",
     ) -> None:
         self._units = _fsdp_torch.find_units(model)
@@ -176,17 +176,6 @@ class ShardedHookState(HookState):
                 left_out[0],
             )
 
-    def _policy(
-        self, spec: str | Codec | Spec | Policy, feedback: bool | str | None = None
-    ) -> tuple[Spec | Policy, Policy | None]:
-        if not isinstance(spec, str | Codec | Spec):
-            return spec, spec
-        parsed = Spec.parse(spec)
-        if parsed.is_none:
-            return parsed, None
-        chosen = self._feedback if feedback is None else feedback
-        return parsed, FixedPolicy(spec=parsed, exact=self._exact, feedback=chosen)
-
     def _gather_plan(self, spec: str | Codec | Spec) -> Plan:
         parsed = Spec.parse(spec)
         if parsed.phase1 is None:
@@ -212,6 +201,10 @@ class ShardedHookState(HookState):
         return GradientSync(infos, self._for_shards(policy), _label(self.spec), group, own)
 
     def _for_shards(self, policy: Policy | None) -> Policy | None:
+        if isinstance(policy, AdaptivePolicy):
+            raise UnsupportedError(
+                f"{_label(self.spec)} plans again during training, which FSDP2 has no place for"
+            )
         return None if policy is None else _ForWhole(policy, self._all())
 
     # --- what FSDP calls --------------------------------------------------------------------------------
@@ -293,7 +286,7 @@ class ShardedHookState(HookState):
         """
         raise UnsupportedError("this handle is of an FSDP2 model; gradq.hook is for DistributedDataParallel")
 
-    def set_spec(self, spec: str | Codec | Spec | Policy) -> None:
+    def set_spec(self, spec: str | Codec | Spec | Policy | Rules) -> None:
         """Use another spec from the next step on; see `HookState.set_spec`."""
         asked, policy = self._policy(spec)
         if self.sync is not self._shards:

@@ -19,7 +19,7 @@ from gradq.collectives import AllGather, ReduceScatter, Scratch, ShardSegment, S
 from gradq.collectives.base import Pending, Setting
 from gradq.errors import UnsupportedError
 from gradq.metrics import Event
-from gradq.policy import ParameterInfo, Plan, Policy
+from gradq.policy import AdaptivePolicy, ParameterInfo, Plan, Policy
 from gradq.sync import GradientSync, SyncConfig
 
 __all__ = ["ShardedSync"]
@@ -60,7 +60,23 @@ class ShardedSync(GradientSync):
         super().__init__(parameters, policy, label, group, config)
 
     def set_policy(self, policy: Policy | None, label: str) -> None:
-        """See `GradientSync.set_policy`."""
+        """See `GradientSync.set_policy`.
+
+        Raises:
+            UnsupportedError: also for a policy that plans again during training, and for low rank: they need
+                whole gradients at a step boundary, which FSDP does not have.
+        """
+        if isinstance(policy, AdaptivePolicy):
+            raise UnsupportedError(
+                f"{label} plans again during training, which FSDP2 has no place for; give it fixed specs"
+            )
+        if policy is not None:
+            plan = policy.plan(list(self.parameters.values()))
+            if by := [name for name, entry in plan.items() if entry.collective != "auto"]:
+                raise UnsupportedError(
+                    f"{by[0]!r} travels by {plan[by[0]].collective!r}, which needs the whole mean on every "
+                    "rank; FSDP2 gives each its shard: choose another spec, such as int8"
+                )
         super().set_policy(policy, label)
         self._collective = ReduceScatter
         self._layouts.clear()

@@ -143,6 +143,8 @@ def expected(
         local = [torch.zeros(info.numel, dtype=work) for _ in range(world_size)]
         shard = torch.zeros(info.numel, dtype=work)
         for step in range(steps):
+            if name not in put_in[0][step]:  # averaged in other steps only
+                continue
             xs = [transform(put_in[rank][step][name]).to(work) for rank in range(world_size)]
             out = torch.empty(info.numel, dtype=work)
             for start, stop in _pieces(info, entry, world_size, phases):

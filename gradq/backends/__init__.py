@@ -1,0 +1,1 @@
+"""Backends: torch.distributed over transports that torch itself does not ship."""
