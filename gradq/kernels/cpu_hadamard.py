@@ -72,7 +72,7 @@ def low_stages(at: Any, size: Any) -> None:
     """Distances 1, 2, 4, 8 of `size` rows, a power of two, in place."""
     if size >= 16:
         for row in range(0, size, 16):
-            hadamard_rows(at + 64 * row, 64)
+            hadamard_rows(at + 64 * row, 64, at + 64 * row, 64)
     else:
         distance = 1
         while distance < size:
@@ -85,7 +85,7 @@ def high_stages(at: Any, size: Any) -> None:
     """Distances 16, 32, ... of `size` rows, a power of two, in place."""
     if size == 256:
         for row in range(16):
-            hadamard_rows(at + 64 * row, 1024)
+            hadamard_rows(at + 64 * row, 1024, at + 64 * row, 1024)
     else:
         distance = 16
         while distance < size:
