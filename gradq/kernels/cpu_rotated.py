@@ -2,7 +2,7 @@
 
 A tile (16 KiB) is worked on in scratch that stays close; memory is read and written once. Full tiles, all but
 the last of a segment, are in `cpu_rotated_tile`, what any tile needs in `cpu_rotated_rows`. R rows of 16
-columns, G groups; `_at` is an address, 0 for none.
+columns, G groups; `_at` is an address, 0 for none, and `at` alone that of the scratch.
 """
 
 from __future__ import annotations
@@ -13,33 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradq.kernels.cpu_hadamard import (
-    high_stages,
-    low_stages,
-    rotate,
-    sign_words,
-    signed_row,
-    unrotate,
-    window,
-)
+from gradq.kernels.cpu_hadamard import high_stages, low_stages, rotate, sign_words, window
 from gradq.kernels.cpu_rotated_rows import (
-    NORM,
-    SUMS_BYTES,
+    CHOICES,
+    CODES,
+    ENERGY,
+    INVERSE,
+    NEAR,
+    NORMS,
+    SCALE,
+    SCRATCH_BYTES,
+    SIGNED,
+    SUMS,
+    WORDS,
     clear_sums,
+    finish_rows,
     fold,
     largest_of,
-    level_of,
+    levels_of_rows,
     quantize_rows,
     quantizer_of,
     start_rows,
+    store_quantizer,
 )
-from gradq.kernels.cpu_rotated_tile import (
-    finish_decoding,
-    finish_residual,
-    levels_of_tile,
-    quantize_tile,
-    start_tile,
-)
+from gradq.kernels.cpu_rotated_tile import decode_tile, finish_tile, levels_of_tile, quantize_tile, start_tile
 from gradq.kernels.cpu_trellis import trellis_encode, trellis_levels
 from gradq.kernels.numba_tools import (
     address,
@@ -55,28 +52,14 @@ from gradq.kernels.numba_tools import (
     pack,
     row_addresses,
     u8_at,
-    u32_at,
     unpack,
 )
 from gradq.kernels.rotated import POLYNOMIALS, TRELLIS_POLYNOMIALS, Polynomials, payload_bytes
-from gradq.kernels.vector import (
-    LANES,
-    constant_row,
-    load_bytes,
-    load_row,
-    select_less,
-    square_root,
-    store_row,
-)
+from gradq.kernels.vector import LANES, constant_row, load_row, select_less, square_root, store_row
 
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
 _STREAM_FROM = 65536  # from this many elements outputs are written past the cache
-# Scratch, in bytes: the tile, its signed values (or a last tile whose end is no whole row), codes, choices of the
-# trellis, words of signs, 32 rows, sums, and five times 16 numbers.
-_SIGNED, _CODES, _CHOICES, _WORDS, _NEAR, _SUMS = 16384, 32768, 36864, 40960, 41984, 44032
-_ENERGY = _SUMS + SUMS_BYTES
-_INNER, _NORM, _INVERSE, _SCALE, _SCRATCH = (_ENERGY + 64 * k for k in (1, 2, 3, 4, 5))
 
 
 def _constants(polynomials: Polynomials, half: int) -> Any:
@@ -87,42 +70,51 @@ _CONSTANTS = {(False, bits): _constants(p, 1 << (bits - 1)) for bits, p in POLYN
 _CONSTANTS |= {(True, bits): _constants(p, 1 << bits) for bits, p in TRELLIS_POLYNOMIALS.items()}
 
 
+@inline
+def _is_packed(num_bits: Any, trellis: Any, rows: Any) -> Any:
+    """Whether the kernels read and write a tile's codes as the wire has them."""
+    return num_bits == 4 and not trellis and rows == 256
+
+
+@jit
+def _pack(at: int, packed_at: int, rows: int, num_bits: int) -> None:
+    pack(u8_at(at + CODES, 16 * rows), u8_at(packed_at, 2 * rows * num_bits), num_bits)
+
+
+@jit
+def _unpack(at: int, packed_at: int, rows: int, num_bits: int) -> None:
+    unpack(u8_at(packed_at, 2 * rows * num_bits), u8_at(at + CODES, 16 * rows), num_bits)
+
+
 # --- encode --------------------------------------------------------------------------------------------
 
 
 @inline
-def _start(
-    x_at: Any, residual_at: Any, scratch_at: Any, rows: Any, groups: Any, unscale: Any
-) -> tuple[Any, Any]:
+def _start(x_at: Any, residual_at: Any, at: Any, rows: Any, groups: Any, unscale: Any) -> Any:
     """Steps 1 and 2 of the reference: the transformed tile, and the energy of each column's group.
+
+    Of a full tile the transform's high stages are still to come.
 
     Returns:
         The largest exponent, and the factor the tile was multiplied by.
     """
-    z_at, signed_at = scratch_at, scratch_at + _SIGNED
-    words_at, sums_at = scratch_at + _WORDS, scratch_at + _SUMS
-    to_unit = np.float32(1)
-    if rows != 256:
-        start_rows(x_at, residual_at, z_at, words_at, rows, unscale, to_unit, sums_at)
-    elif residual_at != 0:
-        start_tile(x_at, residual_at, signed_at, z_at, words_at, unscale, sums_at, True)
+    if rows == 256:
+        start_tile(x_at, residual_at, at, unscale)
     else:
-        start_tile(x_at, residual_at, signed_at, z_at, words_at, unscale, sums_at, False)
-    exponent = np.int32(largest_of(sums_at) >> np.uint32(23))
+        start_rows(x_at, residual_at, at, rows, unscale, 1.0)
+    exponent, to_unit = np.int32(largest_of(at) >> np.uint32(23)), np.float32(1)
     if exponent == 0 or exponent == 255:
-        for at in range(0, 64 * rows, 4 * LANES):
-            store_row(z_at + at, constant_row(np.float32(0)))
-        clear_sums(sums_at)
+        for z_at in range(at, at + 64 * rows, 4 * LANES):
+            store_row(z_at, constant_row(np.float32(0)))
+        clear_sums(at)
     elif exponent < 87 or exponent >= 167:
         to_unit = as_float(np.uint32(min(max(254 - exponent, 1), 253)) << np.uint32(23))
-        start_rows(x_at, residual_at, z_at, words_at, rows, unscale, to_unit, sums_at)
+        start_rows(x_at, residual_at, at, rows, unscale, float(to_unit))
         if rows == 256:
-            for part in range(0, 16, LANES):
-                low_stages(z_at + 4 * part, 256)
-    fold(sums_at, groups, scratch_at + _ENERGY)
+            low_stages(at, 256)
+    fold(at + SUMS, groups, at + ENERGY)
     if rows != 256:
-        for part in range(0, 16, LANES):
-            rotate(z_at + 4 * part, rows, words_at + 4 * part)
+        rotate(at, rows, at + WORDS)
     return exponent, to_unit
 
 
@@ -133,56 +125,53 @@ def _gain(rows: Any) -> Any:
 
 
 @inline
-def _invert(scratch_at: Any, rows: Any, groups: Any) -> None:
+def _invert(at: Any, rows: Any, groups: Any, gain: Any) -> None:
     """Step 3: 1 / σ of each column's group, 0 for one without energy."""
-    count_C = f32_at(scratch_at + _INVERSE, 16)
+    count_C = f32_at(at + INVERSE, 16)
     for c in range(16):
-        g = c * groups // 16
-        first, end = (g * 16 + groups - 1) // groups, ((g + 1) * 16 + groups - 1) // groups
-        count_C[c] = np.float32((end - first) * rows)
-    gain, least = constant_row(_gain(rows)), constant_row(np.float32(2.0**-120))
-    for part in range(0, 16, LANES):
-        energy = load_row(scratch_at + _ENERGY + 4 * part)
-        sigma = square_root(energy * gain / load_row(scratch_at + _INVERSE + 4 * part))
-        inverse = constant_row(np.float32(1)) / sigma
-        inverse = select_less(energy, least, constant_row(np.float32(0)), inverse)
-        store_row(scratch_at + _INVERSE + 4 * part, inverse)
-
-
-@inline
-def _trellis(scratch_at: Any, rows: Any, num_bits: Any, quantizer: Any) -> None:
-    """As `quantize_rows`, through the trellis; of a full tile with the high stages before and after."""
-    for part in range(0, 16, LANES):
-        at, to = scratch_at + 4 * part, scratch_at + _SUMS + 4 * part
-        inverse, choices_at = load_row(scratch_at + _INVERSE + 4 * part), scratch_at + _CHOICES + part
-        if rows == 256:
-            high_stages(at, 256)
-        i, n = trellis_encode(
-            at, scratch_at + _CODES + part, rows, num_bits, quantizer, inverse, choices_at
-        )
-        for k, inner, norm in ((0, i[0], n[0]), (1, i[1], n[1]), (2, i[2], n[2]), (3, i[3], n[3])):
-            store_row(to + 64 * k, inner)
-            store_row(to + NORM + 64 * k, norm)
-        if rows == 256:
-            high_stages(at, 256)
-
-
-@inline
-def _round_scales(scratch_at: Any, groups: Any, to_unit: Any, gain: Any, unbiased: Any, key: Any) -> Any:
-    """Step 4: scales as bf16 has them. Returns whether one could decode to Inf."""
-    sums_at = scratch_at + _SUMS
-    fold(sums_at, groups, scratch_at + _INNER)
-    fold(sums_at + NORM, groups, scratch_at + _NORM)
+        count_C[c] = np.float32(256)
+        if rows != 256:
+            g = c * groups // 16
+            first, end = (g * 16 + groups - 1) // groups, ((g + 1) * 16 + groups - 1) // groups
+            count_C[c] = np.float32((end - first) * rows)
     least, none = constant_row(np.float32(2.0**-120)), constant_row(np.float32(0))
+    for inverse_at in range(at + INVERSE, at + INVERSE + 64, 4 * LANES):
+        energy = load_row(inverse_at + ENERGY - INVERSE)
+        inverse = constant_row(np.float32(1)) / square_root(energy * constant_row(gain) / load_row(inverse_at))
+        store_row(inverse_at, select_less(energy, least, none, inverse))
+
+
+@jit
+def _trellis(at: int, rows: int, num_bits: int) -> None:
+    """As `quantize_rows`, through the trellis; of a full tile with the high stages before and after."""
+    if rows == 256:
+        high_stages(at, 256)
+    quantizer = quantizer_of(at)
     for part in range(0, 16, LANES):
-        energy, inner = load_row(scratch_at + _ENERGY + 4 * part), load_row(scratch_at + _INNER + 4 * part)
+        z_at, sums_at, inverse = at + 4 * part, at + SUMS + 4 * part, load_row(at + INVERSE + 4 * part)
+        codes_at, choices_at = at + CODES + part, at + CHOICES + part
+        i, n = trellis_encode(z_at, codes_at, rows, num_bits, quantizer, inverse, choices_at)
+        for k, inner, norm in ((0, i[0], n[0]), (64, i[1], n[1]), (128, i[2], n[2]), (192, i[3], n[3])):
+            store_row(sums_at + k, inner)
+            store_row(sums_at + NORMS - SUMS + k, norm)
+    if rows == 256:
+        high_stages(at, 256)
+
+
+@inline
+def _round_scales(at: Any, groups: Any, to_unit: Any, gain: Any, unbiased: Any, key: Any) -> Any:
+    """Step 4: scales as bf16 has them. Returns whether one could decode to Inf."""
+    fold(at + SUMS, groups, at + SCALE)
+    fold(at + NORMS, groups, at + NEAR)
+    least, none = constant_row(np.float32(2.0**-120)), constant_row(np.float32(0))
+    for part in range(0, 64, 4 * LANES):
+        energy, inner = load_row(at + ENERGY + part), load_row(at + SCALE + part)
         if unbiased:
             scale = energy / inner
         else:
-            scale = (inner / load_row(scratch_at + _NORM + 4 * part)) / constant_row(gain)
-        scale = select_less(energy, least, none, scale / constant_row(to_unit))
-        store_row(scratch_at + _SCALE + 4 * part, scale)
-    scale_C, lost = f32_at(scratch_at + _SCALE, 16), False
+            scale = (inner / load_row(at + NEAR + part)) / constant_row(gain)
+        store_row(at + SCALE + part, select_less(energy, least, none, scale / constant_row(to_unit)))
+    scale_C, lost = f32_at(at + SCALE, 16), False
     for c in range(16):
         bits = np.uint32(0)
         if scale_C[c] >= np.float32(2.0**-126):
@@ -197,36 +186,18 @@ def _round_scales(scratch_at: Any, groups: Any, to_unit: Any, gain: Any, unbiase
 
 
 @inline
-def _finish_rows(
-    x_at: Any,
-    residual_at: Any,
-    scratch_at: Any,
-    rows: Any,
-    scales: Any,
-    new_at: Any,
-    L: Any,
+def _finish(
+    x_at: Any, residual_at: Any, at: Any, rows: Any, unscale: Any, factor: Any, new_at: Any, L: Any
 ) -> None:
     """Step 5 of a tile that is not full, or was scaled."""
-    z_at, words_at = scratch_at, scratch_at + _WORDS
-    for part in range(0, 16, LANES):
-        if rows == 256:
-            low_stages(z_at + 4 * part, 256)
-        else:
-            unrotate(z_at + 4 * part, rows, words_at + 4 * part)
-    loss, factor = constant_row(scales[0]), constant_row(scales[1])
-    for row in range(rows):
-        for part in range(0, 16, LANES):
-            at = 64 * row + 4 * part
-            value = load_row(x_at + at)
-            if residual_at != 0:
-                value = value + load_row(residual_at + at) * loss
-            decoded = signed_row(
-                z_at + 4 * part, words_at + 4 * part, row, load_row(scratch_at + _SCALE + 4 * part)
-            )
-            store_row(z_at + at, (value - decoded) * factor)
-    new, z = f32_at(new_at, L), f32_at(z_at, L)
-    for j in range(L):
-        new[j] = z[j]
+    finish_rows(at, rows)
+    x, residual, z, new = f32_at(x_at, L), f32_at(residual_at, L), f32_at(at, L), f32_at(new_at, L)
+    if residual_at != 0:
+        for j in range(L):
+            new[j] = ((x[j] + residual[j] * unscale) - z[j]) * factor
+    else:
+        for j in range(L):
+            new[j] = (x[j] - z[j]) * factor
 
 
 @jit
@@ -247,60 +218,52 @@ def _encode(
 ) -> None:
     """Addresses of 0 stand for no residual."""
     payload = u8_at(payload_at, nbytes)
-    memory = np.empty(_SCRATCH + 64, np.uint8)
+    memory = np.empty(SCRATCH_BYTES + 64, np.uint8)
     at = aligned(memory.ctypes.data)
-    codes_T, words, scale_C = u8_at(at + _CODES, 4096), u32_at(at + _WORDS, 256), f32_at(at + _SCALE, 16)
-    quantizer = quantizer_of(constants, at + _NEAR)
-    scales = (np.float32(loss_scale), np.float32(inverse_loss_scale))
+    store_quantizer(at, constants)
+    scale_C = f32_at(at + SCALE, 16)
+    unscale, factor = np.float32(loss_scale), np.float32(inverse_loss_scale)
     for k in range(4):
         payload[k] = np.uint8(np.uint32(base) >> np.uint32(8 * k))
     stream = n >= _STREAM_FROM and new_residual_at & 63 == 0
     with_residual = new_residual_at != 0
     scales_at = 4
-    codes_at = 4 + 2 * ((n + 255) // 256)
+    codes_at = payload_at + 4 + 2 * ((n + 255) // 256)
     for tile in range((n + 4095) // 4096):
-        start = 4 * 4096 * tile  # bytes
+        start = 16384 * tile  # bytes
         L = min(4096, n - 4096 * tile)
         rows = (L + 15) // 16
         groups = (L + 255) // 256
+        gain = _gain(rows)
         tile_key = mix32(np.uint32(np.uint32(base) + np.uint32(tile)))
-        sign_words(tile_key, rows, words)
+        sign_words(tile_key, rows, at + WORDS)
         from_at, add_at = x_at + start, residual_at + start if residual_at != 0 else 0
         if L & 15:  # the last row would be read past its end
-            x_L, residual_L, padded = f32_at(from_at, L), f32_at(add_at, L), f32_at(at + _SIGNED, 4096)
+            x_L, residual_L, padded = f32_at(from_at, L), f32_at(add_at, L), f32_at(at + SIGNED, 4096)
             for j in range(16 * rows):
                 padded[j] = np.float32(0)
                 if j < L:
-                    padded[j] = x_L[j] + residual_L[j] * scales[0] if add_at != 0 else x_L[j]
-            from_at, add_at = at + _SIGNED, 0
-        exponent, to_unit = _start(from_at, add_at, at, rows, groups, scales[0])
-        _invert(at, rows, groups)
+                    padded[j] = x_L[j] + residual_L[j] * unscale if add_at != 0 else x_L[j]
+            from_at, add_at = at + SIGNED, 0
+        exponent, to_unit = _start(from_at, add_at, at, rows, groups, unscale)
+        _invert(at, rows, groups, gain)
         if trellis:
-            _trellis(at, rows, num_bits, quantizer)
-        elif rows != 256:
-            quantize_rows(at, at + _CODES, rows, num_bits, quantizer, at + _INVERSE, at + _SUMS)
+            _trellis(at, rows, num_bits)
+        elif rows == 256:
+            ahead = start + 16384
+            quantize_tile(at, codes_at, num_bits, with_residual, x_at + ahead, residual_at + ahead)
         else:
-            scratch = at + _INVERSE, at + _SUMS, at + _NEAR
-            ahead = x_at + start + 16384, residual_at + start + 16384
-            if num_bits == 4:
-                quantize_tile(
-                    at, payload_at + codes_at, quantizer, scratch, with_residual, True, True, ahead
-                )
-            elif num_bits < 4:
-                quantize_tile(at, at + _CODES, quantizer, scratch, with_residual, False, True, ahead)
-            else:
-                quantize_tile(at, at + _CODES, quantizer, scratch, with_residual, False, False, ahead)
-        lost = _round_scales(at, groups, to_unit, _gain(rows), unbiased, tile_key) or exponent == 255
+            quantize_rows(at, rows, num_bits)
+        lost = _round_scales(at, groups, to_unit, gain, unbiased, tile_key) or exponent == 255
         for c in range(16):
             bits = np.uint32(0x7FC0) if lost else np.uint32(as_bits(scale_C[c]) >> np.uint32(16))
             g = c if groups == 16 else c * groups // 16
             payload[scales_at + 2 * g] = np.uint8(bits)
             payload[scales_at + 2 * g + 1] = np.uint8(bits >> np.uint32(8))
         scales_at += 2 * groups
-        size = 2 * rows * num_bits
-        if num_bits != 4 or trellis or rows != 256:
-            pack(codes_T[: 16 * rows], payload[codes_at : codes_at + size], num_bits)
-        codes_at += size
+        if not _is_packed(num_bits, trellis, rows):
+            _pack(at, codes_at, rows, num_bits)
+        codes_at += 2 * rows * num_bits
         if with_residual:
             new_at = new_residual_at + start
             if lost:
@@ -308,13 +271,9 @@ def _encode(
                 for j in range(L):
                     new_L[j] = residual_L[j]
             elif rows == 256 and to_unit == np.float32(1):
-                scratch = at + _WORDS, at + _SCALE, at + _NEAR
-                if stream:
-                    finish_residual(at, at + _SIGNED, scratch, scales[1], new_at, True)
-                else:
-                    finish_residual(at, at + _SIGNED, scratch, scales[1], new_at, False)
+                finish_tile(at, float(factor), new_at, stream)
             else:
-                _finish_rows(from_at, add_at, at, rows, scales, new_at, L)
+                _finish(from_at, add_at, at, rows, unscale, factor, new_at, L)
     if stream:
         fence()
     keep(memory)
@@ -331,29 +290,26 @@ def _scales_of(payload: Any, scales_at: Any, groups: Any, scale_C: Any) -> None:
         scale_C[c] = as_float(np.uint32(bits << np.uint32(16)))
 
 
+@jit
+def _trellis_levels(at: int, rows: int) -> None:
+    quantizer = quantizer_of(at)
+    for part in range(0, 16, LANES):
+        trellis_levels(at + CODES + part, at + 4 * part, rows, quantizer)
+    if rows == 256:
+        high_stages(at, 256)
+
+
 @inline
-def _levels(scratch_at: Any, rows: Any, num_bits: Any, trellis: Any, packed_at: Any, quantizer: Any) -> None:
+def _levels(at: Any, packed_at: Any, rows: Any, num_bits: Any, trellis: Any) -> None:
     """The levels of a tile; of a full one transformed at distances 16 to 128."""
-    z_at, codes_at, levels = scratch_at, scratch_at + _CODES, quantizer[7]
-    near_at = scratch_at + _NEAR
-    if num_bits != 4 or trellis or rows != 256:
-        unpack(u8_at(packed_at, 2 * rows * num_bits), u8_at(codes_at, 16 * rows), num_bits)
+    if not _is_packed(num_bits, trellis, rows):
+        _unpack(at, packed_at, rows, num_bits)
     if trellis:
-        for part in range(0, 16, LANES):
-            trellis_levels(codes_at + part, z_at + 4 * part, rows, quantizer)
-            if rows == 256:
-                high_stages(z_at + 4 * part, 256)
-    elif rows != 256:
-        for row in range(rows):
-            for part in range(0, 16, LANES):
-                code = load_bytes(codes_at + 16 * row + part)
-                store_row(z_at + 64 * row + 4 * part, level_of(code, levels, num_bits <= 4))
-    elif num_bits == 4:
-        levels_of_tile(packed_at, z_at, levels, near_at, True, True)
-    elif num_bits < 4:
-        levels_of_tile(codes_at, z_at, levels, near_at, False, True)
+        _trellis_levels(at, rows)
+    elif rows == 256:
+        levels_of_tile(at, packed_at, num_bits)
     else:
-        levels_of_tile(codes_at, z_at, levels, near_at, False, False)
+        levels_of_rows(at, rows, num_bits)
 
 
 @jit
@@ -369,10 +325,10 @@ def _decode_mean(
     constants: Any,
 ) -> None:
     """Decode is the mean of one row."""
-    memory = np.empty(_SCRATCH + 64, np.uint8)
+    memory = np.empty(SCRATCH_BYTES + 64, np.uint8)
     at = aligned(memory.ctypes.data)
-    words, scale_C = u32_at(at + _WORDS, 256), f32_at(at + _SCALE, 16)
-    quantizer = quantizer_of(constants, at + _NEAR)
+    store_quantizer(at, constants)
+    scale_C = f32_at(at + SCALE, 16)
     stream = num_rows == 1 and n >= _STREAM_FROM and out_at & 63 == 0
     for tile in range((n + 4095) // 4096):
         L = min(4096, n - 4096 * tile)
@@ -389,27 +345,14 @@ def _decode_mean(
             divisor = np.float32(num_rows if rank > 0 and rank == num_rows - 1 else 0)
             lost = scale_C[0] != scale_C[0]
             if not lost:
-                sign_words(mix32(np.uint32(base + np.uint32(tile))), rows, words)
-                packed_at = payloads_at + rank * row_stride + codes_at
-                _levels(at, rows, num_bits, trellis, packed_at, quantizer)
-            if rows == 256 and not lost:
-                scratch, to_at = (at + _WORDS, at + _SCALE, at + _NEAR), out_at + 16384 * tile
-                if rank > 0:
-                    finish_decoding(at, scratch, to_at, True, divisor, False)
-                elif stream:
-                    finish_decoding(at, scratch, to_at, False, divisor, True)
-                else:
-                    finish_decoding(at, scratch, to_at, False, divisor, False)
-                continue
-            if lost:
-                z[:] = np.float32(np.nan)
+                sign_words(mix32(np.uint32(base + np.uint32(tile))), rows, at + WORDS)
+                _levels(at, payloads_at + rank * row_stride + codes_at, rows, num_bits, trellis)
+                if rows == 256:
+                    decode_tile(at, out_at + 16384 * tile, rank > 0, float(divisor), stream)
+                    continue
+                finish_rows(at, rows)
             else:
-                for part in range(0, 16, LANES):
-                    unrotate(at + 4 * part, rows, at + _WORDS + 4 * part)
-                    scale = load_row(at + _SCALE + 4 * part)
-                    for row in range(rows):
-                        decoded = signed_row(at + 4 * part, at + _WORDS + 4 * part, row, scale)
-                        store_row(at + 64 * row + 4 * part, decoded)
+                z[:] = np.float32(np.nan)
             if rank == 0:
                 for j in range(L):
                     out_L[j] = z[j]

@@ -8,7 +8,7 @@ with the 16 rows while they are near::
     quantize   distances 16 to 128 | codes, levels, sums | distances 16 to 128
     finish     distances 1 to 8 | times the scale, signs, what is lost
 
-Scratch: the signed values (`signed_at`) and the tile itself (`z_at`), 16 KiB each, and `near_at`, 16 rows.
+Scratch is that of `cpu_rotated_rows`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from gradq.kernels.cpu_hadamard import sign_bits
-from gradq.kernels.cpu_rotated_rows import LARGEST, MAGNITUDE, NORM, clear_sums, level_of, quantize_value
-from gradq.kernels.numba_tools import inline
+from gradq.kernels.cpu_rotated_rows import (
+    CODES,
+    INVERSE,
+    LARGEST,
+    MAGNITUDE,
+    NEAR,
+    NORMS,
+    SCALE,
+    SIGNED,
+    SUMS,
+    WORDS,
+    clear_sums,
+    level_of,
+    quantize_value,
+    quantizer_of,
+)
+from gradq.kernels.numba_tools import inline, jit
 from gradq.kernels.vector import (
     LANES,
     as_row,
@@ -38,72 +52,9 @@ from gradq.kernels.vector import (
     stream_row,
 )
 
-__all__ = ["finish_decoding", "finish_residual", "levels_of_tile", "quantize_tile", "start_tile"]
+__all__ = ["decode_tile", "finish_tile", "levels_of_tile", "quantize_tile", "start_tile"]
 
-_NEXT = 4 * LANES  # bytes from row to row in `near_at`
-
-
-@inline
-def start_tile(
-    x_at: Any,
-    residual_at: Any,
-    signed_at: Any,
-    z_at: Any,
-    words_at: Any,
-    unscale: Any,
-    sums_at: Any,
-    with_residual: Any,
-) -> None:
-    """x + unscale * residual with signs to signed; its transform at distances 1 to 8 to z; sums, magnitudes."""
-    clear_sums(sums_at)
-    for block in range(16):
-        for part in range(0, 16, LANES):
-            at = 1024 * block + 4 * part
-            word = load_words(words_at + 64 * (block >> 1) + 4 * part)
-            word = word >> constant_words(np.uint32(16 * (block & 1)))
-            from_at, add_at = x_at + at, residual_at + at
-            _start_block(
-                from_at, add_at, signed_at + at, word, unscale, sums_at + 4 * part, with_residual
-            )
-            hadamard_rows(signed_at + at, 64, z_at + at, 64)
-
-
-@inline
-def _start_block(
-    x_at: Any, residual_at: Any, signed_at: Any, word: Any, unscale: Any, sums_at: Any, with_residual: Any
-) -> None:
-    s0, s1, s2, s3 = _four(sums_at)
-    bits, loss = load_words(sums_at + LARGEST), constant_row(unscale)
-    one = constant_words(np.uint32(1))
-    for at in range(0, 1024, 256):
-        z, bits = _start_row(x_at + at, residual_at + at, signed_at + at, word, loss, bits, with_residual)
-        s0, word = s0 + z * z, word >> one
-        z, bits = _start_row(
-            x_at + at + 64, residual_at + at + 64, signed_at + at + 64, word, loss, bits, with_residual
-        )
-        s1, word = s1 + z * z, word >> one
-        z, bits = _start_row(
-            x_at + at + 128, residual_at + at + 128, signed_at + at + 128, word, loss, bits, with_residual
-        )
-        s2, word = s2 + z * z, word >> one
-        z, bits = _start_row(
-            x_at + at + 192, residual_at + at + 192, signed_at + at + 192, word, loss, bits, with_residual
-        )
-        s3, word = s3 + z * z, word >> one
-    _store_four(sums_at, s0, s1, s2, s3)
-    store_words(sums_at + LARGEST, bits)
-
-
-@inline
-def _start_row(
-    x_at: Any, residual_at: Any, signed_at: Any, word: Any, loss: Any, bits: Any, with_residual: Any
-) -> Any:
-    value = load_row(x_at)
-    if with_residual:
-        value = value + load_row(residual_at) * loss
-    z = as_row(as_words(value) ^ (word << constant_words(np.uint32(31))))
-    store_row(signed_at, z)
-    return z, maximum_words(bits, as_words(value) & constant_words(MAGNITUDE))
+_STEP = 4 * LANES  # bytes from row to row in NEAR
 
 
 @inline
@@ -120,154 +71,272 @@ def _store_four(at: Any, s0: Any, s1: Any, s2: Any, s3: Any) -> None:
 
 
 @inline
-def quantize_tile(
-    z_at: Any,
-    codes_at: Any,
-    quantizer: Any,
-    scratch: Any,
-    with_residual: Any,
-    pack_four: Any,
-    use_table: Any,
-    ahead: Any,
-) -> None:
-    """Codes of the tile and the sums of `quantize_rows`; with_residual, z becomes the transformed levels.
+def _signs(at: Any, block: Any, part: Any) -> Any:
+    """Words whose lowest bits are the signs of a block's first row, the next ones of its second, ..."""
+    word = load_words(at + WORDS + 64 * (block >> 1) + 4 * part)
+    return word >> constant_words(np.uint32(16 * (block & 1)))
 
-    With pack_four codes are written as the plane of 4 bits that they have on the wire (rows r and r + 128
-    share bytes), else a byte each.
+
+@inline
+def _sign(word: Any) -> Any:
+    return word << constant_words(np.uint32(31))
+
+
+# --- start ---------------------------------------------------------------------------------------------
+
+
+@jit
+def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
+    """x + unscale * residual with signs to SIGNED; transformed at distances 1 to 8 to the tile; sums."""
+    clear_sums(at)
+    if residual_at != 0:
+        _start(x_at, residual_at, at, np.float32(unscale), True)
+    else:
+        _start(x_at, residual_at, at, np.float32(unscale), False)
+
+
+@inline
+def _start(x_at: Any, residual_at: Any, at: Any, unscale: Any, with_residual: Any) -> None:
+    for block in range(16):
+        for part in range(0, 16, LANES):
+            offset, word = 1024 * block + 4 * part, _signs(at, block, part)
+            signed_at = at + SIGNED + offset
+            _start_block(
+                x_at + offset, residual_at + offset, signed_at, word, unscale, at + 4 * part, with_residual
+            )
+            hadamard_rows(signed_at, 64, at + offset, 64)
+
+
+@inline
+def _start_block(
+    x_at: Any, residual_at: Any, signed_at: Any, word: Any, unscale: Any, at: Any, with_residual: Any
+) -> None:
+    s0, s1, s2, s3 = _four(at + SUMS)
+    bits, loss = load_words(at + LARGEST), constant_row(unscale)
+    one = constant_words(np.uint32(1))
+    for offset in range(0, 1024, 256):
+        from_at, add_at, to = x_at + offset, residual_at + offset, signed_at + offset
+        z, bits = _start_row(from_at, add_at, to, word, loss, bits, with_residual)
+        s0, word = s0 + z * z, word >> one
+        z, bits = _start_row(from_at + 64, add_at + 64, to + 64, word, loss, bits, with_residual)
+        s1, word = s1 + z * z, word >> one
+        z, bits = _start_row(from_at + 128, add_at + 128, to + 128, word, loss, bits, with_residual)
+        s2, word = s2 + z * z, word >> one
+        z, bits = _start_row(from_at + 192, add_at + 192, to + 192, word, loss, bits, with_residual)
+        s3, word = s3 + z * z, word >> one
+    _store_four(at + SUMS, s0, s1, s2, s3)
+    store_words(at + LARGEST, bits)
+
+
+@inline
+def _start_row(
+    x_at: Any, residual_at: Any, signed_at: Any, word: Any, loss: Any, bits: Any, with_residual: Any
+) -> Any:
+    value = load_row(x_at)
+    if with_residual:
+        value = value + load_row(residual_at) * loss
+    z = as_row(as_words(value) ^ _sign(word))
+    store_row(signed_at, z)
+    return z, maximum_words(bits, as_words(value) & constant_words(MAGNITUDE))
+
+
+# --- quantize ------------------------------------------------------------------------------------------
+
+
+@jit
+def quantize_tile(
+    at: int, codes_at: int, num_bits: int, with_residual: bool, next_x_at: int, next_residual_at: int
+) -> None:
+    """Codes of the tile and the sums of `quantize_rows`; with_residual, it becomes the transformed levels.
+
+    Args:
+        at: scratch.
+        codes_at: for 4 bits codes are written as the plane that they have on the wire, in which rows r and
+            r + 128 share bytes; of other widths a byte each, to CODES.
+        num_bits: their width.
+        with_residual: whether the levels are needed.
+        next_x_at: where the next tile will be read.
+        next_residual_at: and its residual.
     """
-    inverse_at, sums_at, near_at = scratch
-    clear_sums(sums_at)
+    clear_sums(at)
+    ahead = next_x_at, next_residual_at
+    if num_bits == 4:
+        _quantize(at, codes_at, with_residual, True, True, ahead)
+    elif num_bits < 4:
+        _quantize(at, at + CODES, with_residual, False, True, ahead)
+    else:
+        _quantize(at, at + CODES, with_residual, False, False, ahead)
+
+
+@inline
+def _quantize(
+    at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_table: Any, ahead: Any
+) -> None:
     for first in range(16):
         for line in range(1024 * first, 1024 * first + 1024, 64):
             prefetch(ahead[0] + line)
             prefetch(ahead[1] + line)
         for part in range(0, 16, LANES):
-            at, to_at = z_at + 64 * first + 4 * part, codes_at + 16 * first + part
-            hadamard_rows(at, 1024, near_at, _NEXT)
-            _quantize_block(
-                near_at, to_at, quantizer, inverse_at + 4 * part, sums_at + 4 * part, pack_four, use_table
-            )
+            z_at, to_at = at + 64 * first + 4 * part, codes_at + 16 * first + part
+            hadamard_rows(z_at, 1024, at + NEAR, _STEP)
+            _quantize_block(at, to_at, part, pack_four, use_table)
             if with_residual:
-                hadamard_rows(near_at, _NEXT, at, 1024)
+                hadamard_rows(at + NEAR, _STEP, z_at, 1024)
 
 
 @inline
-def _quantize_block(
-    near_at: Any,
-    to_at: Any,
-    quantizer: Any,
-    inverse_at: Any,
-    sums_at: Any,
-    pack_four: Any,
-    use_table: Any,
-) -> None:
+def _quantize_block(at: Any, to_at: Any, part: Any, pack_four: Any, use_table: Any) -> None:
+    """Two loops: of one the chains of operations are too long for the processor to overlap enough rows."""
+    near_at, codes_at = at + NEAR, at + NEAR + 16 * _STEP
+    inverse, quantizer = load_row(at + INVERSE + 4 * part), quantizer_of(at)
+    for offset in range(0, 16 * _STEP, _STEP):
+        store_words(codes_at + offset, quantize_value(load_row(near_at + offset), inverse, quantizer))
+    sums_at, levels = at + SUMS + 4 * part, quantizer[7]
     i0, i1, i2, i3 = _four(sums_at)
-    n0, n1, n2, n3 = _four(sums_at + NORM)
-    inverse, codes_at = load_row(inverse_at), near_at + 16 * _NEXT
-    for k in range(0, 16, 4):
-        at, code_at = near_at + _NEXT * k, codes_at + _NEXT * k
-        i, n = _quantize_row(at, code_at, inverse, quantizer, use_table)
+    n0, n1, n2, n3 = _four(sums_at + NORMS - SUMS)
+    for offset in range(0, 16 * _STEP, 4 * _STEP):
+        z_at, code_at = near_at + offset, codes_at + offset
+        i, n = _level_row(z_at, code_at, levels, use_table)
         i0, n0 = i0 + i, n0 + n
-        i, n = _quantize_row(at + _NEXT, code_at + _NEXT, inverse, quantizer, use_table)
+        i, n = _level_row(z_at + _STEP, code_at + _STEP, levels, use_table)
         i1, n1 = i1 + i, n1 + n
-        i, n = _quantize_row(at + 2 * _NEXT, code_at + 2 * _NEXT, inverse, quantizer, use_table)
+        i, n = _level_row(z_at + 2 * _STEP, code_at + 2 * _STEP, levels, use_table)
         i2, n2 = i2 + i, n2 + n
-        i, n = _quantize_row(at + 3 * _NEXT, code_at + 3 * _NEXT, inverse, quantizer, use_table)
+        i, n = _level_row(z_at + 3 * _STEP, code_at + 3 * _STEP, levels, use_table)
         i3, n3 = i3 + i, n3 + n
     _store_four(sums_at, i0, i1, i2, i3)
-    _store_four(sums_at + NORM, n0, n1, n2, n3)
+    _store_four(sums_at + NORMS - SUMS, n0, n1, n2, n3)
     if pack_four:
         for k in range(8):
-            low, high = load_words(codes_at + _NEXT * k), load_words(codes_at + _NEXT * (k + 8))
+            low, high = load_words(codes_at + _STEP * k), load_words(codes_at + _STEP * (k + 8))
             store_bytes(to_at + 256 * k, low | (high << constant_words(np.uint32(4))))
     else:
         for k in range(16):
-            store_bytes(to_at + 256 * k, load_words(codes_at + _NEXT * k))
+            store_bytes(to_at + 256 * k, load_words(codes_at + _STEP * k))
 
 
 @inline
-def _quantize_row(at: Any, code_at: Any, inverse: Any, quantizer: Any, use_table: Any) -> Any:
-    z = load_row(at)
-    code = quantize_value(z, inverse, quantizer)
-    level = level_of(code, quantizer[7], use_table)
-    store_words(code_at, code)
-    store_row(at, level)
+def _level_row(z_at: Any, code_at: Any, levels: Any, use_table: Any) -> Any:
+    z, level = load_row(z_at), level_of(load_words(code_at), levels, use_table)
+    store_row(z_at, level)
     return level * z, level * level
 
 
-@inline
-def finish_residual(
-    z_at: Any,
-    signed_at: Any,
-    scratch: Any,
-    factor: Any,
-    new_at: Any,
-    stream: Any,
-) -> None:
-    """What is lost of the signed values, times factor, to new: past the cache if asked."""
-    words_at, scale_at, near_at = scratch
-    for block in range(16):
-        for part in range(0, 16, LANES):
-            hadamard_rows(z_at + 1024 * block + 4 * part, 64, near_at + 4 * part, 64)
-        for k in range(16):
-            row = 16 * block + k
-            for part in range(0, 16, LANES):
-                sign = sign_bits(words_at + 4 * part, row)
-                value = as_row(as_words(load_row(signed_at + 64 * row + 4 * part)) ^ sign)
-                decoded = load_row(near_at + 64 * k + 4 * part) * load_row(scale_at + 4 * part)
-                error = (value - as_row(as_words(decoded) ^ sign)) * constant_row(factor)
-                if stream:
-                    stream_row(new_at + 64 * row + 4 * part, error)
-                else:
-                    store_row(new_at + 64 * row + 4 * part, error)
+@jit
+def levels_of_tile(at: int, packed_at: int, num_bits: int) -> None:
+    """The levels of codes that stand as `quantize_tile` wrote them, transformed at distances 16 to 128."""
+    if num_bits == 4:
+        _levels(at, packed_at, True, True)
+    elif num_bits < 4:
+        _levels(at, at + CODES, False, True)
+    else:
+        _levels(at, at + CODES, False, False)
 
 
 @inline
-def levels_of_tile(
-    codes_at: Any, z_at: Any, levels: Any, near_at: Any, packed_four: Any, use_table: Any
-) -> None:
-    """The levels of a tile's codes, transformed at distances 16 to 128; codes as `quantize_tile` wrote them."""
+def _levels(at: Any, codes_at: Any, packed_four: Any, use_table: Any) -> None:
+    near_at, levels = at + NEAR, quantizer_of(at)[7]
     for first in range(16):
         for part in range(0, 16, LANES):
-            at = codes_at + 16 * first + part
+            from_at = codes_at + 16 * first + part
             if packed_four:
                 for k in range(8):
-                    code = load_bytes(at + 256 * k)
+                    code = load_bytes(from_at + 256 * k)
                     low = level_of(code & constant_words(np.uint32(15)), levels, use_table)
                     high = level_of(code >> constant_words(np.uint32(4)), levels, use_table)
-                    store_row(near_at + _NEXT * k, low)
-                    store_row(near_at + _NEXT * (k + 8), high)
+                    store_row(near_at + _STEP * k, low)
+                    store_row(near_at + _STEP * (k + 8), high)
             else:
                 for k in range(16):
-                    store_row(near_at + _NEXT * k, level_of(load_bytes(at + 256 * k), levels, use_table))
-            hadamard_rows(near_at, _NEXT, z_at + 64 * first + 4 * part, 1024)
+                    level = level_of(load_bytes(from_at + 256 * k), levels, use_table)
+                    store_row(near_at + _STEP * k, level)
+            hadamard_rows(near_at, _STEP, at + 64 * first + 4 * part, 1024)
+
+
+# --- finish --------------------------------------------------------------------------------------------
+
+
+@jit
+def finish_tile(at: int, factor: float, new_at: int, stream: bool) -> None:
+    """What is lost of the SIGNED values, times factor, to new: past the cache if asked."""
+    if stream:
+        _finish(at, np.float32(factor), new_at, True)
+    else:
+        _finish(at, np.float32(factor), new_at, False)
 
 
 @inline
-def finish_decoding(
-    z_at: Any,
-    scratch: Any,
-    out_at: Any,
-    add: Any,
-    divisor: Any,
-    stream: Any,
-) -> None:
-    """Decoded values to out, or onto it, or onto it and divided (divisor 0: not)."""
-    words_at, scale_at, near_at = scratch
+def _low_stages_near(at: Any, block: Any) -> None:
+    for part in range(0, 64, 4 * LANES):
+        hadamard_rows(at + 1024 * block + part, 64, at + NEAR + part, 64)
+
+
+@inline
+def _finish(at: Any, factor: Any, new_at: Any, stream: Any) -> None:
+    one = constant_words(np.uint32(1))
     for block in range(16):
-        for part in range(0, 16, LANES):
-            hadamard_rows(z_at + 1024 * block + 4 * part, 64, near_at + 4 * part, 64)
+        _low_stages_near(at, block)
+        left, right = _signs(at, block, 0), _signs(at, block, 16 - LANES)
         for k in range(16):
-            row = 16 * block + k
-            for part in range(0, 16, LANES):
-                at = out_at + 64 * row + 4 * part
-                value = load_row(near_at + 64 * k + 4 * part) * load_row(scale_at + 4 * part)
-                value = as_row(as_words(value) ^ sign_bits(words_at + 4 * part, row))
-                if add:
-                    value = load_row(at) + value
-                    if divisor != np.float32(0):
-                        value = value / constant_row(divisor)
-                if stream:
-                    stream_row(at, value)
-                else:
-                    store_row(at, value)
+            to_at = new_at + 1024 * block + 64 * k
+            _finish_row(at, block, k, 0, left, factor, to_at, stream)
+            left = left >> one
+            if LANES == 8:
+                _finish_row(at, block, k, 32, right, factor, to_at, stream)
+                right = right >> one
+
+
+@inline
+def _finish_row(
+    at: Any, block: Any, k: Any, part: Any, word: Any, factor: Any, to_at: Any, stream: Any
+) -> None:
+    sign = _sign(word)
+    value = as_row(as_words(load_row(at + SIGNED + 1024 * block + 64 * k + part)) ^ sign)
+    decoded = load_row(at + NEAR + 64 * k + part) * load_row(at + SCALE + part)
+    error = (value - as_row(as_words(decoded) ^ sign)) * constant_row(factor)
+    if stream:
+        stream_row(to_at + part, error)
+    else:
+        store_row(to_at + part, error)
+
+
+@jit
+def decode_tile(at: int, out_at: int, add: bool, divisor: float, stream: bool) -> None:
+    """Decoded values to out, or onto it and divided (unless divisor is 0)."""
+    if add:
+        _decode(at, out_at, True, np.float32(divisor), False)
+    elif stream:
+        _decode(at, out_at, False, np.float32(0), True)
+    else:
+        _decode(at, out_at, False, np.float32(0), False)
+
+
+@inline
+def _decode(at: Any, out_at: Any, add: Any, divisor: Any, stream: Any) -> None:
+    one = constant_words(np.uint32(1))
+    for block in range(16):
+        _low_stages_near(at, block)
+        left, right = _signs(at, block, 0), _signs(at, block, 16 - LANES)
+        for k in range(16):
+            to_at = out_at + 1024 * block + 64 * k
+            _decode_row(at, k, 0, left, to_at, add, divisor, stream)
+            left = left >> one
+            if LANES == 8:
+                _decode_row(at, k, 32, right, to_at, add, divisor, stream)
+                right = right >> one
+
+
+@inline
+def _decode_row(
+    at: Any, k: Any, part: Any, word: Any, to_at: Any, add: Any, divisor: Any, stream: Any
+) -> None:
+    value = load_row(at + NEAR + 64 * k + part) * load_row(at + SCALE + part)
+    value = as_row(as_words(value) ^ _sign(word))
+    if add:
+        value = load_row(to_at + part) + value
+        if divisor != np.float32(0):
+            value = value / constant_row(divisor)
+    if stream:
+        stream_row(to_at + part, value)
+    else:
+        store_row(to_at + part, value)

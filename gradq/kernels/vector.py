@@ -27,6 +27,7 @@ __all__ = [
     "constant_row",
     "constant_words",
     "hadamard_rows",
+    "lane_numbers",
     "load_bytes",
     "load_row",
     "load_words",
@@ -213,6 +214,12 @@ store_words = _storer(_INTS, _words)
 store_bytes = _storer(_BYTES, _words, narrow=True)
 constant_row = _operation(_row, _splat(_FLOATS), types.float32)
 constant_words = _operation(_words, _splat(_INTS), types.uint32)
+# lane_numbers(first): first, first + 1, ... first + LANES - 1
+lane_numbers = _operation(
+    _words,
+    lambda builder, first: builder.add(_splat(_INTS)(builder, first), ir.Constant(_INTS, list(range(LANES)))),
+    types.uint32,
+)
 as_words = _operation(_words, lambda builder, a: builder.bitcast(a, _INTS), _row)
 as_row = _operation(_row, lambda builder, a: builder.bitcast(a, _FLOATS), _words)
 to_int = _operation(_words, lambda builder, a: builder.fptosi(a, _INTS), _row)
