@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from gradq.kernels.numba_tools import inline, mix32
+from gradq.kernels.numba_tools import inline, jit
 from gradq.kernels.vector import (
+    LANES,
     as_row,
     as_words,
     constant_row,
     constant_words,
     hadamard_rows,
+    lane_numbers,
     load_row,
     load_words,
     store_row,
@@ -30,49 +32,54 @@ __all__ = [
     "rotate",
     "sign_bits",
     "sign_words",
-    "signed_row",
     "unrotate",
     "window",
 ]
 
 
 @inline
-def sign_words(tile_key: Any, rows: Any, words: Any) -> None:
+def sign_words(tile_key: Any, rows: Any, words_at: Any) -> None:
     """128 words for the first signs; for the second, which full tiles do without, 128 more."""
-    for w in range(128):
-        words[w] = mix32(np.uint32(tile_key + np.uint32(w)))
+    for w in range(0, 128, LANES):
+        store_words(words_at + 4 * w, _mix(lane_numbers(np.uint32(tile_key + np.uint32(w)))))
     if rows != 256:
-        for w in range(128):
-            words[128 + w] = mix32(np.uint32(tile_key + np.uint32(256 + w)))
+        for w in range(0, 128, LANES):
+            store_words(words_at + 512 + 4 * w, _mix(lane_numbers(np.uint32(tile_key + np.uint32(256 + w)))))
+
+
+@inline
+def _mix(h: Any) -> Any:
+    """`numba_tools.mix32` of a row."""
+    h = h ^ (h >> constant_words(np.uint32(16)))
+    h = h * constant_words(np.uint32(0x7FEB352D))
+    h = h ^ (h >> constant_words(np.uint32(15)))
+    h = h * constant_words(np.uint32(0x846CA68B))
+    return h ^ (h >> constant_words(np.uint32(16)))
 
 
 @inline
 def flip_signs(at: Any, words_at: Any, first_row: Any, rows: Any) -> None:
     """The second signs."""
     for row in range(first_row, rows):
-        flipped = as_words(load_row(at + 64 * row)) ^ sign_bits(words_at + 512, row)
-        store_words(at + 64 * row, flipped)
+        for part in range(0, 64, 4 * LANES):
+            flipped = as_words(load_row(at + 64 * row + part)) ^ sign_bits(words_at + 512 + part, row)
+            store_words(at + 64 * row + part, flipped)
 
 
 @inline
 def sign_bits(words_at: Any, row: Any) -> Any:
-    """The signs of a row, in the sign bits."""
+    """The signs of a row from one of its columns on, whose first word is at `words_at`, in the sign bits."""
     left = constant_words(np.uint32(31 - (row & 31)))
     return (load_words(words_at + 64 * (row >> 5)) << left) & constant_words(np.uint32(0x80000000))
 
 
-@inline
-def signed_row(z_at: Any, words_at: Any, row: Any, scale: Any) -> Any:
-    """A row times scale, with its signs."""
-    return as_row(as_words(load_row(z_at + 64 * row) * scale) ^ sign_bits(words_at, row))
-
-
-@inline
-def low_stages(at: Any, size: Any) -> None:
+@jit
+def low_stages(at: int, size: int) -> None:
     """Distances 1, 2, 4, 8 of `size` rows, a power of two, in place."""
     if size >= 16:
         for row in range(0, size, 16):
-            hadamard_rows(at + 64 * row, 64)
+            for part in range(0, 64, 4 * LANES):
+                hadamard_rows(at + 64 * row + part, 64, at + 64 * row + part, 64)
     else:
         distance = 1
         while distance < size:
@@ -80,12 +87,12 @@ def low_stages(at: Any, size: Any) -> None:
             distance *= 2
 
 
-@inline
-def high_stages(at: Any, size: Any) -> None:
+@jit
+def high_stages(at: int, size: int) -> None:
     """Distances 16, 32, ... of `size` rows, a power of two, in place."""
     if size == 256:
-        for row in range(16):
-            hadamard_rows(at + 64 * row, 1024)
+        for first in range(at, at + 1024, 4 * LANES):
+            hadamard_rows(first, 1024, first, 1024)
     else:
         distance = 16
         while distance < size:
@@ -97,16 +104,17 @@ def high_stages(at: Any, size: Any) -> None:
 def _stage(at: Any, size: Any, distance: Any) -> None:
     for row in range(size):
         if row & distance == 0:
-            first, second = at + 64 * row, at + 64 * (row + distance)
-            a, b = load_row(first), load_row(second)
-            store_row(first, a + b)
-            store_row(second, a - b)
+            for first in range(at + 64 * row, at + 64 * row + 64, 4 * LANES):
+                second = first + 64 * distance
+                a, b = load_row(first), load_row(second)
+                store_row(first, a + b)
+                store_row(second, a - b)
 
 
 @inline
 def _multiply(at: Any, rows: Any, factor: Any) -> None:
-    for row in range(rows):
-        store_row(at + 64 * row, load_row(at + 64 * row) * constant_row(factor))
+    for first in range(at, at + 64 * rows, 4 * LANES):
+        store_row(first, load_row(first) * constant_row(factor))
 
 
 @inline
@@ -118,8 +126,8 @@ def window(rows: Any) -> Any:
     return size
 
 
-@inline
-def rotate(at: Any, rows: Any, words_at: Any) -> None:
+@jit
+def rotate(at: int, rows: int, words_at: int) -> None:
     """See `reference_rotated.rotate`."""
     size = window(rows)
     low_stages(at, size)
@@ -134,8 +142,8 @@ def rotate(at: Any, rows: Any, words_at: Any) -> None:
         _multiply(last, size, factor)
 
 
-@inline
-def unrotate(at: Any, rows: Any, words_at: Any) -> None:
+@jit
+def unrotate(at: int, rows: int, words_at: int) -> None:
     """See `reference_rotated.unrotate`."""
     size = window(rows)
     if size != rows:

@@ -1,8 +1,9 @@
-"""Rows: vectors of 16 numbers as values in Numba code, for kernels that a loop vectorizer does not get right.
+"""Rows: vectors of numbers as values in Numba code, for kernels that a loop vectorizer does not get right.
 
-`Row` holds 16 fp32 numbers, `Words` 16 unsigned 32-bit integers. LLVM maps them to whatever registers the
-machine has (one of AVX-512, two of AVX2, four of NEON). Operators round each element as scalar code would, in
-the order in which they are written, so results equal those of plain loops bit for bit.
+`Row` holds `LANES` fp32 numbers, `Words` as many unsigned 32-bit integers: 16 where a register holds them
+(AVX-512), else 8 (one register of AVX2, two of NEON); more would be kept in memory by the compiler. Operators
+round each element as scalar code would, in the order in which they are written, so results equal those of
+plain loops bit for bit, whatever `LANES` is.
 
 Rows are read and written at addresses (`array.ctypes.data`), in bytes; nothing is checked.
 """
@@ -20,11 +21,13 @@ from numba.extending import intrinsic, overload, register_model
 
 __all__ = [
     "HAS_LOOKUP",
+    "LANES",
     "as_row",
     "as_words",
     "constant_row",
     "constant_words",
     "hadamard_rows",
+    "lane_numbers",
     "load_bytes",
     "load_row",
     "load_words",
@@ -44,11 +47,13 @@ __all__ = [
     "to_int",
 ]
 
-HAS_LOOKUP = bool(binding.get_host_cpu_features().get("avx512f"))  # whether `lookup` is one instruction here
+_FEATURES = binding.get_host_cpu_features()
+LANES = 16 if _FEATURES.get("avx512f") else 8
+HAS_LOOKUP = bool(_FEATURES.get("avx512f") or _FEATURES.get("avx2"))  # whether there is `lookup`
 
-_FLOATS = ir.VectorType(ir.FloatType(), 16)
-_INTS = ir.VectorType(ir.IntType(32), 16)
-_BYTES = ir.VectorType(ir.IntType(8), 16)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_INTS = ir.VectorType(ir.IntType(32), LANES)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
 _VOID = ir.Constant(ir.IntType(64), 0)
 
 
@@ -118,7 +123,7 @@ def _storer(kind: Any, operand: Any, narrow: bool = False) -> Any:
 
 
 def _stream(builder: Any, at: Any, value: Any) -> Any:
-    store = builder.store(value, builder.inttoptr(at, _FLOATS.as_pointer()), align=64)
+    store = builder.store(value, builder.inttoptr(at, _FLOATS.as_pointer()), align=4 * LANES)
     store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
     return _VOID
 
@@ -126,25 +131,35 @@ def _stream(builder: Any, at: Any, value: Any) -> Any:
 def _splat(kind: Any) -> Callable[..., Any]:
     def emit(builder: Any, scalar: Any) -> Any:
         first = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.IntType(32)(0))
-        mask = ir.Constant(_INTS, [0] * 16)
+        mask = ir.Constant(_INTS, [0] * LANES)
         return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), mask)
 
     return emit
 
 
-def _hadamard(builder: Any, base: Any, stride: Any) -> Any:
-    pointers = []
-    for k in range(16):
-        offset = builder.mul(stride, ir.Constant(stride.type, k))
-        pointers.append(builder.inttoptr(builder.add(base, offset), _FLOATS.as_pointer()))
-    rows = [builder.load(pointer, align=4) for pointer in pointers]
-    for distance in (1, 2, 4, 8):
-        for k in range(16):
-            if k & distance == 0:
-                a, b = rows[k], rows[k + distance]
-                rows[k], rows[k + distance] = builder.fadd(a, b), builder.fsub(a, b)
-    for row, pointer in zip(rows, pointers, strict=True):
-        builder.store(row, pointer, align=4)
+def _hadamard(builder: Any, source: Any, stride: Any, target: Any, target_stride: Any) -> Any:
+    """Halves before the whole, and a store as soon as there is something to store: few rows are alive."""
+
+    def pointer(base: Any, step: Any, k: int) -> Any:
+        offset = builder.mul(step, ir.Constant(step.type, k))
+        return builder.inttoptr(builder.add(base, offset), _FLOATS.as_pointer())
+
+    def transform(first: int, count: int) -> list[Any]:
+        if count == 1:
+            return [builder.load(pointer(source, stride, first), align=4)]
+        half = count // 2
+        low, high = transform(first, half), transform(first + half, half)
+        pairs = list(zip(low, high, strict=True))
+        sums, differences = [], []
+        for k, (a, b) in enumerate(pairs):
+            sums.append(builder.fadd(a, b))
+            differences.append(builder.fsub(a, b))
+            if count == 16:
+                builder.store(sums[k], pointer(target, target_stride, k), align=4)
+                builder.store(differences[k], pointer(target, target_stride, k + half), align=4)
+        return sums + differences
+
+    transform(0, 16)
     return _VOID
 
 
@@ -165,13 +180,20 @@ def _prefetch(for_writing: bool) -> Callable[..., Any]:
 
 def _square_root(builder: Any, a: Any) -> Any:
     kind = ir.FunctionType(_FLOATS, [_FLOATS])
-    return builder.call(_declare(builder.module, kind, "llvm.sqrt.v16f32"), [a])
+    return builder.call(_declare(builder.module, kind, f"llvm.sqrt.v{LANES}f32"), [a])
 
 
-def _lookup(builder: Any, table: Any, index: Any) -> Any:
+def _lookup(builder: Any, low: Any, high: Any, index: Any) -> Any:
     kind = ir.FunctionType(_FLOATS, [_FLOATS, _INTS])
-    name = "llvm.x86.avx512.permvar.sf.512"
-    return builder.call(_declare(builder.module, kind, name), [table, index])
+    if LANES == 16:
+        function = _declare(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+        return builder.call(function, [low, index])
+    function = _declare(builder.module, kind, "llvm.x86.avx2.permps")  # of an index it reads three bits
+    eighth = builder.shl(index, ir.Constant(_INTS, [28] * LANES))
+    is_high = builder.icmp_signed("<", eighth, ir.Constant(_INTS, [0] * LANES))
+    return builder.select(
+        is_high, builder.call(function, [high, index]), builder.call(function, [low, index])
+    )
 
 
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
@@ -186,12 +208,18 @@ load_row = _loader(_FLOATS, _row)
 load_words = _loader(_INTS, _words)
 load_bytes = _loader(_BYTES, _words, widen=True)
 store_row = _storer(_FLOATS, _row)
-# past the cache, to a multiple of 64 bytes; not ordered with other writes without `numba_tools.fence()`
+# past the cache, to a multiple of 4 LANES bytes; not ordered with other writes without `numba_tools.fence()`
 stream_row = _operation(types.int64, _stream, types.intp, _row)
 store_words = _storer(_INTS, _words)
 store_bytes = _storer(_BYTES, _words, narrow=True)
 constant_row = _operation(_row, _splat(_FLOATS), types.float32)
 constant_words = _operation(_words, _splat(_INTS), types.uint32)
+# lane_numbers(first): first, first + 1, ... first + LANES - 1
+lane_numbers = _operation(
+    _words,
+    lambda builder, first: builder.add(_splat(_INTS)(builder, first), ir.Constant(_INTS, list(range(LANES)))),
+    types.uint32,
+)
 as_words = _operation(_words, lambda builder, a: builder.bitcast(a, _INTS), _row)
 as_row = _operation(_row, lambda builder, a: builder.bitcast(a, _FLOATS), _words)
 to_int = _operation(_words, lambda builder, a: builder.fptosi(a, _INTS), _row)
@@ -199,7 +227,9 @@ to_float = _operation(_row, lambda builder, a: builder.sitofp(a, _FLOATS), _word
 prefetch = _operation(types.int64, _prefetch(False), types.intp)
 prefetch_to_write = _operation(types.int64, _prefetch(True), types.intp)
 square_root = _operation(_row, _square_root, _row)
-lookup = _operation(_row, _lookup, _row, _words)  # table[index], index < 16; only where HAS_LOOKUP
+# lookup(low, high, index): table[index], index < 16; only where HAS_LOOKUP. The table's first LANES entries are
+# low; high holds entries 8 to 15 where LANES is 8, and is not read where it is 16.
+lookup = _operation(_row, _lookup, _row, _row, _words)
 minimum = _operation(_row, _smaller, _row, _row)
 maximum = _operation(_row, _larger, _row, _row)
 maximum_words = _operation(
@@ -214,8 +244,8 @@ select_less = _operation(
     _row,
     _row,
 )
-# the unnormalized transform of 16 rows in place, (address, stride in bytes): distances 1, 2, 4, 8
-hadamard_rows = _operation(types.int64, _hadamard, types.intp, types.intp)
+# the unnormalized transform of 16 rows, distances 1, 2, 4, 8: (from, its stride in bytes, to, its stride)
+hadamard_rows = _operation(types.int64, _hadamard, types.intp, types.intp, types.intp, types.intp)
 
 
 def _operator(symbol: Any, kind: Any, method: str) -> None:

@@ -1,0 +1,257 @@
+"""Rows of a rotated tile in Numba: scratch, levels, sums over groups; the steps of tiles that are not full.
+
+A tile stands in memory as R rows of 16 numbers. A vector holds `LANES` of a row's columns, its *part*, which
+`part` names by its first column. Kernels share one piece of scratch, `at`, laid out by the offsets below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gradq.kernels.cpu_hadamard import low_stages, sign_bits, unrotate
+from gradq.kernels.numba_tools import f32_at, inline, jit, u32_at
+from gradq.kernels.vector import (
+    HAS_LOOKUP,
+    LANES,
+    as_row,
+    as_words,
+    constant_row,
+    constant_words,
+    load_bytes,
+    load_row,
+    load_words,
+    lookup,
+    maximum,
+    maximum_words,
+    minimum,
+    store_bytes,
+    store_row,
+    store_words,
+    to_float,
+    to_int,
+)
+
+__all__ = [
+    "CHOICES",
+    "CODES",
+    "ENERGY",
+    "INVERSE",
+    "LARGEST",
+    "MAGNITUDE",
+    "NEAR",
+    "NORMS",
+    "SCALE",
+    "SCRATCH_BYTES",
+    "SIGNED",
+    "SUMS",
+    "WORDS",
+    "clear_sums",
+    "finish_rows",
+    "fold",
+    "largest_of",
+    "level_of",
+    "levels_of_rows",
+    "quantize_rows",
+    "quantize_value",
+    "quantizer_of",
+    "start_rows",
+    "store_quantizer",
+]
+
+# Offsets in scratch, in bytes, after the tile itself: its signed values (or a last tile whose end is no whole
+# row), codes, choices of the trellis, words of signs, 32 rows.
+SIGNED, CODES, CHOICES, WORDS, NEAR = 16384, 32768, 36864, 40960, 41984
+# Sums over rows: four accumulators of 16 columns, then the bits of the largest magnitude or four more.
+SUMS, LARGEST, NORMS = 44032, 44032 + 256, 44032 + 256
+# 16 numbers each: energies, 1 / σ, scales; then the constants of `_store_quantizer` as rows.
+ENERGY, INVERSE, SCALE, _QUANTIZER = 44544, 44608, 44672, 44736
+SCRATCH_BYTES = _QUANTIZER + 14 * 64
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+
+# --- sums ----------------------------------------------------------------------------------------------
+
+
+@inline
+def clear_sums(at: Any) -> None:
+    """Set all of them to 0."""
+    for offset in range(0, 512, 4 * LANES):
+        store_row(at + SUMS + offset, constant_row(np.float32(0)))
+
+
+@inline
+def fold(sums_at: Any, groups: Any, folded_at: Any) -> None:
+    """The four accumulators of each column to the sum over its group, 16 numbers."""
+    for part in range(0, 16, LANES):
+        at = sums_at + 4 * part
+        low, high = load_row(at) + load_row(at + 64), load_row(at + 128) + load_row(at + 192)
+        store_row(folded_at + 4 * part, low + high)
+    if groups != 16:
+        folded, sums = f32_at(folded_at, 16), f32_at(sums_at, 16)
+        for g in range(16):
+            sums[g] = np.float32(0)
+        for c in range(16):
+            sums[c * groups // 16] += folded[c]
+        for c in range(16):
+            folded[c] = sums[c * groups // 16]
+
+
+@inline
+def largest_of(at: Any) -> Any:
+    """The bits of the largest magnitude."""
+    bits, largest = u32_at(at + LARGEST, 16), np.uint32(0)
+    for c in range(16):
+        largest = max(largest, bits[c])
+    return largest
+
+
+@inline
+def _add(at: Any, term: Any) -> None:
+    store_row(at, load_row(at) + term)
+
+
+# --- levels --------------------------------------------------------------------------------------------
+
+
+@inline
+def _store_constant(at: Any, k: Any, value: Any) -> None:
+    store_row(at + _QUANTIZER + 64 * k, constant_row(np.float32(value)))
+
+
+@jit
+def store_quantizer(at: int, constants: Any) -> None:
+    """Constants as rows, for `quantizer_of`: -top, top, `to_index`, half the codes; middle, `to_level`; table.
+
+    Args:
+        at: scratch.
+        constants: top, four of `to_index`, four of `to_level`, half the number of codes (levels, in a trellis).
+    """
+    _store_constant(at, 0, -constants[0])
+    for k in range(5):
+        _store_constant(at, 1 + k, constants[k])
+    _store_constant(at, 6, constants[9])
+    _store_constant(at, 7, constants[9] - np.float32(0.5))
+    for k in range(4):
+        _store_constant(at, 8 + k, constants[5 + k])
+    table, level, to_level = f32_at(at + _QUANTIZER + 64 * 12, 16), f32_at(at + NEAR, LANES), _to_level(at)
+    for code in range(16):
+        store_row(at + NEAR, _polynomial(constant_words(np.uint32(code)), to_level))
+        table[code] = level[0]
+
+
+@inline
+def _constant(at: Any, k: Any) -> Any:
+    return load_row(at + _QUANTIZER + 64 * k)
+
+
+@inline
+def _to_level(at: Any) -> Any:
+    return _constant(at, 7), _constant(at, 8), _constant(at, 9), _constant(at, 10), _constant(at, 11)
+
+
+@inline
+def quantizer_of(at: Any) -> Any:
+    """What `store_quantizer` stored, for `quantize_value` and (its last element) `level_of`."""
+    table_at = at + _QUANTIZER + 64 * 12
+    return (
+        _constant(at, 0),
+        _constant(at, 1),
+        _constant(at, 2),
+        _constant(at, 3),
+        _constant(at, 4),
+        _constant(at, 5),
+        _constant(at, 6),
+        (_to_level(at), load_row(table_at), load_row(table_at + 64 - 4 * LANES)),
+    )
+
+
+@inline
+def _polynomial(code: Any, to_level: Any) -> Any:
+    middle, a0, a1, a2, a3 = to_level
+    m = to_float(code) - middle
+    m2 = m * m
+    return m * (a0 + m2 * (a1 + m2 * (a2 + m2 * a3)))
+
+
+@inline
+def level_of(code: Any, levels: Any, use_table: Any) -> Any:
+    """The levels of a row of codes: looked up where 16 are enough and the machine can, or computed."""
+    to_level, low, high = levels
+    if HAS_LOOKUP:
+        if use_table:
+            return lookup(low, high, code)
+        return _polynomial(code, to_level)
+    return _polynomial(code, to_level)
+
+
+@inline
+def quantize_value(z: Any, inverse: Any, quantizer: Any) -> Any:
+    """Codes of a row."""
+    bottom, top, k0, k1, k2, k3, half, _ = quantizer
+    y = minimum(maximum(z * inverse, bottom), top)
+    y2 = y * y
+    return to_int(y * (k0 + y2 * (k1 + y2 * (k2 + y2 * k3))) + half)
+
+
+# --- tiles of any size ---------------------------------------------------------------------------------
+
+
+@jit
+def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, to_unit: float) -> None:
+    """x + residual with its signs, times to_unit, to the tile; sums of squares, the largest magnitude."""
+    clear_sums(at)
+    loss, unit = constant_row(np.float32(unscale)), constant_row(np.float32(to_unit))
+    for row in range(rows):
+        for part in range(0, 16, LANES):
+            offset, to = 64 * row + 4 * part, at + 4 * part
+            value = load_row(x_at + offset)
+            if residual_at != 0:
+                value = value + load_row(residual_at + offset) * loss
+            z = as_row(as_words(value) ^ sign_bits(at + WORDS + 4 * part, row)) * unit
+            store_row(at + offset, z)
+            _add(to + SUMS + 64 * (row & 3), z * z)
+            bits = as_words(value) & constant_words(MAGNITUDE)
+            store_words(to + LARGEST, maximum_words(load_words(to + LARGEST), bits))
+
+
+@jit
+def quantize_rows(at: int, rows: int, num_bits: int) -> None:
+    """Codes of the tile, a byte each; it becomes the levels. Sums ⟨level, z⟩ and (at NORMS) ‖level‖²."""
+    clear_sums(at)
+    quantizer = quantizer_of(at)
+    for row in range(rows):
+        for part in range(0, 16, LANES):
+            z_at, to = at + 64 * row + 4 * part, at + 64 * (row & 3) + 4 * part
+            z = load_row(z_at)
+            code = quantize_value(z, load_row(at + INVERSE + 4 * part), quantizer)
+            level = level_of(code, quantizer[7], num_bits <= 4)
+            store_bytes(at + CODES + 16 * row + part, code)
+            store_row(z_at, level)
+            _add(to + SUMS, level * z)
+            _add(to + NORMS, level * level)
+
+
+@jit
+def levels_of_rows(at: int, rows: int, num_bits: int) -> None:
+    """The codes' levels to the tile."""
+    levels = quantizer_of(at)[7]
+    for row in range(rows):
+        for part in range(0, 16, LANES):
+            code = load_bytes(at + CODES + 16 * row + part)
+            store_row(at + 64 * row + 4 * part, level_of(code, levels, num_bits <= 4))
+
+
+@jit
+def finish_rows(at: int, rows: int) -> None:
+    """Transform the levels back (a full tile is through the high stages), times the scale, with signs."""
+    if rows == 256:
+        low_stages(at, 256)
+    else:
+        unrotate(at, rows, at + WORDS)
+    for row in range(rows):
+        for part in range(0, 16, LANES):
+            z_at = at + 64 * row + 4 * part
+            decoded = as_words(load_row(z_at) * load_row(at + SCALE + 4 * part))
+            store_words(z_at, decoded ^ sign_bits(at + WORDS + 4 * part, row))
