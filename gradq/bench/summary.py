@@ -173,7 +173,7 @@ class Summary:
                 harmful.append(row.codec)
                 continue
             if row.ratio.median > WORTH_IT or row.ratio.p80 >= 1:
-                break
+                continue
             text = f"{row.codec} is best here: {row.ratio.median:.2f} of plain DDP's step"
             base = self.row(BASELINE)
             if row.codec != BASELINE and base and base.ratio:
@@ -242,7 +242,7 @@ def summarise(path: Path) -> Summary:
     blocks = {(r["seed"], r["turn"], r["codec"]): r for r in lines if r["record"] == "block"}  # last wins
     finals = {(r["seed"], r["codec"]): r["val_loss"] for r in lines if r["record"] == "final"}
     starts = [r for r in lines if r["record"] == "start"]
-    shared = bool(starts) and starts[0]["interface"] == "lo"
+    shared = starts[0].get("interface_ranks", 1) if starts else 1
     known = {codec for _, _, codec in blocks}
     rows = [_row(codec, blocks, shared) for codec in scenario.contenders if codec in known]
     rows = [row for row in rows if row.step_ms.samples]
@@ -263,7 +263,7 @@ def summarise(path: Path) -> Summary:
     )
 
 
-def _row(codec: str, blocks: dict[tuple[int, int, str], Record], shared: bool) -> Row:
+def _row(codec: str, blocks: dict[tuple[int, int, str], Record], shared: int) -> Row:
     own = [r for r in blocks.values() if r["codec"] == codec and not r["warmup"]]
     if not own:
         return Row(codec, Spread(math.nan, math.nan, math.nan, 0), *[None] * 8)  # type: ignore[arg-type]
@@ -284,8 +284,8 @@ def _row(codec: str, blocks: dict[tuple[int, int, str], Record], shared: bool) -
         statistics.mean(r["encode_ms"]) + statistics.mean(r["decode_ms"]) for r in own if "encode_ms" in r
     ]
     interface = median("interface_bytes")
-    if interface is not None and shared:  # every rank reads the sum of all
-        interface /= len(own[0]["step_ms"])
+    if interface is not None:  # every rank of a host reads the sum of them
+        interface /= shared
     return Row(
         codec=codec,
         step_ms=Spread.of([max(r["step_ms"]) for r in own]),

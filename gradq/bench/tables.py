@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gradq.bench.scenario import COMPUTE, PLAIN
 from gradq.bench.summary import Losses, Row, Summary
 
-__all__ = ["COLUMNS", "cells", "label", "markdown_table"]
+__all__ = ["COLUMNS", "cells", "collectives_table", "label", "markdown_table"]
 
 COLUMNS = (
     "codec",
@@ -83,3 +85,24 @@ def markdown_table(summary: Summary) -> str:
     for codec, reason in summary.refused.items():
         text += f"\n{label(codec)} did not run: {reason}"
     return text
+
+
+def collectives_table(rows: list[dict[str, Any]]) -> str:
+    """The table of `gradq bench collectives`, in the manner of nccl-tests."""
+    head = ("size", "count", "dtype", "codec", "time ms", "algbw GB/s", "busbw GB/s", "wire bytes", "ratio", "#wrong")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
+    for row in rows:
+        texts = (
+            f"{row['size_bytes']}",
+            f"{row['count']}",
+            row["dtype"],
+            label(row["codec"]),
+            f"{row['time_ms']:.3f}",
+            f"{row['algbw_gbps']:.3f}",
+            f"{row['busbw_gbps']:.3f}",
+            f"{row['wire_bytes']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['wrong']}",
+        )
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)

@@ -46,6 +46,7 @@ class Job:
         rank: of this process.
         init_method: where ranks meet: "file://..." or "tcp://host:port".
         interface: that carries the gradients; "" is left to Gloo and not counted.
+        interface_ranks: ranks that share it.
         threads: to compute with.
         snapshots: folder of checkpoints; "" for none.
     """
@@ -55,6 +56,7 @@ class Job:
     rank: int
     init_method: str
     interface: str
+    interface_ranks: int = 1
     threads: int = 1
     snapshots: str = ""
 
@@ -106,7 +108,8 @@ def measure(job: Job) -> Iterator[Record]:
         first = snapshot.load(job.snapshots, job.rank, contenders, control) if job.snapshots else 0
         numel = sum(p.numel() for p in contenders[0].model.parameters())
         start = {"parameters": numel, "interface": job.interface, "first_turn": first, "turns": turns}
-        yield {"record": "start", "pid": os.getpid(), "codecs": [c.name for c in contenders], **start}
+        start |= {"interface_ranks": job.interface_ranks, "codecs": [c.name for c in contenders]}
+        yield {"record": "start", "pid": os.getpid(), **start}
         yield from _take_turns(job, task, contenders, first, turns, control)
         for contender in contenders if scenario.evaluate else ():
             if contender.learns:

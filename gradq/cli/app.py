@@ -9,7 +9,7 @@ import rich.console
 import typer
 
 import gradq
-from gradq.cli import bench, doctor
+from gradq.cli import bench, doctor, report
 from gradq.errors import GradqError
 
 __all__ = ["app", "run"]
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
+app.command("report")(report.report)
 
 
 def _show_version(asked: bool) -> None:

@@ -30,3 +30,8 @@ class LocalRunner(ProcessRunner):
     def place(self, rank: int) -> tuple[list[str], str]:
         """See `ProcessRunner.place`."""
         return [], "lo"
+
+    @property
+    def interface_ranks(self) -> int:
+        """All of them: loopback is one."""
+        return self.scenario.world_size

@@ -55,6 +55,11 @@ class ProcessRunner(Runner):
     def place(self, rank: int) -> tuple[list[str], str]:
         """The command's prefix that puts a rank on its host, and the interface of its gradients."""
 
+    @property
+    def interface_ranks(self) -> int:
+        """Ranks that share an interface."""
+        return self.scenario.ranks_per_node
+
     def before_warm_up(self) -> None:
         """Called before the ranks of a seed start."""
 
@@ -99,6 +104,7 @@ class ProcessRunner(Runner):
             rank=rank,
             init_method=f"file://{folder}/store",
             interface=interface,
+            interface_ranks=self.interface_ranks,
             threads=max(1, (os.cpu_count() or 1) // self.scenario.world_size),
         )
         (folder / f"job{rank}.json").write_text(job.to_json())
