@@ -28,6 +28,7 @@ from gradq.bench import snapshot
 from gradq.bench.contenders import Contender, open_contender
 from gradq.bench.counters import Counters
 from gradq.bench.models import Task, load_task
+from gradq.bench.preflight import preflight
 from gradq.bench.scenario import Scenario
 from gradq.errors import GradqError
 
@@ -49,6 +50,7 @@ class Job:
         interface_ranks: ranks that share it.
         threads: to compute with.
         snapshots: folder of checkpoints; "" for none.
+        preflight: whether to check collectives first; see `gradq.bench.preflight`.
     """
 
     scenario: Scenario
@@ -59,6 +61,7 @@ class Job:
     interface_ranks: int = 1
     threads: int = 1
     snapshots: str = ""
+    preflight: bool = False
 
     def to_json(self) -> str:
         """Text for another process."""
@@ -75,7 +78,7 @@ def measure(job: Job) -> Iterator[Record]:
     """Run a job; all ranks do it together.
 
     Yields:
-        Records: "start", "refused" (a codec that cannot run here), "warm" (the link may be shaped now: nothing
+        Records: "preflight" if asked for, "start", "refused" (a codec that cannot run here), "warm" (the link may be shaped now: nothing
         has been measured), "block" (one codec's turn), "final" (its metric at the end), "done".
 
     Raises:
@@ -98,6 +101,10 @@ def measure(job: Job) -> Iterator[Record]:
     contenders: list[Contender] = []
     try:
         control = dist.new_group(backend="gloo")
+        if job.preflight:
+            rate = scenario.link.rate_bps
+            found = preflight(job.interface, job.interface_ranks, rate, device, control)
+            yield {"record": "preflight", **found}
         for name in scenario.contenders:
             contender, reason = _try_to_open(name, job, task, device, control)
             if contender is None:
