@@ -46,6 +46,9 @@ def bench(
     nodes: Annotated[int | None, typer.Option(help="Nodes of the cluster to use.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node; a rank each.")] = None,
     ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on each node without GPUs.")] = None,
+    link_record: Annotated[
+        Path | None, typer.Option(help="JSON with what was measured of the cluster's links; kept in the record.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many seeds; 3 for a statement about the loss.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each codec.")] = None,
     block: Annotated[int | None, typer.Option(help="Steps a codec makes in its turn.")] = None,
@@ -95,15 +98,16 @@ def bench(
         shaped = dataclasses.replace(shaped, loss=loss)
     given = {key: value for key, value in asked.items() if value is not None}
     chosen = dataclasses.replace(base, link=shaped, **given)
-    runner = _runner(chosen, cluster, made=hosts is not None or (scenario is not None and chosen.nodes > 1))
+    measured = json.loads(link_record.read_text()) if link_record else None
+    runner = _runner(chosen, cluster, measured, made=hosts is not None or (scenario is not None and chosen.nodes > 1))
     measure_scenario(runner, out / f"{chosen.name}.jsonl", as_json=as_json)
 
 
-def _runner(scenario: Scenario, cluster: str | None, *, made: bool) -> Runner:
+def _runner(scenario: Scenario, cluster: str | None, link: dict[str, Any] | None, *, made: bool) -> Runner:
     if cluster is not None:
         from gradq.bench.runners.ray import RayRunner
 
-        return RayRunner(scenario, cluster)
+        return RayRunner(scenario, cluster, link=link)
     if made or scenario.link != Link():
         from gradq.bench.runners.namespaces import NamespacesRunner
 

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gradq
@@ -35,6 +35,7 @@ class RayRunner(Runner):
         scenario: what is measured; its link says what the preflight should expect, nothing is shaped.
         cluster: "ray://head:10001", "head:6379", "auto" (the cluster of this machine), or "local" for one node
             of its own.
+        link: what is known of the link, for the record's header.
         max_restarts: of a seed, before it is given up.
         patience_s: how long to wait for nodes and CPUs.
 
@@ -45,7 +46,13 @@ class RayRunner(Runner):
     name = "ray"
 
     def __init__(
-        self, scenario: Scenario, cluster: str, *, max_restarts: int = 3, patience_s: float = 60.0
+        self,
+        scenario: Scenario,
+        cluster: str,
+        *,
+        link: Mapping[str, Any] | None = None,
+        max_restarts: int = 3,
+        patience_s: float = 60.0,
     ) -> None:
         super().__init__(scenario)
         try:
@@ -53,6 +60,7 @@ class RayRunner(Runner):
         except ImportError:
             raise ConfigError("--cluster needs Ray: pip install 'gradq[ray]'") from None
         self._ray = ray
+        self._link = dict(link or {})
         self.cluster, self.max_restarts, self.patience_s = cluster, max_restarts, patience_s
         self.restarts = 0
         self._group: Any = None
@@ -72,7 +80,8 @@ class RayRunner(Runner):
             options |= {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, self.scenario.world_size)}
         try:
             self._ray.init(address=self.cluster, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises bare ones too
+            self._ray.shutdown()
             raise BenchError(f"cannot reach the Ray cluster {self.cluster}: {error}") from error
         self._connected = True
         alive = [node for node in self._ray.nodes() if node["Alive"]]
@@ -84,7 +93,8 @@ class RayRunner(Runner):
             bundle["GPU"] = float(self.scenario.gpus_per_rank * self.scenario.ranks_per_node)
         self._group = self._ray.util.placement_group([bundle] * self.scenario.nodes, strategy="STRICT_SPREAD")
         self._wait_for_group(bundle)
-        return {"link": {"asked": str(self.scenario.link), "cluster": self.cluster}, "ray": self._ray.__version__}
+        link = {"asked": str(self.scenario.link), **self._link, "cluster": self.cluster}
+        return {"link": link, "ray": self._ray.__version__}
 
     def _cpus_per_rank(self, alive: list[Record]) -> int:
         counts = sorted((node["Resources"].get("CPU", 0.0) for node in alive), reverse=True)
