@@ -2,9 +2,10 @@
 
     sudo .venv/bin/python benchmarks/ray_cluster.py
 
-Every node is a raylet in a network namespace with an address of its own; the links between them are shaped in both
-directions and measured. `gradq bench --cluster` runs on the first node as it would on any cluster. When the first seed
-is half way, one rank is killed (SIGKILL); the run must go on from its checkpoint. Ends with the report.
+Every node is a raylet in a network namespace with an address of its own; the links between them are shaped in
+both directions and measured. `gradq bench --cluster` runs on the first node as it would on any cluster. When
+the first seed is half way, one rank is killed (SIGKILL); the run must go on from its checkpoint. Ends with
+the report.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -37,6 +39,12 @@ class Cluster:
     def __init__(self, num_nodes: int, link: Link) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=f"gradq-bench-{os.getpid()}-"))
         self.nodes: list[subprocess.Popen[bytes]] = []
+        # a token of its own: without one Ray would use, or make, the user's
+        (self.folder / "token").write_text(secrets.token_hex(32))
+        self.environment = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+        }
         self.network = Network(num_nodes, link)
         try:
             self.network.shape()
@@ -57,13 +65,19 @@ class Cluster:
         command = [*self.network.inside(index), ray, "start", "--block", "--num-cpus", "1"]
         command += ["--node-ip-address", self.network.address(index), "--disable-usage-stats"]
         if index == 0:
-            command += ["--head", "--port", str(PORT), "--include-dashboard=false", "--temp-dir", str(self.folder / "r")]
+            command += [
+                "--head",
+                "--port",
+                str(PORT),
+                "--include-dashboard=false",
+                "--temp-dir",
+                str(self.folder / "r"),
+            ]
         else:
             command += ["--address", self.address]
         log = (self.folder / f"node{index}.log").open("wb")
-        environment = os.environ | {"RAY_raylet_start_wait_time_s": "120"}
         self.nodes.append(
-            subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, start_new_session=True)
         )
         log.close()
         deadline = time.monotonic() + 180
@@ -96,11 +110,17 @@ def run(cluster: Cluster, args: argparse.Namespace, kill: bool) -> None:
     record = args.out / f"{args.name}.jsonl"
     facts = cluster.folder / "link.json"
     facts.write_text(json.dumps(cluster.link))
-    command = [*cluster.network.inside(0), sys.executable, "-c", "from gradq.cli import main; main()", "bench"]
+    command = [
+        *cluster.network.inside(0),
+        sys.executable,
+        "-c",
+        "from gradq.cli import main; main()",
+        "bench",
+    ]
     command += ["--cluster", cluster.address, "--nodes", str(args.nodes), "--link-record", str(facts)]
     for name in ("model", "codecs", "seeds", "steps", "block", "name", "link", "delay", "out", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=cluster.environment)
     try:
         while process.poll() is None:
             time.sleep(0.5)
@@ -142,7 +162,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="(default 8)")
     parser.add_argument("--name", default="ray_gpt_3nodes", help="of the record (default %(default)s)")
     parser.add_argument("--no-kill", action="store_true", help="let all workers live")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "ray_cluster", help="(default out/ray_cluster)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "ray_cluster", help="(default out/ray_cluster)"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:

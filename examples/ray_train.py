@@ -1,11 +1,12 @@
-"""Train the small GPT with Ray Train and compressed gradients; a lost worker resumes from the last checkpoint.
+"""Train the small GPT with Ray Train and compressed gradients; a lost worker resumes from a checkpoint.
 
     python examples/ray_train.py                                 # a Ray of its own on this machine
-    ray job submit --working-dir . -- python examples/ray_train.py --address auto   # a cluster; launch/ray_job.sh
+    ray job submit --working-dir . -- python examples/ray_train.py --address auto   # a cluster;
+    launch/ray_job.sh
 
-All that gradq adds is `gradq.compress` after `prepare_model`, and its state in the checkpoint. Every rank writes its
-part of the checkpoint (torch.distributed.checkpoint), Ray Train puts the parts together, so a run that lost a worker
-ends with the very numbers of one that did not.
+All that gradq adds is `gradq.compress` after `prepare_model`, and its state in the checkpoint. Every rank
+writes its part of the checkpoint (torch.distributed.checkpoint), Ray Train puts the parts together, so a run
+that lost a worker ends with the very numbers of one that did not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Contenders: what takes turns in a benchmark. Plain DDP, gradq's codecs, a free codec, torch's hooks, others'.
+"""Contenders: what takes turns in a benchmark: plain DDP, gradq's codecs, a free codec, torch's hooks.
 
 Each is a DistributedDataParallel model with a hook and an optimizer of its own, so its loss is its own.
 """
@@ -112,7 +112,8 @@ class Contender:
         name: as in the scenario.
         model: its own.
         optimizer: its own.
-        sent: payload bytes this rank has sent so far, as the transport counts them; None where nothing counts.
+        sent: payload bytes this rank has sent so far, as the transport counts them; None where nothing
+            counts.
         communicates: whether gradients are averaged at all.
         learns: whether its loss means anything.
         handle: gradq's, where it is one of gradq's codecs.

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from gradq.errors import ConfigError
 
-__all__ = ["Cifar10", "Dataset", "Digits", "Images", "Prototypes", "Text", "load_dataset", "standard_library_text"]
+__all__ = [
+    "Cifar10",
+    "Dataset",
+    "Digits",
+    "Images",
+    "Prototypes",
+    "Text",
+    "load_dataset",
+    "standard_library_text",
+]
 
 NUM_HELD_OUT = 256
 
@@ -84,7 +93,9 @@ class _Arrays(Dataset):
     def held_out(self, size: int, rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Dataset.held_out`."""
         own = slice(rank, NUM_HELD_OUT * 4, world_size)
-        yield from zip(self.held_inputs[own].split(size), self.held_targets[own].split(size), strict=True)
+        yield from zip(
+            torch.split(self.held_inputs[own], size), torch.split(self.held_targets[own], size), strict=True
+        )
 
 
 class Digits(_Arrays):
@@ -92,7 +103,7 @@ class Digits(_Arrays):
 
     def __init__(self) -> None:
         try:
-            from sklearn.datasets import load_digits
+            from sklearn.datasets import load_digits  # type: ignore[import-untyped,unused-ignore]
         except ImportError:
             raise ConfigError("the digits need scikit-learn: pip install scikit-learn") from None
         digits = load_digits()
@@ -111,7 +122,9 @@ class Cifar10(_Arrays):
     def __init__(self, folder: Path) -> None:
         files = sorted(folder.glob("data_batch_*"))
         if not files:
-            raise ConfigError(f"no data_batch_* in {folder}: unpack cifar-10-python.tar.gz and name its folder")
+            raise ConfigError(
+                f"no data_batch_* in {folder}: unpack cifar-10-python.tar.gz and name its folder"
+            )
         parts = [pickle.loads(file.read_bytes(), encoding="bytes") for file in files]
         images = np.concatenate([part[b"data"] for part in parts]).reshape(-1, 3, 32, 32)
         labels = np.concatenate([part[b"labels"] for part in parts])

@@ -1,4 +1,4 @@
-"""The page of a report: one file, no scripts, nothing loaded from anywhere; light and dark, narrow and wide."""
+"""The page of a report: one file, no scripts, nothing loaded; light and dark, narrow and wide."""
 
 from __future__ import annotations
 
@@ -26,18 +26,14 @@ h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 p.lead, li { color: var(--muted); }
 section { background: var(--panel); border-radius: .75rem; padding: 1rem 1.1rem; margin: 1.25rem 0; }
-.verdict { font-weight: 600; border-left: 4px solid var(--accent); padding-left: .7rem; margin: .4rem 0 1rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem; width: 100%; }
-th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th { color: var(--muted); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--panel); }
-td.win { color: var(--good); font-weight: 600; }
-td.lose { color: var(--accent); }
-figure { margin: 1rem 0 0; }
-figure svg { width: 100%; height: auto; display: block; max-width: 60rem; }
-ul { padding-left: 1.1rem; margin: .8rem 0 0; font-size: .85rem; overflow-wrap: anywhere; }
-nav a { color: inherit; }
+.verdict { font-weight: 600; border-left: 4px solid var(--accent); padding-left: .7rem; margin: .4rem 0 1rem;
+} .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums;
+font-size: .86rem; width: 100%; } th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap;
+border-bottom: 1px solid var(--grid); } th { color: var(--muted); font-weight: 600; } th:first-child,
+td:first-child { text-align: left; position: sticky; left: 0; background: var(--panel); } td.win { color:
+var(--good); font-weight: 600; } td.lose { color: var(--accent); } figure { margin: 1rem 0 0; } figure svg {
+width: 100%; height: auto; display: block; max-width: 60rem; } ul { padding-left: 1.1rem; margin: .8rem 0 0;
+font-size: .85rem; overflow-wrap: anywhere; } nav a { color: inherit; }
 """
 
 
@@ -48,8 +44,8 @@ def page(sections: Sequence[Section], summaries: Sequence[Summary]) -> str:
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>gradq bench</title><style>{_STYLE}</style></head><body><main>",
         "<h1>gradq bench</h1>",
-        "<p class='lead'>Step times are medians of blocks in which all codecs took turns, relative to plain DDP's "
-        "block of the same turn. Losing cells are shown too.</p>",
+        "<p class='lead'>Step times are medians of blocks in which all codecs took turns, relative to plain "
+        "DDP's block of the same turn. Losing cells are shown too.</p>",
     ]
     if len(summaries) > 1:
         parts.append("<section><h2>Verdicts</h2><ul>")
@@ -87,8 +83,8 @@ def _table(markdown: str) -> str:
     parts = ["<div class='scroll'><table><thead><tr>"]
     parts += [f"<th>{escape(cell)}</th>" for cell in head]
     parts.append("</tr></thead><tbody>")
-    relative = {index for index, cell in enumerate(head) if cell == "× plain DDP"}
-    whole = head[0] == "× plain DDP"
+    relative = {index for index, cell in enumerate(head) if cell == "x plain DDP"}
+    whole = head[0] == "x plain DDP"
     for row in body:
         parts.append("<tr>")
         for index, cell in enumerate(row):

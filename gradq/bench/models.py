@@ -40,7 +40,9 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
         for layer in (self.tokens, self.positions, self.head):
             nn.init.normal_(layer.weight, std=0.02)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(seq_len), persistent=False)
+        self.register_buffer(
+            "mask", nn.Transformer.generate_square_subsequent_mask(seq_len), persistent=False
+        )
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits [B, T, 256] of the next byte."""
@@ -183,7 +185,7 @@ def load_task(scenario: Scenario) -> Task:
         data = scenario.data
     if not data:
         raise ConfigError(
-            f"{scenario.model} has no embedding, so it does not read text: say what it reads with data= (--data)"
+            f"{scenario.model} has no embedding, so it does not read text: say what it reads with --data"
         )
     with torch.device("meta"):
         width = next((m.in_features for m in make().modules() if isinstance(m, nn.Linear)), 0)

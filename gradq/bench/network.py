@@ -4,17 +4,19 @@
     eth0 ==veth== p0 --[ bridge ]-- p1 ==veth== eth0
      tbf            tbf            tbf            tbf
 
-The token buckets hold at least 128 KiB and at least 1 ms of the rate: a smaller one makes the kernel cut packets
-up again, which slows big messages and would flatter compression. The queue is about 20 ms. Congestion control is
-cubic. Delay and loss come from netem where the kernel has it, else every port has a bridge of its own with a TAP
-device in it, and a program (`switch.py`) carries packets between these.
+The token buckets hold at least 128 KiB and at least 1 ms of the rate: a smaller one makes the kernel cut
+packets up again, which slows big messages and would flatter compression. The queue is about 20 ms. Congestion
+control is cubic. Delay and loss come from netem where the kernel has it, else every port has a bridge of its
+own with a TAP device in it, and a program (`switch.py`) carries packets between these.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -60,16 +62,16 @@ def _call(*command: str, check: bool = True) -> str:
 
 
 def _namespaces() -> list[str]:
-    return [line.split()[0] for line in _call("ip", "netns", "list", check=False).splitlines() if line.strip()]
+    return [
+        line.split()[0] for line in _call("ip", "netns", "list", check=False).splitlines() if line.strip()
+    ]
 
 
 def _remove(namespace: str) -> None:
     """End what runs in a namespace and delete it with all its devices."""
     for pid in _call("ip", "netns", "pids", namespace, check=False).split():
-        try:
-            os.kill(int(pid), 9)
-        except ProcessLookupError:
-            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
     _call("ip", "netns", "delete", namespace, check=False)
 
 
@@ -78,7 +80,12 @@ def remove_stale_namespaces() -> list[str]:
     stale = []
     for name in _namespaces():
         parts = name.split("-")
-        if len(parts) == 4 and parts[0] == _PREFIX and parts[1].isdigit() and _start_time(int(parts[1])) != parts[2]:
+        if (
+            len(parts) == 4
+            and parts[0] == _PREFIX
+            and parts[1].isdigit()
+            and _start_time(int(parts[1])) != parts[2]
+        ):
             _remove(name)
             stale.append(name)
     return stale
@@ -139,7 +146,21 @@ class Network:
         for index, host in enumerate(self.hosts):
             _call("ip", "netns", "add", host)
             port = f"p{index}"
-            _call("ip", "link", "add", "eth0", "netns", host, "type", "veth", "peer", "name", port, "netns", self._hub)
+            _call(
+                "ip",
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                host,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                port,
+                "netns",
+                self._hub,
+            )
             bridge = f"br{index}" if needs_switch else "br0"
             if needs_switch:
                 _call("ip", "-n", self._hub, "link", "add", bridge, "type", "bridge")
@@ -198,7 +219,17 @@ class Network:
             rate = self.link.rate_bps
             burst = max(BURST_BYTES, int(rate / 8 * 1e-3))
             queue = max(2 * BURST_BYTES, int(rate / 8 * QUEUE_S))
-            handle = ["handle", "1:", "tbf", "rate", f"{rate:.0f}bit", "burst", str(burst), "limit", str(queue)]
+            handle = [
+                "handle",
+                "1:",
+                "tbf",
+                "rate",
+                f"{rate:.0f}bit",
+                "burst",
+                str(burst),
+                "limit",
+                str(queue),
+            ]
             _call(*add, *parent, *handle)
             parent = ["parent", "1:1"]
         if outward and (self.link.delay_ms or self.link.loss) and self._switch is None:
@@ -223,8 +254,8 @@ class Network:
             attempts: until one is within 5 % of what the rate allows.
 
         Returns:
-            "asked", "measured" (a list of from, to, mbit_s, round_trip_ms) and "verified": whether every payload
-            rate is within 5 % of the rate times 1448/1514; None if the link is not shaped.
+            "asked", "measured" (a list of from, to, mbit_s, round_trip_ms) and "verified": whether every
+            payload rate is within 5 % of the rate times 1448/1514; None if the link is not shaped.
         """
         measured, verified = [], True
         for source in range(len(self.hosts)):

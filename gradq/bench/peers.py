@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +20,7 @@ __all__ = ["PowerSGD", "register_cast", "register_hivemind", "register_powersgd"
 
 
 def register_cast(model: DistributedDataParallel, dtype: str) -> None:
-    """torch's fp16 or bf16 hook.
+    """Torch's fp16 or bf16 hook.
 
     Raises:
         UnsupportedError: torch refuses it (bf16 on Gloo).
@@ -46,7 +47,7 @@ class PowerSGD:
     world_size: int
     dense_bytes: int = 0
 
-    def average(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def average(self, bucket: GradBucket) -> Future[Tensor]:
         """The hook of one bucket."""
         from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import powerSGD_hook
 
@@ -63,16 +64,16 @@ class PowerSGD:
         return float(wire.ring_bytes(self.dense_bytes + low_rank, self.world_size))
 
 
-def _powersgd_hook(state: PowerSGD, bucket: dist.GradBucket) -> Future[Tensor]:
+def _powersgd_hook(state: PowerSGD, bucket: GradBucket) -> Future[Tensor]:
     return state.average(bucket)
 
 
 # DDP compares annotations with real types, and this module has them as strings
-_powersgd_hook.__annotations__ = {"bucket": dist.GradBucket, "return": Future[Tensor]}
+_powersgd_hook.__annotations__ = {"bucket": GradBucket, "return": Future[Tensor]}
 
 
 def register_powersgd(model: DistributedDataParallel, rank: int) -> PowerSGD:
-    """torch's PowerSGD with error feedback and warm start, from the third step on.
+    """Torch's PowerSGD with error feedback and warm start, from the third step on.
 
     Args:
         model: without a hook.
@@ -81,7 +82,10 @@ def register_powersgd(model: DistributedDataParallel, rank: int) -> PowerSGD:
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
     state = PowerSGDState(
-        process_group=None, matrix_approximation_rank=rank, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8
+        process_group=None,
+        matrix_approximation_rank=rank,
+        start_powerSGD_iter=2,
+        orthogonalization_epsilon=1e-8,
     )
     power = PowerSGD(state, dist.get_backend() != "nccl", dist.get_world_size())
     model.register_comm_hook(power, _powersgd_hook)
@@ -111,7 +115,7 @@ def register_hivemind(model: DistributedDataParallel, name: str) -> Callable[[],
     codec = getattr(compression, name)()
     world_size, sent = dist.get_world_size(), [0.0]
 
-    def average(state: object, bucket: dist.GradBucket) -> Future[Tensor]:
+    def average(state: object, bucket: GradBucket) -> Future[Tensor]:
         flat = bucket.buffer()
         message = codec.compress(flat)
         own = torch.frombuffer(bytearray(message.SerializeToString()), dtype=torch.uint8)
@@ -125,12 +129,14 @@ def register_hivemind(model: DistributedDataParallel, name: str) -> Callable[[],
         sent[0] += (world_size - 1) * largest
         mean = torch.zeros_like(flat)
         for size, payload in zip(sizes, received, strict=True):
-            mean += codec.extract(type(message).FromString(payload[: int(size)].numpy().tobytes())).view_as(flat)
+            mean += codec.extract(type(message).FromString(payload[: int(size)].numpy().tobytes())).view_as(
+                flat
+            )
         flat.copy_(mean.div_(world_size))
         future: Future[Tensor] = Future()
         future.set_result(flat)
         return future
 
-    average.__annotations__ = {"bucket": dist.GradBucket, "return": Future[Tensor]}
+    average.__annotations__ = {"bucket": GradBucket, "return": Future[Tensor]}
     model.register_comm_hook(None, average)
     return lambda: sent[0]

@@ -71,13 +71,17 @@ def draw_steps(summary: Summary) -> Figure:
     for index, row in enumerate(rows):
         exposed = max(0.0, row.step_ms.median - compute_ms)
         codec = min(row.codec_ms or 0.0, exposed)
-        parts = ((min(compute_ms, row.step_ms.median), _MUTED), (codec, "#d2277a"), (exposed - codec, "#2f7fd0"))
+        parts = (
+            (min(compute_ms, row.step_ms.median), _MUTED),
+            (codec, "#d2277a"),
+            (exposed - codec, "#2f7fd0"),
+        )
         start = 0.0
         for width, color in parts:
             axes.barh(index, width, left=start, color=color, height=0.62)
             start += width
         axes.plot([row.step_ms.p20, row.step_ms.p80], [index, index], color=_INK, linewidth=1.2)
-        ratio = f"{row.ratio.median:.2f}×" if row.ratio else ""
+        ratio = f"{row.ratio.median:.2f}x" if row.ratio else ""
         axes.annotate(
             f" {row.step_ms.median:.0f} ms  {ratio}",
             (max(start, row.step_ms.p80), index),
@@ -97,7 +101,9 @@ def draw_steps(summary: Summary) -> Figure:
         _patch("#d2277a", "encode + decode, as far as exposed"),
         _patch("#2f7fd0", "exposed communication"),
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=8, frameon=False, labelcolor=_INK)
+    figure.legend(
+        handles=handles, loc="outside upper left", ncols=3, fontsize=8, frameon=False, labelcolor=_INK
+    )
     return figure
 
 
@@ -146,10 +152,9 @@ def draw_bandwidth(title: str, ratios: dict[str, list[tuple[float, float]]]) -> 
     """
     figure, (axes,) = _figure(7.2, 4.2)
     for codec, points in ratios.items():
-        rates, values = zip(*points, strict=True)
         axes.plot(
-            [rate / 1e6 for rate in rates],
-            values,
+            [rate / 1e6 for rate, _ in points],
+            [ratio for _, ratio in points],
             color=_color(codec, list(ratios)),
             linestyle="--" if codec.startswith("free:") else "-",
             marker="o",
@@ -197,4 +202,6 @@ def save(draw: Callable[[], Figure], path: Path) -> str:
     for color, name in ((_INK, "ink"), (_MUTED, "muted"), (_GRID, "grid")):
         svg = svg.replace(color, f"var(--{name})")
     svg = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, 1), 1)
+    for size in ("width", "height"):  # the page decides
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
+    return svg

@@ -1,8 +1,8 @@
 """Before anything is measured: do collectives of several sizes work here, and do they go where we think?
 
-Inside an actor or a container the usual trouble is silent: peer-to-peer that does not work because each process
-sees one GPU only, or traffic that takes another interface than the one that is counted. So sums are checked, bytes are
-compared with a ring's, and rates with the link the user stated.
+Inside an actor or a container the usual trouble is silent: peer-to-peer that does not work because each
+process sees one GPU only, or traffic that takes another interface than the one that is counted. So sums are
+checked, bytes are compared with a ring's, and rates with the link the user stated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ _REPEATS = 3
 
 
 def preflight(
-    interface: str, ranks_on_host: int, rate_bps: float | None, device: torch.device, control: dist.ProcessGroup
+    interface: str,
+    ranks_on_host: int,
+    rate_bps: float | None,
+    device: torch.device,
+    control: dist.ProcessGroup,
 ) -> dict[str, Any]:
     """Run all-reduces and say what was found. All ranks call this together.
 
@@ -73,8 +77,8 @@ def preflight(
             expected = world_size * (world_size + 1) / 2
             if not bool((tensor == expected).all()):
                 raise BenchError(
-                    f"preflight: an all-reduce of {size} bytes over {interface or 'the default interface'} gave wrong "
-                    f"sums on rank {rank}; with NCCL in actors try NCCL_P2P_DISABLE=1"
+                    f"preflight: an all-reduce of {size} bytes over {interface or 'the default interface'} gave "
+                    f"wrong sums on rank {rank}; with NCCL in actors try NCCL_P2P_DISABLE=1"
                 )
         slowest = torch.tensor([min(times), float(sent or 0)], dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=control)
@@ -91,7 +95,7 @@ def preflight(
     largest = sizes[-1]
     if not 0.9 <= largest.get("interface_share", 1.0) <= 1.3 and interface != "lo":
         warnings.append(
-            f"{interface} carried {largest['interface_share']:.2f} of the bytes of the largest all-reduce: the "
+            f"{interface} carried {largest['interface_share']:.2f} of the largest all-reduce's bytes: the "
             "gradients take another way, or share this one"
         )
     if rate_bps is not None:

@@ -1,11 +1,13 @@
-"""Recording: one JSON-lines file a scenario, written as things happen, so a crash loses nothing that was done.
+"""Recording: one JSON-lines file a scenario, written as things happen: a crash loses nothing that was done.
 
-The first line is the header: schema version, scenario, environment, commit, command, runner and link. Then come,
-by seed, "start", "refused", "block", "final", "event" and "end" lines. A block has one number a rank, in lists.
+The first line is the header: schema version, scenario, environment, commit, command, runner and link. Then
+come, by seed, "start", "refused", "block", "final", "event" and "end" lines. A block has one number a rank,
+in lists.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -48,7 +50,9 @@ def read_lines(path: Path) -> list[Record]:
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
-                raise ConfigError(f"{path}, line {number} is not JSON: this is no record of gradq's") from None
+                raise ConfigError(
+                    f"{path}, line {number} is not JSON: this is no record of gradq's"
+                ) from None
     return lines
 
 
@@ -84,12 +88,14 @@ class Recorder:
         self.path, self.scenario = path, scenario
         self.broken = False
         self._parts: dict[tuple[int, int, str], dict[int, Record]] = {}
-        fresh = not read_lines(path)
+        earlier = read_lines(path)
+        fresh = not earlier
+        self._attempt = sum(line["record"] in ("header", "resumed") for line in earlier)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w" if fresh else "a")
             if not fresh:
                 _mend(path)
+            self._file = path.open("w" if fresh else "a")
         except OSError as error:
             raise BenchError(f"cannot write {path}: {error.strerror}") from error
         header = {
@@ -137,10 +143,12 @@ class Recorder:
             record = dict(ordered[0])
             for name in _PER_RANK:
                 values = [part.get(name) for part in ordered]
-                if name in record and all(value is not None for value in values):
-                    record[name] = [round(value, 6) for value in values]
+                numbers = [round(float(value), 6) for value in values if value is not None]
+                if len(numbers) == len(ordered):
+                    record[name] = numbers
                 else:
                     record.pop(name, None)
+            record["attempt"] = self._attempt
         elif rank != 0 and kind != "event":
             return None
         written = {"seed": seed, **{key: value for key, value in record.items() if key != "record"}}
@@ -153,10 +161,8 @@ class Recorder:
 
     def close(self) -> None:
         """Close the file. Idempotent."""
-        try:
+        with contextlib.suppress(OSError):  # the disk is full; `write` has said so
             self._file.close()
-        except OSError:  # the disk is full; `write` has said so
-            pass
 
 
 def _mend(path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from gradq.bench import plots, sweep
 from gradq.bench.html import page
-from gradq.bench.records import SCHEMA_VERSION
 from gradq.bench.recording import read_lines
+from gradq.bench.records import SCHEMA_VERSION
 from gradq.bench.summary import Summary, summarise
 from gradq.bench.tables import collectives_table, markdown_table
 from gradq.errors import BenchError, ConfigError
@@ -83,7 +83,7 @@ def _collectives(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
         return None
-    if not isinstance(record, dict) or record.get("benchmark") != "collectives":
+    if not isinstance(record, dict) or not str(record.get("benchmark")).startswith("collectives"):
         return None
     return record if record.get("schema_version") == SCHEMA_VERSION else None
 
@@ -96,7 +96,11 @@ def _scenario(summary: Summary, out: Path) -> Section:
         if svg := plots.save(lambda draw=draw: draw(summary), out / name):  # type: ignore[misc]
             figures.append((svg, name))
     return Section(
-        f"{stem}: {summary.title}", summary.verdict(), markdown_table(summary), tuple(figures), _notes(summary)
+        f"{stem}: {summary.title}",
+        summary.verdict(),
+        markdown_table(summary),
+        tuple(figures),
+        _notes(summary),
     )
 
 
@@ -104,10 +108,16 @@ def _notes(summary: Summary) -> tuple[str, ...]:
     notes = []
     link = summary.header.get("link", {})
     for pair in link.get("measured", []):
-        notes.append(f"link {pair['from']} to {pair['to']}: {pair['mbit_s']:.0f} Mbit/s measured with raw TCP")
-    times = [f"{row.codec} {row.time_to_loss_s:.2f} s" for row in summary.rows if row.time_to_loss_s is not None]
+        notes.append(
+            f"link {pair['from']} to {pair['to']}: {pair['mbit_s']:.0f} Mbit/s measured with raw TCP"
+        )
+    times = [
+        f"{row.codec} {row.time_to_loss_s:.2f} s" for row in summary.rows if row.time_to_loss_s is not None
+    ]
     if times:
-        notes.append("time to the training loss that plain DDP has after 80 % of its steps: " + ", ".join(times))
+        notes.append(
+            "time to the training loss that plain DDP has after 80 % of its steps: " + ", ".join(times)
+        )
     busy = [row.busy for row in summary.rows if row.busy is not None]
     if busy:
         notes.append(f"cores in use while measuring: {100 * min(busy):.0f} to {100 * max(busy):.0f} %")
@@ -134,9 +144,7 @@ def _sweeps(summaries: list[Summary], out: Path) -> list[Section]:
         name = "sweep_" + "".join(c if c.isalnum() else "-" for c in group.title) + ".png"
         ratios = group.ratios()
         svg = plots.save(lambda: plots.draw_bandwidth(group.title, ratios), out / name) if ratios else ""  # noqa: B023
-        sections.append(
-            Section(f"Sweep: {group.title}", "", group.table(), ((svg, name),) if svg else ())
-        )
+        sections.append(Section(f"Sweep: {group.title}", "", group.table(), ((svg, name),) if svg else ()))
     return sections
 
 
@@ -145,7 +153,10 @@ def _collectives_section(record: dict[str, Any]) -> Section:
         f"Collectives: {record['settings']['ranks']} ranks, {record['settings']['link']}",
         "",
         collectives_table(record["rows"]),
-        notes=(f"{record['environment']['cpu']}, commit {record['commit']}, {record['date']}: {record['command']}",),
+        notes=(
+            f"{record['environment']['cpu']}, commit {record['commit']}, {record['date']}: "
+            f"{record['command']}",
+        ),
     )
 
 

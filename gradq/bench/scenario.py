@@ -1,4 +1,4 @@
-"""Scenarios: one benchmark as data. A TOML file in `benchmarks/scenarios/`, or the options of `gradq bench`."""
+"""Scenarios: one benchmark as data: a TOML file in `benchmarks/scenarios/`, or options of `gradq bench`."""
 
 from __future__ import annotations
 
@@ -153,7 +153,16 @@ class Scenario:
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node", "steps", "block", "min_turns", "batch_size", "seq_len", "accumulate"):
+        for name in (
+            "nodes",
+            "ranks_per_node",
+            "steps",
+            "block",
+            "min_turns",
+            "batch_size",
+            "seq_len",
+            "accumulate",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
         for name in ("warmup", "gpus_per_rank", "checkpoint_every"):
@@ -171,8 +180,8 @@ class Scenario:
             raise ConfigError("one rank has nothing to exchange: nodes * ranks_per_node must be at least 2")
         if (turns := -(-self.steps // self.block)) <= self.warmup:
             raise ConfigError(
-                f"steps={self.steps} make {turns} turns of {self.block}, and warmup={self.warmup} of them are "
-                "not measured: nothing would be"
+                f"steps={self.steps} make {turns} turns of {self.block}, warmup={self.warmup} of them are not "
+                "measured: nothing would be"
             )
         if self.timeout_s <= 0:
             raise ConfigError(f"timeout_s={self.timeout_s}: more than 0")
@@ -210,7 +219,9 @@ class Scenario:
         fields = dict(values)
         link = fields.pop("link", {})
         if not isinstance(link, Mapping):
-            raise ConfigError(f'{where}: link is a table such as {{rate = "1gbit", delay = "0.2ms"}}, not {link!r}')
+            raise ConfigError(
+                f'{where}: link is a table such as {{rate = "1gbit", delay = "0.2ms"}}, not {link!r}'
+            )
         link = dict(link)
         try:
             if isinstance(rate := link.pop("rate", None), str):
@@ -289,8 +300,8 @@ def check_codec(codec: str) -> None:
 def load_scenario(path: Path) -> Scenario:
     """Read a scenario file.
 
-    Its keys are the fields of `Scenario`; `link` is a table of `rate` ("1gbit"), `delay` ("0.2ms") and `loss`.
-    The name defaults to the file's.
+    Its keys are the fields of `Scenario`; `link` is a table of `rate` ("1gbit"), `delay` ("0.2ms") and
+    `loss`. The name defaults to the file's.
 
     Raises:
         ConfigError: the file cannot be read, is not TOML, or says something that makes no sense.

@@ -1,7 +1,7 @@
-"""Checkpoints of a benchmark: all contenders' states, a file a rank. After a failure ranks agree where to go on.
+"""Checkpoints of a benchmark: all contenders' states, a file a rank. After a failure ranks agree on one.
 
-torch's PowerSGD keys its state by bucket index, which DDP changes after the first step of a process; it starts
-anew, with its two plain steps. gradq's residuals are restored, so its codecs continue bit for bit.
+torch's PowerSGD keys its state by bucket index, which DDP changes after the first step of a process; it
+starts anew, with its two plain steps. gradq's residuals are restored, so its codecs continue bit for bit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load(folder: str, rank: int, contenders: list[Contender], control: dist.Proc
         Turns done; 0 if some rank finds no file, and nothing is restored then.
     """
     own = {int(path.stem[-6:]) for path in _files(folder, rank)}
-    everyones: list[Any] = [None] * control.size()
+    everyones: list[set[int]] = [set()] * control.size()
     dist.all_gather_object(everyones, own, group=control)
     common = set.intersection(*everyones)
     if not common:

@@ -1,8 +1,9 @@
 """What a record says: medians, losses over seeds, exposed communication, and the verdict in one sentence.
 
-A sample is one block: the step time of the slowest rank. A ratio compares a codec's block with plain DDP's block
-of the same turn, so what disturbs a whole turn cancels. Exposed communication is a block's step time minus that of
-the compute-only block of the same turn: what encoding, the link and decoding add after all overlap.
+A sample is one block: the step time of the slowest rank. A ratio compares a codec's block with plain DDP's
+block of the same turn, so what disturbs a whole turn cancels. Exposed communication is a block's step time
+minus that of the compute-only block of the same turn: what encoding, the link and decoding add after all
+overlap.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gradq.errors import ConfigError
 __all__ = ["Losses", "Row", "Spread", "Summary", "summarise", "within_two_sd"]
 
 Record = dict[str, Any]
+Blocks = dict[tuple[int, int, int, str], Record]  # by attempt, seed, turn, codec
 
 BASELINE = "bf16"
 WORTH_IT = 0.97  # a codec must save 3 % of a step before we recommend it
@@ -40,7 +42,8 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Of at least one value."""
-        return cls(*(percentile(values, fraction) for fraction in (0.5, 0.2, 0.8)), len(values))
+        low, median, high = (percentile(values, fraction) for fraction in (0.2, 0.5, 0.8))
+        return cls(median, low, high, len(values))
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class Row:
         busy: fraction of all cores in use.
         losses: final validation losses; None where the loss means nothing or was not asked for.
         curve: (step, mean loss over seeds, sd over seeds, seconds so far, bytes so far).
-        time_to_loss_s: seconds until the smoothed training loss is what plain DDP has after 80 % of its steps;
-            None if it never is.
+        time_to_loss_s: seconds until the smoothed training loss is what plain DDP has after 80 % of its
+            steps; None if it never is.
     """
 
     codec: str
@@ -184,8 +187,7 @@ class Summary:
                 text += ", at a loss within 2 standard deviations of bf16's"
             return text + _but(harmful) + "."
         return (
-            "Do not compress here: plain DDP is best; nothing saves more than 3 % of a step"
-            f"{_but(harmful)}."
+            f"Do not compress here: plain DDP is best; nothing saves more than 3 % of a step{_but(harmful)}."
         )
 
     def to_dict(self) -> Record:
@@ -239,11 +241,14 @@ def summarise(path: Path) -> Summary:
     if header["schema_version"] != 1:
         raise ConfigError(f"{path} has schema {header['schema_version']}, this gradq reads 1; update gradq")
     scenario = Scenario.from_dict(header["scenario"], where=str(path))
-    blocks = {(r["seed"], r["turn"], r["codec"]): r for r in lines if r["record"] == "block"}  # last wins
+    blocks: Blocks = {}
+    for line in lines:
+        if line["record"] == "block":  # a restart repeats turns since the checkpoint: the last one stands
+            blocks[line["attempt"], line["seed"], line["turn"], line["codec"]] = line
     finals = {(r["seed"], r["codec"]): r["val_loss"] for r in lines if r["record"] == "final"}
     starts = [r for r in lines if r["record"] == "start"]
     shared = starts[0].get("interface_ranks", 1) if starts else 1
-    known = {codec for _, _, codec in blocks}
+    known = {codec for *_, codec in blocks}
     rows = [_row(codec, blocks, shared) for codec in scenario.contenders if codec in known]
     rows = [row for row in rows if row.step_ms.samples]
     for row in rows:
@@ -257,21 +262,22 @@ def summarise(path: Path) -> Summary:
         rows=rows,
         refused={r["codec"]: r["reason"] for r in lines if r["record"] == "refused"},
         events=[r for r in lines if r["record"] == "event"],
-        seeds=sorted({seed for seed, _, _ in blocks}),
+        seeds=sorted({seed for _, seed, _, _ in blocks}),
         finished=sorted({r["seed"] for r in lines if r["record"] == "end"}),
         parameters=starts[0]["parameters"] if starts else 0,
     )
 
 
-def _row(codec: str, blocks: dict[tuple[int, int, str], Record], shared: int) -> Row:
+def _row(codec: str, blocks: Blocks, shared: int) -> Row:
     own = [r for r in blocks.values() if r["codec"] == codec and not r["warmup"]]
     if not own:
         return Row(codec, Spread(math.nan, math.nan, math.nan, 0), *[None] * 8)  # type: ignore[arg-type]
-    ratios, exposed = [], []
+    ratios: list[float] = []
+    exposed: list[float] = []
     for record in own:
         step_ms = max(record["step_ms"])
         for other, values in ((PLAIN, ratios), (COMPUTE, exposed)):
-            theirs = blocks.get((record["seed"], record["turn"], other))
+            theirs = blocks.get((record["attempt"], record["seed"], record["turn"], other))
             if theirs is not None:
                 value = max(theirs["step_ms"])
                 values.append(step_ms / value if other == PLAIN else step_ms - value)
@@ -319,13 +325,12 @@ def _losses(codec: str, finals: dict[tuple[int, str], float]) -> Losses | None:
     )
 
 
-def _curve(
-    codec: str, blocks: dict[tuple[int, int, str], Record]
-) -> list[tuple[float, float, float, float, float]]:
+def _curve(codec: str, blocks: Blocks) -> list[tuple[float, float, float, float, float]]:
     """Training loss against steps, seconds and bytes, over seeds; smoothed over a few blocks."""
     by_seed: dict[int, list[Record]] = {}
-    for (seed, _, name), record in sorted(blocks.items()):
-        if name == codec and "loss" in record:
+    last = {seed: attempt for attempt, seed, _, _ in sorted(blocks)}
+    for (attempt, seed, _, name), record in sorted(blocks.items()):
+        if name == codec and attempt == last[seed] and "loss" in record:
             by_seed.setdefault(seed, []).append(record)
     if not by_seed:
         return []
@@ -352,4 +357,3 @@ def _time_to_loss(rows: list[Row]) -> None:
     target = plain.curve[int(0.8 * len(plain.curve))][1]
     for row in rows:
         row.time_to_loss_s = next((point[3] for point in row.curve if point[1] <= target), None)
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ class Group:
 
     def table(self) -> str:
         """Markdown: a row a codec, a column a link, step time relative to plain DDP."""
-        lines = ["| × plain DDP | " + " | ".join(summary.link for summary in self.summaries) + " | pays below |"]
+        lines = [
+            "| x plain DDP | " + " | ".join(summary.link for summary in self.summaries) + " | pays below |"
+        ]
         lines.append("|---|" + "---:|" * (len(self.summaries) + 1))
         ratios = self.ratios()
         for codec in self.codecs():
@@ -88,7 +91,7 @@ def break_even(points: Sequence[tuple[float, float]]) -> str:
         return ""
     if points[0][1] >= 1:
         return "nowhere"
-    for (rate, ratio), (next_rate, next_ratio) in zip(points, points[1:], strict=False):
+    for (rate, ratio), (next_rate, next_ratio) in itertools.pairwise(points):
         if next_ratio >= 1:
             share = math.log(1 / ratio) / math.log(next_ratio / ratio) if next_ratio > ratio else 0.0
             return _rate(rate * (next_rate / rate) ** share)

@@ -1,12 +1,13 @@
 """A switch of TAP devices in user space that delays and drops packets, for kernels without netem.
 
-Runs as a script in the hub's network namespace, without gradq: DELAY_MS LOSS TAP... It says "ready" and ends when its
-standard input does. Packets are forwarded by MAC address, broadcasts to all. Big packets stay whole (the virtio
-header is handed on), so it carries 1 to 2 Gbit/s; it is for latency and loss, not for fast links.
+Runs as a script in the hub's network namespace, without gradq: DELAY_MS LOSS TAP... It says "ready" and ends
+when its standard input does. Packets are forwarded by MAC address, broadcasts to all. Big packets stay whole
+(the virtio header is handed on), so it carries 1 to 2 Gbit/s; it is for latency and loss, not for fast links.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import random
@@ -63,10 +64,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _write(fd: int, packet: bytes) -> None:
-    try:
+    with contextlib.suppress(OSError):  # a full queue drops, as a switch does
         os.write(fd, packet)
-    except (BlockingIOError, OSError):  # a full queue drops, as a switch does
-        pass
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ __all__ = ["COLUMNS", "cells", "collectives_table", "label", "markdown_table"]
 
 COLUMNS = (
     "codec",
-    "× plain DDP",
+    "x plain DDP",
     "20-80 %",
     "ms a step",
     "exposed ms",
@@ -89,7 +89,18 @@ def markdown_table(summary: Summary) -> str:
 
 def collectives_table(rows: list[dict[str, Any]]) -> str:
     """The table of `gradq bench collectives`, in the manner of nccl-tests."""
-    head = ("size", "count", "dtype", "codec", "time ms", "algbw GB/s", "busbw GB/s", "wire bytes", "ratio", "#wrong")
+    head = (
+        "size",
+        "count",
+        "dtype",
+        "codec",
+        "time ms",
+        "algbw GB/s",
+        "busbw GB/s",
+        "wire bytes",
+        "ratio",
+        "#wrong",
+    )
     lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
     for row in rows:
         texts = (

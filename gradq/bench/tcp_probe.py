@@ -1,7 +1,7 @@
 """Raw TCP between two hosts: how fast, and how long a round trip. Runs as a script, without gradq.
 
-receive ADDRESS prints a port, then the result as JSON; send ADDRESS PORT SECONDS is the other end. The first 0.3 s are
-not counted: the token bucket is full and TCP is finding its rate.
+receive ADDRESS prints a port, then the result as JSON; send ADDRESS PORT SECONDS is the other end. The first
+0.3 s are not counted: the token bucket is full and TCP is finding its rate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What each rank of a benchmark runs. `measure` is a generator of records, whoever runs it.
 
-Codecs take turns, a block of steps each, in one run: what disturbs the machine disturbs all of them. Every codec
-has a model and an optimizer of its own. Nothing is taken out of a step: forward, backward, exchange, optimizer.
+Codecs take turns, a block of steps each, in one run: what disturbs the machine disturbs all of them. Every
+codec has a model and an optimizer of its own. Nothing is taken out of a step: forward, backward, exchange,
+optimizer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradq.bench import snapshot
+from gradq.bench.collectives import measure_collectives
 from gradq.bench.contenders import Contender, open_contender
 from gradq.bench.counters import Counters
 from gradq.bench.models import Task, load_task
@@ -51,6 +54,9 @@ class Job:
         threads: to compute with.
         snapshots: folder of checkpoints; "" for none.
         preflight: whether to check collectives first; see `gradq.bench.preflight`.
+        phases: links to measure over, one after another, with the same models: (turns, budget_s) of each.
+            Empty means one, as the scenario says.
+        collective_bytes: measure all-reduces of these sizes instead of training.
     """
 
     scenario: Scenario
@@ -62,6 +68,8 @@ class Job:
     threads: int = 1
     snapshots: str = ""
     preflight: bool = False
+    phases: tuple[tuple[int, float | None], ...] = ()
+    collective_bytes: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         """Text for another process."""
@@ -71,15 +79,19 @@ class Job:
     def from_json(cls, text: str) -> Job:
         """The job of a text."""
         values = json.loads(text)
-        return cls(**values | {"scenario": Scenario.from_dict(values["scenario"])})
+        values["scenario"] = Scenario.from_dict(values["scenario"])
+        values["phases"] = tuple((turns, budget_s) for turns, budget_s in values["phases"])
+        values["collective_bytes"] = tuple(values["collective_bytes"])
+        return cls(**values)
 
 
 def measure(job: Job) -> Iterator[Record]:
     """Run a job; all ranks do it together.
 
     Yields:
-        Records: "preflight" if asked for, "start", "refused" (a codec that cannot run here), "warm" (the link may be shaped now: nothing
-        has been measured), "block" (one codec's turn), "final" (its metric at the end), "done".
+        Records: "preflight" if asked for, "refused" (a codec that cannot run here), "start", "warm" (at the
+        beginning of a phase: the link may be changed now), "block" (one codec's turn), "checkpoint", "final"
+        (a codec's metric at the end), "done"; "collective" where these are measured.
 
     Raises:
         GradqError: the model or the data is not there. RuntimeError: a peer was lost.
@@ -88,7 +100,7 @@ def measure(job: Job) -> Iterator[Record]:
     if job.interface:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = job.interface
     scenario = job.scenario
-    task = load_task(scenario)
+    task = None if job.collective_bytes else load_task(scenario)
     on_gpu = scenario.gpus_per_rank > 0
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     dist.init_process_group(
@@ -98,34 +110,45 @@ def measure(job: Job) -> Iterator[Record]:
         world_size=scenario.world_size,
         timeout=timedelta(seconds=scenario.timeout_s),
     )
-    contenders: list[Contender] = []
     try:
         control = dist.new_group(backend="gloo")
         if job.preflight:
             rate = scenario.link.rate_bps
             found = preflight(job.interface, job.interface_ranks, rate, device, control)
             yield {"record": "preflight", **found}
+        if task is None:
+            yield {"record": "warm", "phase": 0, "turn": 0}
+            yield from measure_collectives(scenario.codecs, job.collective_bytes, control)
+        else:
+            yield from _train(job, task, device, control)
+        yield {"record": "done"}
+    finally:
+        dist.destroy_process_group()
+
+
+def _train(job: Job, task: Task, device: torch.device, control: dist.ProcessGroup) -> Iterator[Record]:
+    """Everything from the first contender's construction to the last one's metric."""
+    scenario = job.scenario
+    contenders: list[Contender] = []
+    try:
         for name in scenario.contenders:
             contender, reason = _try_to_open(name, job, task, device, control)
             if contender is None:
                 yield {"record": "refused", "codec": name, "reason": reason}
             else:
                 contenders.append(contender)
-        turns = -(-scenario.steps // scenario.block)
         first = snapshot.load(job.snapshots, job.rank, contenders, control) if job.snapshots else 0
         numel = sum(p.numel() for p in contenders[0].model.parameters())
-        start = {"parameters": numel, "interface": job.interface, "first_turn": first, "turns": turns}
+        start = {"parameters": numel, "interface": job.interface, "first_turn": first}
         start |= {"interface_ranks": job.interface_ranks, "codecs": [c.name for c in contenders]}
         yield {"record": "start", "pid": os.getpid(), **start}
-        yield from _take_turns(job, task, contenders, first, turns, control)
+        yield from _take_turns(job, task, contenders, first, control)
         for contender in contenders if scenario.evaluate else ():
             if contender.learns:
                 yield {"record": "final", "codec": contender.name, **_evaluate(job, task, contender, control)}
-        yield {"record": "done"}
     finally:
         for contender in contenders:
             contender.close()
-        dist.destroy_process_group()
 
 
 def _try_to_open(
@@ -146,29 +169,44 @@ def _try_to_open(
 
 
 def _take_turns(
-    job: Job, task: Task, contenders: list[Contender], first: int, turns: int, control: dist.ProcessGroup
+    job: Job, task: Task, contenders: list[Contender], first: int, control: dist.ProcessGroup
 ) -> Iterator[Record]:
-    """All blocks of all contenders; the order of a turn rotates."""
+    """All blocks of all contenders: warm-up, then phase by phase."""
     scenario = job.scenario
-    warm_until, elapsed_s = first + scenario.warmup, 0.0
-    for turn in range(first, turns):
-        if turn == warm_until:
-            dist.barrier(control)
-            yield {"record": "warm", "turn": turn}
-            dist.barrier(control)
-        shift = turn % len(contenders)
-        for contender in contenders[shift:] + contenders[:shift]:
-            record = _block(job, task, contender, turn, control)
-            record["warmup"] = turn < warm_until
-            if not record["warmup"]:
-                elapsed_s += record["step_ms"] * record["steps"] / 1e3
-            yield record
-        if job.snapshots and scenario.checkpoint_every and (turn + 1) % scenario.checkpoint_every == 0:
-            snapshot.save(job.snapshots, job.rank, contenders, turn + 1)
-            yield {"record": "checkpoint", "turn": turn + 1}
-        enough = turn + 1 - warm_until >= scenario.min_turns
-        if scenario.budget_s is not None and enough and _agree(elapsed_s, control) > scenario.budget_s:
-            return
+    turns = -(-scenario.steps // scenario.block)
+    turn = first
+    for _ in range(scenario.warmup):
+        yield from _turn(job, task, contenders, turn, control, warmup=True)
+        turn += 1
+    for phase, (count, budget_s) in enumerate(job.phases or [(turns - turn, scenario.budget_s)]):
+        dist.barrier(control)
+        yield {"record": "warm", "phase": phase, "turn": turn}
+        dist.barrier(control)
+        start = time.monotonic()
+        for done in range(1, count + 1):
+            yield from _turn(job, task, contenders, turn, control, warmup=False)
+            turn += 1
+            if job.snapshots and scenario.checkpoint_every and turn % scenario.checkpoint_every == 0:
+                snapshot.save(job.snapshots, job.rank, contenders, turn)
+                yield {"record": "checkpoint", "turn": turn}
+            elapsed_s = time.monotonic() - start
+            if budget_s is not None and done >= scenario.min_turns and _agree(elapsed_s, control) > budget_s:
+                break
+
+
+def _turn(
+    job: Job,
+    task: Task,
+    contenders: list[Contender],
+    turn: int,
+    control: dist.ProcessGroup,
+    *,
+    warmup: bool,
+) -> Iterator[Record]:
+    """A block of every contender; the order rotates from turn to turn."""
+    shift = turn % len(contenders)
+    for contender in contenders[shift:] + contenders[:shift]:
+        yield _block(job, task, contender, turn, control) | {"warmup": warmup}
 
 
 def _agree(value: float, control: dist.ProcessGroup) -> float:
@@ -181,7 +219,8 @@ def _agree(value: float, control: dist.ProcessGroup) -> float:
 def _block(job: Job, task: Task, contender: Contender, turn: int, control: dist.ProcessGroup) -> Record:
     """One contender's steps of a turn, timed from a common start."""
     scenario = job.scenario
-    steps = min(scenario.block, scenario.steps - turn * scenario.block)
+    left = scenario.steps - turn * scenario.block
+    steps = scenario.block if job.phases else min(scenario.block, left)
     batches = [_batches(job, task, turn * scenario.block + index) for index in range(steps)]
     dist.barrier(control)
     sent, timings = contender.sent(), contender.timings_ms()
@@ -278,7 +317,9 @@ def main() -> None:
         known = isinstance(error, GradqError)
         text = str(error) if known else "".join(traceback.format_exception_only(error)).strip()
         with_trace = None if known else traceback.format_exc()
-        out.write(json.dumps({"record": "error", "known": known, "error": text, "traceback": with_trace}) + "\n")
+        out.write(
+            json.dumps({"record": "error", "known": known, "error": text, "traceback": with_trace}) + "\n"
+        )
         out.flush()
         os._exit(1)  # a broken process group may not be destroyed: its threads would hang here
     out.close()

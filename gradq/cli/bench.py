@@ -1,10 +1,10 @@
-"""`gradq bench`: measure step time, bytes and loss of codecs on this machine or a cluster. Options: `bench_run`."""
+"""`gradq bench`: step time, bytes and loss of codecs on this machine or a cluster. Options: `bench_run`."""
 
 from __future__ import annotations
 
 import typer
 
-from gradq.cli import bench_run
+from gradq.cli import bench_collectives, bench_run
 
 __all__ = ["app"]
 
@@ -14,3 +14,4 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.callback(invoke_without_command=True)(bench_run.bench)
+app.command("collectives")(bench_collectives.collectives)

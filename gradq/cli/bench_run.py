@@ -22,7 +22,7 @@ from gradq.bench.summary import summarise
 from gradq.bench.tables import markdown_table
 from gradq.errors import ConfigError
 
-__all__ = ["bench", "measure_scenario", "orderly_end"]
+__all__ = ["bench", "choose_runner", "measure_scenario", "orderly_end", "override_link"]
 
 _DEFAULT_OUT = Path("out/bench")
 
@@ -30,26 +30,36 @@ _DEFAULT_OUT = Path("out/bench")
 def bench(
     context: typer.Context,
     scenario: Annotated[
-        Path | None, typer.Argument(help="A scenario file (TOML); options override what it says.")
+        Path | None, typer.Option(help="A scenario file (TOML); other options override what it says.")
     ] = None,
     codecs: Annotated[
-        str | None, typer.Option(help="Comma-separated: gradq specs, torch-powersgd:4, free:int4, path.py:function.")
+        str | None,
+        typer.Option(help="Comma-separated: gradq specs, torch-powersgd:4, free:int4, path.py:function."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="gpt-1m, mlp-25m, ... or path.py:function.")] = None,
-    data: Annotated[str | None, typer.Option(help="text:PATH, digits, cifar10:FOLDER, images:FOLDER.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="text:PATH, digits, cifar10:FOLDER, images:FOLDER.")
+    ] = None,
     ranks: Annotated[int | None, typer.Option(help="Ranks on this machine.")] = None,
-    hosts: Annotated[int | None, typer.Option(help="Hosts to make as network namespaces, a rank each (root).")] = None,
+    hosts: Annotated[
+        int | None, typer.Option(help="Hosts to make as network namespaces, a rank each (root).")
+    ] = None,
     link: Annotated[str | None, typer.Option(help="Rate of each host's link, such as 1gbit.")] = None,
     delay: Annotated[str | None, typer.Option(help="One-way delay between hosts, such as 0.2ms.")] = None,
     loss: Annotated[float | None, typer.Option(help="Fraction of packets to drop.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="A Ray cluster: ray://head:10001, head:6379 or auto.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="A Ray cluster: ray://head:10001, head:6379 or auto.")
+    ] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes of the cluster to use.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each node; a rank each.")] = None,
     ranks_per_node: Annotated[int | None, typer.Option(help="Ranks on each node without GPUs.")] = None,
     link_record: Annotated[
-        Path | None, typer.Option(help="JSON with what was measured of the cluster's links; kept in the record.")
+        Path | None,
+        typer.Option(help="JSON with what was measured of the cluster's links; kept in the record."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="How many seeds; 3 for a statement about the loss.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="How many seeds; 3 for a statement about the loss.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each codec.")] = None,
     block: Annotated[int | None, typer.Option(help="Steps a codec makes in its turn.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a rank and batch.")] = None,
@@ -57,7 +67,9 @@ def bench(
     accumulate: Annotated[int | None, typer.Option(help="Batches a step.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the record.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of records; the same command continues there.")] = _DEFAULT_OUT,
+    out: Annotated[
+        Path, typer.Option(help="Folder of records; the same command continues there.")
+    ] = _DEFAULT_OUT,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure what compression saves here, and whether the model still learns."""
@@ -76,8 +88,12 @@ def bench(
         "precision": precision,
         "name": name,
     }
-    if hosts and cluster:
+    if hosts is not None and cluster:
         raise ConfigError("--hosts makes hosts here, --cluster uses others': give one of them")
+    if ranks is not None and cluster:
+        raise ConfigError(
+            "--ranks is for this machine; with --cluster it is --ranks-per-node or --gpus-per-node"
+        )
     if hosts is not None:
         asked |= {"nodes": hosts, "ranks_per_node": ranks or 1}
     elif cluster is not None:
@@ -89,26 +105,41 @@ def bench(
                 raise ConfigError(f"{option} goes with --cluster")
         asked["ranks_per_node"] = ranks
     base = load_scenario(scenario) if scenario else Scenario()
-    shaped = base.link
-    if link is not None:
-        shaped = dataclasses.replace(shaped, rate_bps=None if link == "unshaped" else parse_rate(link))
-    if delay is not None:
-        shaped = dataclasses.replace(shaped, delay_ms=parse_delay(delay))
-    if loss is not None:
-        shaped = dataclasses.replace(shaped, loss=loss)
+    shaped = override_link(base.link, link, delay, loss)
     given = {key: value for key, value in asked.items() if value is not None}
     chosen = dataclasses.replace(base, link=shaped, **given)
-    measured = json.loads(link_record.read_text()) if link_record else None
-    runner = _runner(chosen, cluster, measured, made=hosts is not None or (scenario is not None and chosen.nodes > 1))
+    runner = choose_runner(chosen, cluster, link_record)
     measure_scenario(runner, out / f"{chosen.name}.jsonl", as_json=as_json)
 
 
-def _runner(scenario: Scenario, cluster: str | None, link: dict[str, Any] | None, *, made: bool) -> Runner:
+def override_link(link: Link, rate: str | None, delay: str | None, loss: float | None) -> Link:
+    """A link with what the options say in the place of what it says.
+
+    Raises:
+        ConfigError: an option makes no sense.
+    """
+    if rate is not None:
+        link = dataclasses.replace(link, rate_bps=None if rate == "unshaped" else parse_rate(rate))
+    if delay is not None:
+        link = dataclasses.replace(link, delay_ms=parse_delay(delay))
+    return link if loss is None else dataclasses.replace(link, loss=loss)
+
+
+def choose_runner(scenario: Scenario, cluster: str | None, link_record: Path | None = None) -> Runner:
+    """Ray for a cluster, namespaces for several hosts, else this machine.
+
+    Raises:
+        ConfigError: Ray is not installed, or the record of the link cannot be read.
+    """
     if cluster is not None:
         from gradq.bench.runners.ray import RayRunner
 
-        return RayRunner(scenario, cluster, link=link)
-    if made or scenario.link != Link():
+        try:
+            measured = json.loads(link_record.read_text()) if link_record else None
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError(f"cannot read {link_record}: {error}") from None
+        return RayRunner(scenario, cluster, link=measured)
+    if scenario.nodes > 1:
         from gradq.bench.runners.namespaces import NamespacesRunner
 
         return NamespacesRunner(scenario)
@@ -144,6 +175,7 @@ def measure_scenario(runner: Runner, path: Path, *, as_json: bool = False) -> No
                 news = f"seed {line['seed']} {line['codec']} {max(line['step_ms']):.0f} ms/step"
                 progress.update(task, advance=1, news=news)
             elif kind == "refused":
+                progress.update(task, advance=turns, news="")
                 console.print(f"{line['codec']}: not here: {line['reason']}", style="yellow", markup=False)
             elif kind == "event":
                 console.print(f"{line['event']}: {line.get('reason', '')}", style="yellow", markup=False)

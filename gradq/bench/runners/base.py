@@ -49,7 +49,8 @@ class Runner(ABC):
         """Run all ranks of a seed.
 
         Yields:
-            (rank, record) as they come, those of `gradq.bench.worker.measure` and "event"s of the runner's own.
+            (rank, record) as they come, those of `gradq.bench.worker.measure` and "event"s of the runner's
+            own.
 
         Raises:
             GradqError: a rank failed.
@@ -68,9 +69,7 @@ class Runner(ABC):
         self.close()
 
 
-def execute(
-    runner: Runner, path: Path, show: Callable[[Record], None] = lambda record: None
-) -> Path:
+def execute(runner: Runner, path: Path, show: Callable[[Record], None] = lambda record: None) -> Path:
     """Measure what is not in the record yet.
 
     Args:

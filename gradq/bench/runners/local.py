@@ -1,4 +1,4 @@
-"""The local runner: all ranks on this machine, over loopback. The fastest link there is, so the hardest test."""
+"""The local runner: all ranks on this machine, over loopback: the fastest link there is, the hardest test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LocalRunner(ProcessRunner):
         """
         link = self.scenario.link
         if link.rate_bps is not None or link.delay_ms or link.loss:
-            raise ConfigError(f"loopback cannot be {link}: say how many hosts to make (--hosts 2)")
+            raise ConfigError(f"loopback cannot be {link}: say how many hosts to make, --hosts 2")
         super().open()
         return {"link": {"asked": "loopback"}}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gradq.bench.network import Network
 from gradq.bench.runners.processes import ProcessRunner
 from gradq.bench.scenario import Scenario
 
-__all__ = ["NamespacesRunner"]
+__all__ = ["NamespacesRunner", "SweepRunner"]
 
 
 class NamespacesRunner(ProcessRunner):
@@ -41,8 +42,8 @@ class NamespacesRunner(ProcessRunner):
         assert self._network is not None
         self._network.unshape()
 
-    def before_measuring(self) -> None:
-        """See `ProcessRunner.before_measuring`."""
+    def before_phase(self, phase: int) -> None:
+        """See `ProcessRunner.before_phase`."""
         assert self._network is not None
         self._network.shape()
 
@@ -51,3 +52,34 @@ class NamespacesRunner(ProcessRunner):
         if self._network is not None:
             self._network.close()
             self._network = None
+
+
+class SweepRunner(NamespacesRunner):
+    """Scenarios that differ in their link only, by the same ranks: models are made and warmed up once.
+
+    Args:
+        scenarios: measured one after another; the phase of a record is an index of this list.
+        budgets_s: of each; see `Scenario.budget_s`.
+    """
+
+    def __init__(self, scenarios: Sequence[Scenario], budgets_s: Sequence[float | None]) -> None:
+        super().__init__(scenarios[0])
+        self.scenarios = scenarios
+        self.facts: dict[int, dict[str, Any]] = {}
+        self.phases = tuple(
+            (-(-scenario.steps // scenario.block) - scenario.warmup, budget_s)
+            for scenario, budget_s in zip(scenarios, budgets_s, strict=True)
+        )
+
+    def open(self) -> dict[str, Any]:
+        """Make the hosts; each link is measured when its phase begins."""
+        ProcessRunner.open(self)
+        self._network = Network(self.scenario.nodes, self.scenarios[0].link)
+        return {}
+
+    def before_phase(self, phase: int) -> None:
+        """Shape and measure the link of a phase while the ranks wait."""
+        assert self._network is not None
+        self._network.link = self.scenarios[phase].link
+        self._network.shape()
+        self.facts[phase] = {"link": self._network.verify()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -49,7 +50,13 @@ def end_processes(processes: list[subprocess.Popen[Any]], grace_s: float = 5.0) 
 
 
 class ProcessRunner(Runner):
-    """Starts `python -m gradq.bench.worker` for each rank and merges what they say."""
+    """Starts `python -m gradq.bench.worker` for each rank and merges what they say.
+
+    `phases` and `collective_bytes` go into every `Job`.
+    """
+
+    phases: tuple[tuple[int, float | None], ...] = ()
+    collective_bytes: tuple[int, ...] = ()
 
     @abstractmethod
     def place(self, rank: int) -> tuple[list[str], str]:
@@ -63,8 +70,8 @@ class ProcessRunner(Runner):
     def before_warm_up(self) -> None:
         """Called before the ranks of a seed start."""
 
-    def before_measuring(self) -> None:
-        """Called when all ranks have warmed up and wait."""
+    def before_phase(self, phase: int) -> None:
+        """Called when all ranks wait for a phase to begin; the first comes after the warm-up."""
 
     def open(self) -> dict[str, Any]:
         """See `Runner.open`."""
@@ -84,12 +91,10 @@ class ProcessRunner(Runner):
             self.before_warm_up()
             for rank in range(world_size):
                 processes.append(self._start(rank, seed, folder))
-                threading.Thread(
-                    target=_read, args=(rank, processes[rank], messages), daemon=True
-                ).start()
+                threading.Thread(target=_read, args=(rank, processes[rank], messages), daemon=True).start()
             yield from self._merge(processes, messages, folder)
         finally:
-            end_processes(processes)  # type: ignore[arg-type]
+            end_processes(processes)
             for process in processes:
                 for pipe in (process.stdin, process.stdout):
                     if pipe is not None:
@@ -106,6 +111,8 @@ class ProcessRunner(Runner):
             interface=interface,
             interface_ranks=self.interface_ranks,
             threads=max(1, (os.cpu_count() or 1) // self.scenario.world_size),
+            phases=self.phases,
+            collective_bytes=self.collective_bytes,
         )
         (folder / f"job{rank}.json").write_text(job.to_json())
         environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "GLOO_SOCKET_IFNAME": interface}
@@ -124,7 +131,10 @@ class ProcessRunner(Runner):
                 raise ConfigError(f"cannot start rank {rank}: {error}") from error
 
     def _merge(
-        self, processes: list[subprocess.Popen[str]], messages: queue.Queue[tuple[int, str | None]], folder: Path
+        self,
+        processes: list[subprocess.Popen[str]],
+        messages: queue.Queue[tuple[int, str | None]],
+        folder: Path,
     ) -> Iterator[tuple[int, Record]]:
         warm, done = set[int](), set[int]()
         errors: dict[int, Record] = {}
@@ -149,7 +159,8 @@ class ProcessRunner(Runner):
             elif record["record"] == "warm":
                 warm.add(rank)
                 if len(warm) == len(processes):
-                    self.before_measuring()
+                    self.before_phase(record["phase"])
+                    warm.clear()
                     for process in processes:
                         assert process.stdin is not None
                         process.stdin.write("go\n")
@@ -172,10 +183,8 @@ def _read(rank: int, process: subprocess.Popen[str], messages: queue.Queue[tuple
 
 
 def _close(pipe: Any) -> None:
-    try:
+    with contextlib.suppress(OSError):
         pipe.close()
-    except OSError:
-        pass
 
 
 def _ending(code: int) -> str:

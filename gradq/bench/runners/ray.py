@@ -1,8 +1,8 @@
-"""The Ray runner: ranks as actors, one bundle a node, spread strictly. A lost rank restarts all from a checkpoint.
+"""The Ray runner: ranks as actors, one bundle a node, spread strictly; a lost rank restarts all.
 
-Records are fetched from the actors as they are made. If an actor or its node dies, its peers fail within moments
-(Gloo) or at the group's timeout; all actors are then made anew and ranks go on from the newest checkpoint that all of
-them find on their nodes' disks. Restarts are counted and stand in the record.
+Records are fetched from the actors as they are made. If an actor or its node dies, its peers fail within
+moments (Gloo) or at the group's timeout; all actors are then made anew and ranks go on from the newest
+checkpoint that all of them find on their nodes' disks. Restarts are counted and stand in the record.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
+import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import gradq
@@ -33,8 +36,8 @@ class RayRunner(Runner):
 
     Args:
         scenario: what is measured; its link says what the preflight should expect, nothing is shaped.
-        cluster: "ray://head:10001", "head:6379", "auto" (the cluster of this machine), or "local" for one node
-            of its own.
+        cluster: "ray://head:10001", "head:6379", "auto" (the cluster of this machine), or "local" for one
+            node of its own.
         link: what is known of the link, for the record's header.
         max_restarts: of a seed, before it is given up.
         patience_s: how long to wait for nodes and CPUs.
@@ -59,13 +62,14 @@ class RayRunner(Runner):
             import ray
         except ImportError:
             raise ConfigError("--cluster needs Ray: pip install 'gradq[ray]'") from None
-        self._ray = ray
+        self._ray: Any = ray
         self._link = dict(link or {})
         self.cluster, self.max_restarts, self.patience_s = cluster, max_restarts, patience_s
         self.restarts = 0
         self._group: Any = None
         self._actors: list[Any] = []
         self._connected = False
+        self._token: Path | None = None
         self._folder = f"{tempfile.gettempdir()}/gradq-bench-snapshots-{uuid.uuid4().hex[:12]}"
 
     def open(self) -> dict[str, Any]:
@@ -74,10 +78,13 @@ class RayRunner(Runner):
         Raises:
             BenchError: there is no such cluster, or it has not enough nodes, CPUs or GPUs.
         """
-        local = self.cluster == "local"
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if local:
-            options |= {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, self.scenario.world_size)}
+        if self.cluster == "local":
+            self._make_token()
+            options |= {
+                "include_dashboard": False,
+                "num_cpus": max(os.cpu_count() or 1, self.scenario.world_size),
+            }
         try:
             self._ray.init(address=self.cluster, **options)
         except Exception as error:  # Ray raises bare ones too
@@ -86,7 +93,9 @@ class RayRunner(Runner):
         self._connected = True
         alive = [node for node in self._ray.nodes() if node["Alive"]]
         if len(alive) < self.scenario.nodes:
-            raise BenchError(f"{self.scenario.nodes} nodes are asked for (--nodes), {self.cluster} has {len(alive)}")
+            raise BenchError(
+                f"{self.scenario.nodes} nodes are asked for (--nodes), {self.cluster} has {len(alive)}"
+            )
         per_rank = self._cpus_per_rank(alive)
         bundle = {"CPU": float(per_rank * self.scenario.ranks_per_node)}
         if self.scenario.gpus_per_rank:
@@ -96,13 +105,20 @@ class RayRunner(Runner):
         link = {"asked": str(self.scenario.link), **self._link, "cluster": self.cluster}
         return {"link": link, "ray": self._ray.__version__}
 
+    def _make_token(self) -> None:
+        """A token for the cluster of its own; else Ray would leave one in the user's home."""
+        if "RAY_AUTH_MODE" not in os.environ:
+            self._token = Path(tempfile.mkdtemp(prefix=f"gradq-bench-{os.getpid()}-"), "token")
+            self._token.write_text(secrets.token_hex(32))
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
+
     def _cpus_per_rank(self, alive: list[Record]) -> int:
         counts = sorted((node["Resources"].get("CPU", 0.0) for node in alive), reverse=True)
         fewest = counts[self.scenario.nodes - 1]
         if fewest < self.scenario.ranks_per_node:
             raise BenchError(
-                f"{self.scenario.ranks_per_node} ranks a node need as many CPUs; node {self.scenario.nodes} of "
-                f"{self.cluster} has {fewest:g} (ray start --num-cpus)"
+                f"{self.scenario.ranks_per_node} ranks a node need as many CPUs; node {self.scenario.nodes} "
+                f"of {self.cluster} has {fewest:g} (ray start --num-cpus)"
             )
         return max(1, int(fewest // self.scenario.ranks_per_node))
 
@@ -164,12 +180,15 @@ class RayRunner(Runner):
                 if attempt == self.max_restarts:
                     raise
                 self.restarts += 1
-                yield 0, {
-                    "record": "event",
-                    "event": "restart",
-                    "reason": str(error).partition("\n")[0],
-                    "restarts": self.restarts,
-                }
+                yield (
+                    0,
+                    {
+                        "record": "event",
+                        "event": "restart",
+                        "reason": str(error).partition("\n")[0],
+                        "restarts": self.restarts,
+                    },
+                )
             finally:
                 self._end_actors()
 
@@ -230,7 +249,9 @@ class RayRunner(Runner):
             if known and not died:
                 raise ConfigError(known[0]["error"])
             rank = (died or sorted(errors))[0]
-            raise RankLostError(f"rank {rank}: {errors[rank]['error']}\n{errors[rank].get('traceback', '')}".strip())
+            raise RankLostError(
+                f"rank {rank}: {errors[rank]['error']}\n{errors[rank].get('traceback', '')}".strip()
+            )
 
     def _end_actors(self) -> None:
         for actor in self._actors:
@@ -242,6 +263,16 @@ class RayRunner(Runner):
 
     def close(self) -> None:
         """See `Runner.close`. Checkpoints are removed from every node that still answers."""
+        try:
+            self._disconnect()
+        finally:
+            if self._token is not None:
+                for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                    os.environ.pop(name, None)
+                shutil.rmtree(self._token.parent, ignore_errors=True)
+                self._token = None
+
+    def _disconnect(self) -> None:
         if not self._connected:
             return
         try:

@@ -38,7 +38,7 @@ class RankActor:
         if not address:
             import ray
 
-            address = ray.util.get_node_ip_address()
+            address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         return {
             "rank": self._rank,
             "host": socket.gethostname(),
