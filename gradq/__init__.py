@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from gradq.checkpoint import load_checkpoint
 from gradq.errors import (
+    BenchError,
     CalibrationError,
     CheckpointError,
     ConfigError,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Assignment",
+    "BenchError",
     "BitAllocation",
     "CalibrationError",
     "CheckpointError",

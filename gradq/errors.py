@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BenchError",
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
@@ -53,6 +54,10 @@ class PeerError(GradqError, RuntimeError):
 
 class CheckpointError(GradqError, RuntimeError):
     """A saved state does not fit this model or was not saved the way it is being loaded."""
+
+
+class BenchError(GradqError, RuntimeError):
+    """A benchmark could not run to its end: a rank, a node, a link or the disk failed; samples are kept."""
 
 
 class QuantError(GradqError):

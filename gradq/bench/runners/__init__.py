@@ -1,0 +1,1 @@
+"""Runners: where the ranks of a scenario run. One interface, `base.Runner`; a file each."""

@@ -1,0 +1,102 @@
+"""What several records say together: a table of links for each model, and where compression stops paying."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradq.bench.scenario import COMPUTE, PLAIN
+from gradq.bench.summary import Summary
+from gradq.bench.tables import label
+
+__all__ = ["Group", "break_even", "groups"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Scenarios that differ in their link only, slowest first; an unshaped link stands last."""
+
+    title: str
+    summaries: tuple[Summary, ...]
+
+    def codecs(self) -> list[str]:
+        """All that ran, in order."""
+        return list(dict.fromkeys(row.codec for summary in self.summaries for row in summary.rows))
+
+    def ratios(self) -> dict[str, list[tuple[float, float]]]:
+        """(rate, ratio to plain DDP) by codec, where the link has a rate and plain DDP and the codec ran."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for summary in self.summaries:
+            rate = summary.scenario.link.rate_bps
+            for row in summary.rows if rate is not None else ():
+                if row.codec not in (PLAIN, COMPUTE) and row.ratio is not None:
+                    assert rate is not None
+                    found.setdefault(row.codec, []).append((rate, row.ratio.median))
+        return {codec: points for codec, points in found.items() if len(points) > 1}
+
+    def table(self) -> str:
+        """Markdown: a row a codec, a column a link, step time relative to plain DDP."""
+        lines = [
+            "| x plain DDP | " + " | ".join(summary.link for summary in self.summaries) + " | pays below |"
+        ]
+        lines.append("|---|" + "---:|" * (len(self.summaries) + 1))
+        ratios = self.ratios()
+        for codec in self.codecs():
+            if codec == PLAIN:
+                continue
+            texts = []
+            for summary in self.summaries:
+                row = summary.row(codec)
+                texts.append(f"{row.ratio.median:.3f}" if row is not None and row.ratio else "")
+            below = break_even(ratios.get(codec, [])) if codec != COMPUTE else ""
+            lines.append(f"| {label(codec)} | {' | '.join(texts)} | {below} |")
+        plain = [summary.row(PLAIN) for summary in self.summaries]
+        lines.append(
+            f"| plain DDP, ms | {' | '.join(f'{row.step_ms.median:.0f}' if row else '' for row in plain)} | |"
+        )
+        return "\n".join(lines)
+
+
+def groups(summaries: Sequence[Summary]) -> list[Group]:
+    """Summaries of the same model, ranks and accumulation over at least two links."""
+    by_key: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        scenario = summary.scenario
+        key = f"{scenario.model}, {scenario.world_size} ranks"
+        if scenario.accumulate > 1:
+            key += f", {scenario.accumulate} batches a step"
+        if scenario.link.delay_ms:
+            key += f", {scenario.link.delay_ms:g} ms one way"
+        by_key.setdefault(key, []).append(summary)
+    found = []
+    for key, members in by_key.items():
+        members.sort(key=lambda summary: summary.scenario.link.rate_bps or math.inf)
+        if len({summary.scenario.link.rate_bps for summary in members}) > 1:
+            found.append(Group(key, tuple(members)))
+    return found
+
+
+def break_even(points: Sequence[tuple[float, float]]) -> str:
+    """The rate at which the ratio reaches 1, between measured ones on a logarithmic scale.
+
+    Args:
+        points: (rate in bit/s, ratio), by ascending rate.
+
+    Returns:
+        "7.3 Gbit/s", "nowhere" if it never pays, "> 10 Gbit/s" if it always does, "" without points.
+    """
+    if not points:
+        return ""
+    if points[0][1] >= 1:
+        return "nowhere"
+    for (rate, ratio), (next_rate, next_ratio) in itertools.pairwise(points):
+        if next_ratio >= 1:
+            share = math.log(1 / ratio) / math.log(next_ratio / ratio) if next_ratio > ratio else 0.0
+            return _rate(rate * (next_rate / rate) ** share)
+    return f"> {_rate(points[-1][0])}"
+
+
+def _rate(bps: float) -> str:
+    return f"{bps / 1e9:.3g} Gbit/s" if bps >= 1e9 else f"{bps / 1e6:.3g} Mbit/s"
