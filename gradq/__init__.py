@@ -14,6 +14,7 @@ from gradq.errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
+    ExportError,
     GradqError,
     KernelError,
     MismatchError,
@@ -23,6 +24,7 @@ from gradq.errors import (
     SpecError,
     TraceError,
     UnsupportedError,
+    VerifyError,
     WireError,
 )
 from gradq.hooks.ddp import HookState, compress, hook
@@ -37,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Event",
+    "ExportError",
     "FixedPolicy",
     "GradqError",
     "HookState",
@@ -52,6 +55,7 @@ __all__ = [
     "Stats",
     "TraceError",
     "UnsupportedError",
+    "VerifyError",
     "WireError",
     "compress",
     "hook",
