@@ -8,6 +8,7 @@ from nets import INPUTS, residual
 
 from gradq import export, quant
 
+SLOW = ("int8", "int7", "int4", "int3", "nf4", "codebook4")
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="bit for bit is promised per target"
 )
