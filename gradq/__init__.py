@@ -15,6 +15,7 @@ from gradq.errors import (
     CalibrationError,
     CheckpointError,
     ConfigError,
+    ExportError,
     GradqError,
     KernelError,
     MismatchError,
@@ -24,6 +25,7 @@ from gradq.errors import (
     SpecError,
     TraceError,
     UnsupportedError,
+    VerifyError,
     WireError,
 )
 from gradq.hooks.ddp import HookState, compress, hook
@@ -51,6 +53,7 @@ __all__ = [
     "ConfigError",
     "DiLoCo",
     "Event",
+    "ExportError",
     "FixedPolicy",
     "GradientStatistics",
     "GradqError",
@@ -69,6 +72,7 @@ __all__ = [
     "Stats",
     "TraceError",
     "UnsupportedError",
+    "VerifyError",
     "WireError",
     "allocate_bits",
     "compress",

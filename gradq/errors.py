@@ -7,6 +7,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "ExportError",
     "GradqError",
     "KernelError",
     "MismatchError",
@@ -16,6 +17,7 @@ __all__ = [
     "SpecError",
     "TraceError",
     "UnsupportedError",
+    "VerifyError",
     "WireError",
 ]
 
@@ -74,3 +76,20 @@ class NonFiniteError(QuantError, ValueError):
 
 class TraceError(QuantError, RuntimeError):
     """`torch.fx` cannot trace the model; the message names the line and the modules to place by hand."""
+
+
+class ExportError(GradqError, RuntimeError):
+    """A model cannot be exported or a file cannot be used; the message names the operator, node or path."""
+
+
+class VerifyError(ExportError):
+    """An exported file is wrong; the message lists what failed and `report` holds every figure.
+
+    Args:
+        message: what failed.
+        report: the `gradq.export.VerifyReport`.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report

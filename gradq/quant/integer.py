@@ -27,6 +27,7 @@ __all__ = [
     "integer_conv",
     "integer_linear",
     "quantize_activation",
+    "saturation",
 ]
 
 
@@ -75,12 +76,10 @@ class Accumulator:
 
     def requantize(self, quantizer: ActQuant) -> Codes:
         """Codes: ``saturate(round(fp32(total)·fp32(multiplier / scale)) + zero_point)``."""
-        scale, zero_point, fmt = quantizer.scale.detach(), quantizer.zero_point, quantizer.format
-        if not _clip_is_implied(self.low, self.high, quantizer):
-            return quantize_activation(self.dequantize(), quantizer)
+        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point
+        low, high = saturation(quantizer, self.low, self.high)
         v = self.total.to(torch.float32) * (self.multiplier / scale)
-        codes = (v.round() + zero_point).clamp(fmt.qmin, fmt.qmax).to(torch.int32)
-        return Codes(codes, scale, zero_point)
+        return Codes((v.round() + zero_point).clamp(low, high).to(torch.int32), scale, zero_point)
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,8 @@ class PendingSum:
 
     def requantize(self, quantizer: ActQuant) -> Codes:
         """Codes, in the order of operations of ONNX Runtime's x86 kernel (with FMA)."""
-        scale, zero_point, fmt = quantizer.scale.detach(), quantizer.zero_point, quantizer.format
-        if not _clip_is_implied(self.low, self.high, quantizer):
-            return quantize_activation(self.dequantize(), quantizer)
+        scale, zero_point = quantizer.scale.detach(), quantizer.zero_point
+        low, high = saturation(quantizer, self.low, self.high)
         a = (self.left.scale / scale).double()
         b = (self.right.scale / scale).double()
         # fma(a, code_a, fma(b, code_b, z − fma(a, z_a, b·z_b))): each fused step rounds once to fp32.
@@ -108,19 +106,33 @@ class PendingSum:
         fixed = (zero_point.float() - offset).double()
         partial = (self.right.codes.double() * b + fixed).float().double()
         v = (self.left.codes.double() * a + partial).float()
-        return Codes(v.round().clamp(fmt.qmin, fmt.qmax).to(torch.int32), scale, zero_point)
+        return Codes(v.round().clamp(low, high).to(torch.int32), scale, zero_point)
 
 
 def _clip(x: Tensor, low: float | None, high: float | None) -> Tensor:
     return x if low is None and high is None else x.clamp(low, high)
 
 
-def _clip_is_implied(low: float | None, high: float | None, quantizer: ActQuant) -> bool:
-    """True if the quantizer's own saturation already clips at least as tightly."""
-    scale, zero_point = float(quantizer.scale.detach()), int(quantizer.zero_point)
-    smallest = (quantizer.format.qmin - zero_point) * scale
-    largest = (quantizer.format.qmax - zero_point) * scale
-    return (low is None or smallest >= low) and (high is None or largest <= high)
+def saturation(quantizer: ActQuant, low: float | None, high: float | None) -> tuple[int, int]:
+    """Smallest and largest code of a static quantizer behind a ReLU or its like.
+
+    Rounding is monotonic, so bounding values and then quantizing gives what quantizing and then bounding the
+    codes gives: a bound of the values is a bound of the codes.
+
+    Args:
+        quantizer: with a range.
+        low: values below were raised to it; None if nothing was.
+        high: values above were lowered to it.
+    """
+    fmt = quantizer.format
+
+    def code(bound: float) -> int:
+        value = torch.tensor([bound], dtype=torch.float32)
+        return int(
+            quantize(value, quantizer.scale.detach().cpu(), quantizer.zero_point.cpu(), fmt.qmin, fmt.qmax)
+        )
+
+    return fmt.qmin if low is None else code(low), fmt.qmax if high is None else code(high)
 
 
 def quantize_activation(x: Tensor, quantizer: ActQuant) -> Codes:

@@ -65,6 +65,7 @@ class PrepareInfo:
         activations: names of the activation quantizers, in the graph's order.
         folded: which batch norms went into which layers.
         origin: the float model's copy, for `restore`; it shares every parameter that was not folded.
+        example_inputs: positional and keyword arguments it was prepared with, for exporters.
     """
 
     config: Config
@@ -73,6 +74,7 @@ class PrepareInfo:
     folded: list[FoldRecord] = field(default_factory=list)
     live: list[FoldRecord] = field(default_factory=list)
     origin: nn.Module | None = None
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
 
 def prepare(model: nn.Module, example_inputs: Any, config: Config | None = None) -> fx.GraphModule:
@@ -101,7 +103,7 @@ def prepare(model: nn.Module, example_inputs: Any, config: Config | None = None)
     traced = trace(origin, args, kwargs, config)
     _check_same(model, traced, args, kwargs)
     floats = float_tensors(traced, args, kwargs)
-    info = PrepareInfo(config=config, origin=origin)
+    info = PrepareInfo(config=config, origin=origin, example_inputs=_kept((args, kwargs)))
     _batch_norms(traced, config, info)
     if config.equalize:
         _equalize(traced)
@@ -112,6 +114,15 @@ def prepare(model: nn.Module, example_inputs: Any, config: Config | None = None)
     traced.recompile()
     traced.meta["gradq_quant"] = info
     return traced
+
+
+def _kept(arguments: Any) -> Any:
+    """The arguments on the CPU, apart from the caller's."""
+
+    def keep(x: Any) -> Any:
+        return x.detach().cpu().clone() if isinstance(x, Tensor) else x
+
+    return torch.utils._pytree.tree_map(keep, arguments)
 
 
 def prepare_info(model: nn.Module) -> PrepareInfo:

@@ -1,0 +1,89 @@
+"""ONNX Runtime sessions with the options an exported model needs on this processor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from gradq.errors import ConfigError, ExportError
+from gradq.export.files import require
+from gradq.quant.config import detect_target
+
+__all__ = ["features", "metadata_of", "session"]
+
+_PRECISE = "session.x64quantprecision"
+
+
+def features() -> str:
+    """The processor's integer instructions: ``x86-vnni``, ``x86-avx2``, ``arm``, or ``other``."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo")
+        return detect_target(cpuinfo.read_text() if cpuinfo.exists() else None)
+    except ConfigError:
+        return "other"
+
+
+def metadata_of(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of an ONNX file, without loading its weights into a session.
+
+    Raises:
+        ExportError: no such file, or not ONNX.
+    """
+    require("onnx")
+    import onnx
+
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # OSError, or protobuf's DecodeError, which is typed nowhere
+        raise ExportError(f"cannot read {path}: {error}") from error
+    return {p.key: p.value for p in proto.metadata_props}
+
+
+def session(
+    path: str | os.PathLike[str],
+    *,
+    threads: int = 1,
+    precise: bool | None = None,
+    optimized: str | os.PathLike[str] | None = None,
+) -> Any:
+    """An ``onnxruntime.InferenceSession`` for an exported model.
+
+    All optimizations are on (without them INT8 is slower than fp32). On x86 without VNNI, products of u8
+    activations and full 8-bit weights overflow 16 bits in ONNX Runtime's fast kernel: wrong results, in
+    silence. Such files get its slower, correct kernel here; export with
+    ``Config.for_target("x86-avx2")`` (7-bit weights) to keep the fast one.
+
+    Args:
+        path: the file.
+        threads: threads inside an operator.
+        precise: the slower, correct kernel; None chooses by processor and file.
+        optimized: where to write the optimized graph, to be looked at.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the file; its reason is in the message.
+    """
+    require("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if precise is None:
+        precise = features() == "x86-avx2" and _overflows(path)
+    if precise:
+        options.add_session_config_entry(_PRECISE, "1")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    if not Path(path).exists():
+        raise ExportError(f"{path} does not exist")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no base class but Exception
+        raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+def _overflows(path: str | os.PathLike[str]) -> bool:
+    return int(metadata_of(path).get("gradq.largest_weight_code", "0")) > 64
