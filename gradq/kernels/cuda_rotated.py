@@ -1,10 +1,10 @@
 """The rotated codecs in Triton: byte for byte what `gradq.kernels.reference_rotated` writes.
 
 A program takes one tile of 256 rows of 16 columns; this module has the full ones, `cuda_rotated_tail` the last
-of a segment. Row 16 h + l stands in one of two forms, both of 16 tensors [16, 16]: tensor number l holds
-(h, column), or tensor number h holds (l, column), a run of memory. In the first the low stages of the transform
-(distances 1, 2, 4, 8) need no exchange between threads, in the second the high ones (16, 32, 64, 128), and the
-packing of codes. `swap` goes from one form to the other, through shared memory.
+of a segment. With row 16 h + l, a tile is a tensor in one of two forms: [h, column, l], or [l, column, h]. A
+thread holds all 16 of the last index, so in the first form the low stages of the transform (distances 1, 2,
+4, 8) need no exchange between threads, in the second the high ones (16, 32, 64, 128) and the packing of codes.
+`swap` goes from one form to the other, through shared memory.
 
 There is no trellis: its search is one long chain of decisions. Not run on a GPU.
 """
@@ -24,15 +24,16 @@ from gradq.kernels.cuda_rotated_tools import (
     column_sums,
     constants,
     index,
+    join,
     level,
-    sign_bits,
-    signed,
+    negated,
     stages,
     swap,
     unit,
 )
 from gradq.kernels.cuda_tools import (
     aligned,
+    as_float,
     check,
     check_rows,
     jit,
@@ -73,103 +74,115 @@ def _encode(
     x = move(x, tile * 4096, 16 if ALIGNED else 4)
     residual = move(residual, tile * 4096, 16 if ALIGNED else 4)
     new_residual = move(new_residual, tile * 4096, 16 if ALIGNED else 4)
-    first = tl.arange(0, 16)[:, None]
-    column = tl.arange(0, 16)[None, :]
-    by_l = first * 256 + column
-    by_h = first * 16 + column
     tile_key = mix32(base.to(tl.uint32) + tile.to(tl.uint32))
-    signs = sign_bits(tile_key)
 
     # 1. values; absmax through the bit pattern, which has no NaN to lose
-    values = ()
-    most = tl.zeros([16, 16], tl.int32)
-    for k in tl.static_range(16):
-        value = tl.load(x + (by_l + 16 * k))
-        if READ:
-            value = value + tl.load(residual + (by_l + 16 * k)) * loss_scale
-        most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-        values = values + (value,)
-    exponent = tl.max(tl.max(most, axis=1), axis=0) >> 23
+    value = _load_tile(x)
+    if READ:
+        value = value + _load_tile(residual) * loss_scale
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    exponent = tl.max(tl.max(tl.max(bits, axis=2), axis=1), axis=0) >> 23
 
     # 2. signs, unit, energy, transform
     to_unit = unit(exponent)
     usable = (exponent > 0) & (exponent < 255)
-    z = ()
-    squares = ()
-    for k in tl.static_range(16):
-        value = tl.where(usable, signed(values[k], signs, k) * to_unit, 0.0)
-        z = z + (value,)
-        squares = squares + (value * value,)
-    energy = column_sums(squares)
+    z = tl.where(usable, negated(value, tile_key) * to_unit, 0.0)
+    energy = column_sums(z * z)
     z = stages(swap(stages(z)))
 
     # 3. codes and levels
     full = tl.full([16], 256.0, tl.float32)
     sigma = tl.sqrt_rn(tl.div_rn(energy * 256.0, full))
     coded = energy >= 2.0**-120
-    inverse = tl.where(coded, tl.div_rn(tl.full([16], 1.0, tl.float32), sigma), 0.0)[None, :]
-    codes = ()
-    levels = ()
-    inner = ()
-    norm = ()
-    for k in tl.static_range(16):
-        code = index(z[k] * inverse, BITS, LEVELS)
-        value = level(code, BITS, LEVELS)
-        codes = codes + (code,)
-        levels = levels + (value,)
-        inner = inner + (value * z[k],)
-        norm = norm + (value * value,)
-    packed = payload + codes_at + tile * (512 * BITS) + by_h
+    inverse = tl.where(coded, tl.div_rn(tl.full([16], 1.0, tl.float32), sigma), 0.0)
+    codes = index(z * inverse[None, :, None], BITS, LEVELS)
+    levels = level(codes, BITS, LEVELS)
+    inner = column_sums(levels * z)
+    packed = move(payload, codes_at + tile * (512 * BITS), 4 if ALIGNED else 1)
     if BITS & 4:
-        _store_plane(packed, codes, 4, 0)
+        tl.store(packed + _run(8), _plane(codes, 4, 0).to(tl.uint8))
     if BITS & 2:
-        _store_plane(packed, codes, 2, BITS & 4)
+        tl.store(packed + 512 * (BITS & 4) + _run(4), _plane(codes, 2, BITS & 4).to(tl.uint8))
     if BITS & 1:
-        _store_plane(packed, codes, 1, BITS & 6)
+        tl.store(packed + 512 * (BITS & 6) + _run(2), _plane(codes, 1, BITS & 6).to(tl.uint8))
 
     # 4. scales
     if UNBIASED:
-        scale = tl.div_rn(energy, column_sums(inner))
-    else:
-        scale = tl.div_rn(tl.div_rn(column_sums(inner), column_sums(norm)), full)
-    scale = tl.where(coded, tl.div_rn(scale, tl.zeros([16], tl.float32) + to_unit), 0.0)
-    word = tl.zeros([16], tl.uint32) + 0x8000
-    if UNBIASED:
+        scale = tl.div_rn(energy, inner)
         word = mix32(tile_key + (128 + tl.arange(0, 16)).to(tl.uint32)) & 0xFFFF
+    else:
+        scale = tl.div_rn(tl.div_rn(inner, column_sums(levels * levels)), full)
+        word = tl.full([16], 0x8000, tl.uint32)
+    scale = tl.where(coded, tl.div_rn(scale, tl.zeros([16], tl.float32) + to_unit), 0.0)
     bits, scale, lost = bf16_scales(scale, word, exponent)
     store_number(payload + 4 + tile * 32 + 2 * tl.arange(0, 16), bits, None, 2)
 
-    # 5. what is lost
+    # 5. what is lost; x and the residual are read again, from the cache
     if WRITE:
-        z = stages(swap(stages(levels)))
-        for k in tl.static_range(16):
-            value = tl.load(x + (by_l + 16 * k))
-            old = tl.load(residual + (by_l + 16 * k))
-            error = (value + old * loss_scale) - signed(z[k] * scale[None, :], signs, k)
-            tl.store(new_residual + (by_l + 16 * k), tl.where(lost, old, error * inverse_loss_scale))
+        decoded = negated(stages(swap(stages(levels))) * scale[None, :, None], tile_key)
+        at = _places()
+        old = tl.load(residual + at)
+        error = (tl.load(x + at) + old * loss_scale - decoded) * inverse_loss_scale
+        tl.store(new_residual + at, tl.where(lost, old, error))
 
 
 @jit
-def _store_plane(packed: tl.tensor, codes: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> None:
-    """A plane of W bits, those above the DONE lowest."""
-    for b in tl.static_range(2 * W):
-        byte = (codes[b] >> DONE) & ((1 << W) - 1)
-        for i in tl.static_range(1, 8 // W):
-            byte = byte | (((codes[b + 2 * W * i] >> DONE) & ((1 << W) - 1)) << (W * i))
-        tl.store(packed + (512 * DONE + 256 * b), byte.to(tl.uint8))
+def _places() -> tl.tensor:
+    """Where the elements of [h, column, l] stand."""
+    h, column, l = tl.arange(0, 16)[:, None, None], tl.arange(0, 16)[None, :, None], tl.arange(0, 16)
+    return h * 256 + column + l[None, None, :] * 16
 
 
 @jit
-def _load_plane(packed: tl.tensor, codes: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> tl.tensor:
-    """The codes with a plane of W bits added, above the DONE lowest."""
-    planes = ()
-    for b in tl.static_range(2 * W):
-        planes = planes + (tl.load(packed + (512 * DONE + 256 * b)).to(tl.int32),)
-    more = ()
+def _run(COUNT: tl.constexpr) -> tl.tensor:
+    """Where the first COUNT of the last index of [l, column, h] stand."""
+    l, column, h = tl.arange(0, 16)[:, None, None], tl.arange(0, 16)[None, :, None], tl.arange(0, COUNT)
+    return l * 16 + column + h[None, None, :] * 256
+
+
+@jit
+def _load_tile(at: tl.tensor) -> tl.tensor:
+    """A tile as [h, column, l]: one l after another, so that a thread has them all at once."""
+    place = tl.arange(0, 16)[:, None] * 256 + tl.arange(0, 16)[None, :]
+    rows = ()
     for k in tl.static_range(16):
-        digit = (planes[k % (2 * W)] >> (W * (k // (2 * W)))) & ((1 << W) - 1)
-        more = more + (codes[k] | (digit << DONE),)
-    return more
+        rows = rows + (tl.load(at + (place + 16 * k)),)
+    return join(rows)
+
+
+@jit
+def _fold(digits: tl.tensor, M: tl.constexpr, UP: tl.constexpr) -> tl.tensor:
+    """[16, 16, M] to [16, 16, M / 2]: the upper half goes UP bits higher."""
+    low, high = tl.split(tl.permute(tl.reshape(digits, [16, 16, 2, M // 2]), [0, 1, 3, 2]))
+    return low | (high << UP)
+
+
+@jit
+def _unfold(digits: tl.tensor, M: tl.constexpr, UP: tl.constexpr) -> tl.tensor:
+    """[16, 16, M / 2] to [16, 16, M], the inverse of `_fold` but for what stands above the digits."""
+    return tl.reshape(tl.permute(tl.join(digits, digits >> UP), [0, 1, 3, 2]), [16, 16, M])
+
+
+@jit
+def _plane(codes: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> tl.tensor:
+    """Bytes of a plane of W bits, those above the DONE lowest: [16, 16, 2 W]."""
+    digits = _fold((codes >> DONE) & ((1 << W) - 1), 16, 4)
+    if W < 4:
+        digits = _fold(digits, 8, 2)
+    if W < 2:
+        digits = _fold(digits, 4, 1)
+    return digits
+
+
+@jit
+def _digits(plane: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> tl.tensor:
+    """What a plane adds to the codes [16, 16, 16]."""
+    digits = plane.to(tl.int32)
+    if W < 2:
+        digits = _unfold(digits, 4, 1)
+    if W < 4:
+        digits = _unfold(digits, 8, 2)
+    return (_unfold(digits, 16, 4) & ((1 << W) - 1)) << DONE
 
 
 @jit
@@ -187,40 +200,27 @@ def _decode_mean(
 ) -> None:
     tile = tl.program_id(0).to(tl.int64)
     out = move(out, tile * 4096, 16 if ALIGNED else 4)
-    first = tl.arange(0, 16)[:, None]
-    column = tl.arange(0, 16)[None, :]
-    by_l = first * 256 + column
-    by_h = first * 16 + column
-    zero = tl.full([16, 16], -0.0, tl.float32)  # -0 + v is v, for every v
-    sums = (zero,) * 16
+    codes_at = codes_at + tile * (512 * BITS)
+    total = tl.full([16, 16, 16], -0.0, tl.float32)  # -0 + v is v, for every v
     for _ in range(num_rows):
         tile_key = mix32(load_number(payloads, None, 4) + tile.to(tl.uint32))
-        scale = load_number(payloads + 4 + tile * 32 + 2 * tl.arange(0, 16), None, 2) << 16
-        scale = scale.to(tl.float32, bitcast=True)[None, :]
-        signs = tl.where(scale == scale, sign_bits(tile_key), 0).to(tl.uint32)  # one NaN: not a negative one
-        packed = payloads + codes_at + tile * (512 * BITS) + by_h
-        codes = (tl.zeros([16, 16], tl.int32),) * 16
+        scale = as_float(load_number(payloads + 4 + tile * 32 + 2 * tl.arange(0, 16), None, 2) << 16)
+        packed = move(payloads, codes_at, 4 if ALIGNED else 1)
+        codes = tl.zeros([16, 16, 16], tl.int32)
         if BITS & 4:
-            codes = _load_plane(packed, codes, 4, 0)
+            codes = codes | _digits(tl.load(packed + _run(8)), 4, 0)
         if BITS & 2:
-            codes = _load_plane(packed, codes, 2, BITS & 4)
+            codes = codes | _digits(tl.load(packed + 512 * (BITS & 4) + _run(4)), 2, BITS & 4)
         if BITS & 1:
-            codes = _load_plane(packed, codes, 1, BITS & 6)
-        z = ()
-        for k in tl.static_range(16):
-            z = z + (level(codes[k], BITS, LEVELS),)
-        z = stages(swap(stages(z)))
-        more = ()
-        for k in tl.static_range(16):
-            more = more + (sums[k] + signed(z[k] * scale, signs, k),)
-        sums = more
+            codes = codes | _digits(tl.load(packed + 512 * (BITS & 6) + _run(2)), 1, BITS & 6)
+        z = stages(swap(stages(level(codes, BITS, LEVELS)))) * scale[None, :, None]
+        total = total + tl.where(z != z, z, negated(z, tile_key))  # one NaN: not a negative one
         payloads = payloads + stride.to(tl.int64)
-    for k in tl.static_range(16):
-        if EXACT_RECIPROCAL:  # of a power of two: a product with it equals the quotient
-            mean = sums[k] * reciprocal
-        else:
-            mean = tl.div_rn(sums[k], tl.zeros([16, 16], tl.float32) + num_rows.to(tl.float32))
-        tl.store(out + (by_l + 16 * k), mean)
+    if EXACT_RECIPROCAL:  # of a power of two: a product with it equals the quotient
+        mean = total * reciprocal
+    else:
+        mean = tl.div_rn(total, tl.zeros([16, 16, 16], tl.float32) + num_rows.to(tl.float32))
+    tl.store(out + _places(), mean)
 
 
 def rotated_encode(
@@ -259,7 +259,7 @@ def rotated_encode(
     }
     args = (x, old, new, payload, signed32(base), _codes_at(n), *scales)
     if full := n // TILE:
-        launch(_encode, full, x, *args, num_warps=_WARPS, ALIGNED=aligned(x, old, new), **how)
+        launch(_encode, full, x, *args, num_warps=_WARPS, ALIGNED=aligned(x, old, new) and _codes_aligned(payload, 0, n), **how)
     if n % TILE:
         launch(encode_tail, 1, x, *args, n, *window(n), **how)
 
@@ -283,7 +283,7 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
     }
     args = (payloads, out, _codes_at(n), num_rows, stride, 1.0 / num_rows)
     if full := n // TILE:
-        launch(_decode_mean, full, out, *args, num_warps=_WARPS, ALIGNED=aligned(out), **how)
+        launch(_decode_mean, full, out, *args, num_warps=_WARPS, ALIGNED=aligned(out) and _codes_aligned(payloads, stride, n), **how)
     if n % TILE:
         launch(decode_tail, 1, out, *args, n, *window(n), **how)
 
@@ -291,6 +291,11 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
 def _codes_at(n: int) -> int:
     """Where the codes of a segment start."""
     return payload_bytes(n, 1) - 2 * -(-n // 16)
+
+
+def _codes_aligned(payload: Tensor, stride: int, n: int) -> bool:
+    """Whether the codes of every row start at a multiple of 4."""
+    return (payload.data_ptr() + _codes_at(n)) % 4 == 0 and stride % 4 == 0
 
 
 def _refuse(num_bits: int, trellis: bool) -> None:

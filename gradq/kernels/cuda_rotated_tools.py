@@ -1,4 +1,4 @@
-"""What the Triton kernels of the rotated codecs share; the forms of a tile are those of `cuda_rotated`."""
+"""What the Triton kernels of the rotated codecs share; for the forms of a tile see `cuda_rotated`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = [
     "column_sums",
     "constants",
     "index",
+    "join",
     "level",
-    "sign_bits",
-    "signed",
+    "negated",
     "stages",
     "swap",
     "unit",
@@ -28,36 +28,7 @@ def constants(num_bits: int) -> tuple[float, ...]:
     return (float(p.top), *map(float, p.to_index), *map(float, p.to_level))
 
 
-# --- sixteen tensors [16, 16] --------------------------------------------------------------------------
-
-
-@jit
-def _stage(v: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
-    result = ()
-    for k in tl.static_range(16):
-        if (k & DISTANCE) == 0:
-            result = result + (v[k] + v[k + DISTANCE],)
-        else:
-            result = result + (v[k - DISTANCE] - v[k],)
-    return result
-
-
-@jit
-def stages(v: tl.tensor) -> tl.tensor:
-    """Four stages of the transform, over the number of the tensor."""
-    return _stage(_stage(_stage(_stage(v, 1), 2), 4), 8)
-
-
-@jit
-def _join(v: tl.tensor) -> tl.tensor:
-    """Their number as the last index, [16, 16, 2, 2, 2, 2]."""
-    parts = v
-    for step in tl.static_range(4):
-        joined = ()
-        for k in tl.static_range(8 >> step):
-            joined = joined + (tl.join(parts[k], parts[k + (8 >> step)]),)
-        parts = joined
-    return parts[0]
+# --- the transform -------------------------------------------------------------------------------------
 
 
 @jit
@@ -76,26 +47,53 @@ def _split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def swap(v: tl.tensor) -> tl.tensor:
-    """From one form to the other: the first index and the number of the tensor change places."""
-    whole = tl.permute(tl.reshape(_join(v), [16, 16, 16]), [2, 1, 0])
-    return _split(tl.reshape(whole, [16, 16, 2, 2, 2, 2]), 4)
+def join(parts: tl.tensor) -> tl.tensor:
+    """Sixteen [16, 16] to [16, 16, 16], their number the last index."""
+    for step in tl.static_range(4):
+        joined = ()
+        for k in tl.static_range(8 >> step):
+            joined = joined + (tl.join(parts[k], parts[k + (8 >> step)]),)
+        parts = joined
+    return tl.reshape(parts[0], [16, 16, 16])
 
 
 @jit
-def column_sums(v: tl.tensor) -> tl.tensor:
+def _stage(v: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
+    result = ()
+    for k in tl.static_range(16):
+        if (k & DISTANCE) == 0:
+            result = result + (v[k] + v[k + DISTANCE],)
+        else:
+            result = result + (v[k - DISTANCE] - v[k],)
+    return result
+
+
+@jit
+def stages(z: tl.tensor) -> tl.tensor:
+    """Four stages of the transform, over the last index."""
+    v = _split(tl.reshape(z, [16, 16, 2, 2, 2, 2]), 4)
+    return join(_stage(_stage(_stage(_stage(v, 1), 2), 4), 8))
+
+
+@jit
+def swap(z: tl.tensor) -> tl.tensor:
+    """From one form to the other."""
+    return tl.permute(z, [2, 1, 0])
+
+
+@jit
+def column_sums(z: tl.tensor) -> tl.tensor:
     """Sums over the rows of each column, [16], in the order of the reference.
 
-    Four accumulators, by the number of the tensor modulo 4; each takes the first index from 0 to 15, and at
-    each its four tensors in order.
+    Four accumulators, by the last index modulo 4; each takes the first index from 0 to 15, and at each its
+    four of the last index in order.
     """
-    whole = tl.permute(tl.reshape(_join(v), [16, 16, 4, 4]), [3, 1, 0, 2])
-    return add_up(tl.reshape(whole, [4, 16, 64]))
+    return add_up(tl.permute(tl.reshape(z, [16, 16, 4, 4]), [3, 1, 0, 2]))
 
 
 @jit
 def add_up(terms: tl.tensor) -> tl.tensor:
-    """[4 accumulators, 16 columns, 64 steps] to sums [16]: step after step, then (0 + 1) + (2 + 3)."""
+    """[4 accumulators, 16 columns, ... 64 steps] to [16]: step after step, then (0 + 1) + (2 + 3)."""
     parts = _split(tl.reshape(terms, [64, 2, 2, 2, 2, 2, 2]), 6)
     total = tl.zeros([64], tl.float32)
     for step in tl.static_range(64):
@@ -110,17 +108,12 @@ def add_up(terms: tl.tensor) -> tl.tensor:
 
 
 @jit
-def sign_bits(tile_key: tl.tensor) -> tl.tensor:
-    """Bit l is the sign of row 16 h + l: uint32 [16, 16] of (h, column)."""
-    h = tl.arange(0, 16)[:, None]
-    word = mix32(tile_key + ((h >> 1) * 16 + tl.arange(0, 16)[None, :]).to(tl.uint32))
-    return word >> ((h & 1) * 16).to(tl.uint32)
-
-
-@jit
-def signed(value: tl.tensor, bits: tl.tensor, K: tl.constexpr) -> tl.tensor:
-    """The value, negative where bit K is set."""
-    return as_float(as_bits(value) ^ ((bits << (31 - K)) & 0x80000000))
+def negated(z: tl.tensor, tile_key: tl.tensor) -> tl.tensor:
+    """Z [h, column, l] with its signs."""
+    h = tl.arange(0, 16)[:, None, None]
+    word = mix32(tile_key + ((h >> 1) * 16 + tl.arange(0, 16)[None, :, None]).to(tl.uint32))
+    left = 31 - ((h & 1) * 16 + tl.arange(0, 16)[None, None, :])
+    return as_float(as_bits(z) ^ ((word << left.to(tl.uint32)) & 0x80000000))
 
 
 @jit
