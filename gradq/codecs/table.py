@@ -179,7 +179,7 @@ class TableCodec(Codec):
         new_residual: Tensor | None = None,
     ) -> None:
         """See `Codec.encode`. rounding="auto" that was not decided is stochastic, where the format can."""
-        table_kernels(x.device).table_encode(
+        table_kernels(x.device, self.name).table_encode(
             x,
             payload,
             table=_table(self.format, self._stochastic),
@@ -193,12 +193,13 @@ class TableCodec(Codec):
 
     def decode(self, payload: Tensor, out: Tensor) -> None:
         """See `Codec.decode`."""
-        table_kernels(out.device).table_decode(payload, out, table=_table(self.format, self._stochastic))
+        table = _table(self.format, self._stochastic)
+        table_kernels(out.device, self.name).table_decode(payload, out, table=table)
 
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """See `Codec.decode_mean`."""
         table = _table(self.format, self._stochastic)
-        table_kernels(out.device).table_decode_mean(payloads, out, table=table)
+        table_kernels(out.device, self.name).table_decode_mean(payloads, out, table=table)
 
     @classmethod
     def from_name(cls, name: str) -> TableCodec:

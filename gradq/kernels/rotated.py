@@ -16,15 +16,13 @@ References:
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from gradq.errors import KernelError
-from gradq.kernels.ops import backend_name
+from gradq.kernels.ops import backend_for
 
 __all__ = [
     "COLUMNS",
@@ -48,7 +46,11 @@ TILE = COLUMNS * TILE_ROWS
 GROUP = 256  # elements to a scale
 HEADER_BYTES = 4
 _MASK32 = 0xFFFFFFFF
-_MODULES = {"reference": "gradq.kernels.reference_rotated", "numba": "gradq.kernels.cpu_rotated"}
+_MODULES = {
+    "reference": "gradq.kernels.reference_rotated",
+    "numba": "gradq.kernels.cpu_rotated",
+    "triton": "gradq.kernels.cuda_rotated",
+}
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,7 @@ def rotated_kernels(device: torch.device) -> RotatedKernels:
     Raises:
         KernelError: no backend for the device, or its package is missing.
     """
-    name = backend_name(device)
-    try:
-        return cast(RotatedKernels, importlib.import_module(_MODULES[name]))
-    except ImportError as error:
-        raise KernelError(
-            f"the {name!r} kernels cannot be imported ({error}); install them with `pip install numba` "
-            "or set GRADQ_KERNELS=reference to run the slow plain-torch ones"
-        ) from error
+    return cast(RotatedKernels, backend_for(device, _MODULES, "rotated codecs"))
 
 
 def payload_bytes(numel: int, num_bits: int) -> int:

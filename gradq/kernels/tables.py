@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from gradq.errors import KernelError
-from gradq.kernels.ops import backend_name
+from gradq.kernels.ops import backend_for
 
 __all__ = ["MULTIPLIERS", "SCALE_BYTES", "Table", "TableKernels", "payload_bytes", "table_kernels"]
 
@@ -65,20 +63,17 @@ class TableKernels(Protocol):
         """Mean over the W decoded payloads into out."""
 
 
-def table_kernels(device: torch.device) -> TableKernels:
+def table_kernels(device: torch.device, codec: str) -> TableKernels:
     """The kernels that serve a device.
+
+    Args:
+        device: of the tensors.
+        codec: its name, for error messages.
 
     Raises:
         KernelError: no backend for the device, or its package is missing.
     """
-    name = backend_name(device)
-    try:
-        return cast(TableKernels, importlib.import_module(_MODULES[name]))
-    except ImportError as error:
-        raise KernelError(
-            f"the {name!r} kernels cannot be imported ({error}); install them with `pip install numba` "
-            "or set GRADQ_KERNELS=reference to run the slow plain-torch ones"
-        ) from error
+    return cast(TableKernels, backend_for(device, _MODULES, f"the codec {codec!r}"))
 
 
 def payload_bytes(numel: int, table: Table) -> int:
