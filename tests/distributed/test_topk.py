@@ -95,8 +95,6 @@ def impossible(rank: int, what: str) -> str:
     try:
         if what == "without feedback":
             gradq.compress(make(), "topk", feedback=False)
-        elif what == "phase 2 without feedback":
-            Assignment(phase1=from_spec("int8"), phase2=from_spec("topk"))
         elif what == "dense codec":
             gradq.compress(make(), Sparse("int4(rounding=nearest)"))
         else:
@@ -110,7 +108,6 @@ def impossible(rank: int, what: str) -> str:
     ("what", "words"),
     [
         ("without feedback", ["topk", "error feedback", "not converge"]),
-        ("phase 2 without feedback", ["topk", "error feedback"]),
         ("dense codec", ["sparse", "topk", "int4(rounding=nearest)"]),
         ("model-wide", ["sparse", "two_phase"]),
     ],
