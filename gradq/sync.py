@@ -26,11 +26,10 @@ from gradq import wire
 from gradq.adaptive import Learner
 from gradq.collectives import Collective, Executor, Segment, Setting, Step, choose, join, open_channels
 from gradq.collectives.base import Pending
-from gradq.errors import ConfigError
 from gradq.feedback import Feedback
 from gradq.handshake import agree
 from gradq.metrics import Event, Metrics, ParameterStats, Stats
-from gradq.policy import ParameterInfo, Plan, Policy
+from gradq.policy import ParameterInfo, Plan, Policy, check_plan
 
 __all__ = ["GradientSync", "SyncConfig"]
 
@@ -108,16 +107,11 @@ class GradientSync:
         this rank owns is the same too; all others are dropped, and a log line says so.
 
         Raises:
-            ConfigError: the plan leaves parameters out; MismatchError: ranks disagree. The old policy stays.
+            ConfigError: the plan does not fit the model; MismatchError: ranks disagree. The old policy stays.
         """
         plan = dict(policy.plan(list(self.parameters.values()))) if policy is not None else {}
-        if plan and plan.keys() != self.parameters.keys():
-            wrong = sorted(plan.keys() ^ self.parameters.keys())
-            raise ConfigError(
-                f"the policy {label} must plan for exactly the parameters it is given, not {wrong}"
-            )
-        for name, entry in plan.items():
-            entry.check(self.parameters[name])
+        if plan:
+            check_plan(plan, self.parameters, label)
         agree(self._notes(plan, label), self.group)
         self.learner.follow(policy, label, self.plan, plan, self.step)
         if plan and plan == self.plan:
@@ -127,7 +121,10 @@ class GradientSync:
         self._buckets.clear()
         payload_bytes = int(sum(e.payload_bytes(self.parameters[name]) for name, e in plan.items()))
         self._collective = choose(self.config.collective, self.world_size, payload_bytes)
-        self._collectives = {n: choose(e.collective, plain=self._collective) for n, e in plan.items()}
+        self._collectives = {
+            name: choose(entry.resolve(self.config.collective), self.world_size, plain=self._collective)
+            for name, entry in plan.items()
+        }
         self._has_feedback = any(entry.feedback1 or entry.feedback2 for entry in self.plan.values())
         dropped = self.feedback.local.keep({n for n, entry in self.plan.items() if entry.feedback1})
         kept = {name for name, piece in self._shard_pieces().items() if before.get(name) == piece}

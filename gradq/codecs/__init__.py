@@ -17,6 +17,7 @@ from gradq.codecs.base import Codec
 from gradq.codecs.exact import ExactCodec
 from gradq.codecs.rotated import RotatedCodec
 from gradq.codecs.table import TABLE_NAMES, TableCodec
+from gradq.codecs.topk import TopKCodec
 from gradq.codecs.trellis import TrellisCodec
 from gradq.codecs.uniform import UniformCodec
 from gradq.errors import ConfigError, SpecError
@@ -26,6 +27,7 @@ __all__ = [
     "ExactCodec",
     "RotatedCodec",
     "TableCodec",
+    "TopKCodec",
     "TrellisCodec",
     "UniformCodec",
     "from_spec",
@@ -108,3 +110,4 @@ register(UniformCodec, *(f"int{bits}" for bits in range(2, 9)))
 register(RotatedCodec, *(f"rot{bits}" for bits in range(1, 7)))
 register(TrellisCodec, *(f"trellis{bits}" for bits in range(1, 5)))
 register(TableCodec, *TABLE_NAMES)
+register(TopKCodec, "topk")

@@ -53,6 +53,16 @@ class Codec(ABC):
         """Whether feedback="auto" turns error feedback on for this codec."""
         return False
 
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether training does not converge without error feedback, so that leaving it out is an error."""
+        return False
+
+    @property
+    def collective(self) -> str:
+        """The collective for parameters in this codec, where none was asked for; "auto" for the model's."""
+        return "auto"
+
     def for_feedback(self, feedback: bool) -> Codec:
         """This codec with every "auto" option decided, for use with or without error feedback."""
         return self

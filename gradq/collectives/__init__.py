@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gradq.collectives.all_gather import AllGather
 from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
 from gradq.collectives.channels import open_channels
@@ -11,6 +13,7 @@ from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
 from gradq.collectives.joined import Joined, join
 from gradq.collectives.low_rank import LowRank, basis_numel
 from gradq.collectives.reduce_scatter import ReduceScatter, ShardSegment
+from gradq.collectives.sparse import sparse
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
 
@@ -42,14 +45,17 @@ COLLECTIVES: dict[str, type[Collective]] = {
     "two_phase": TwoPhase,
     "hierarchical": Hierarchical,
 }
-# only for parameters whose assignment names them
-PER_PARAMETER: dict[str, type[Collective]] = {"low_rank": LowRank}
+# only for single parameters; by number of ranks
+PER_PARAMETER: dict[str, Callable[[int], type[Collective]]] = {
+    "low_rank": lambda _: LowRank,
+    "sparse": sparse,
+}
 
 _SMALL_BYTES = 64 * 1024
 
 
 def choose(
-    name: str, world_size: int = 0, payload_bytes: int = 0, *, plain: type[Collective] | None = None
+    name: str, world_size: int, payload_bytes: int = 0, *, plain: type[Collective] | None = None
 ) -> type[Collective]:
     """The collective for a run; given that, as plain, the one for a parameter.
 
@@ -72,7 +78,8 @@ def choose(
     if name == "auto":
         direct = world_size <= 2 or (world_size - 1) * payload_bytes <= _SMALL_BYTES
         return plain or (Direct if direct else TwoPhase)
-    known = COLLECTIVES if plain is None else COLLECTIVES | PER_PARAMETER
-    if name not in known:
-        raise ConfigError(f"collective={name!r}: choose from auto, {', '.join(known)}")
-    return known[name]
+    if plain is not None and name in PER_PARAMETER:
+        return PER_PARAMETER[name](world_size)
+    if name not in COLLECTIVES:
+        raise ConfigError(f"collective={name!r}: choose from auto, {', '.join(COLLECTIVES)}")
+    return COLLECTIVES[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradq.policy.allocate import Allocation, GradientStatistics, allocate_bits
-from gradq.policy.base import AdaptivePolicy, Assignment, ParameterInfo, Plan, Policy
+from gradq.policy.base import AdaptivePolicy, Assignment, ParameterInfo, Plan, Policy, check_plan
 from gradq.policy.bit_allocation import BitAllocation
 from gradq.policy.fixed import ExactRule, FixedPolicy, small_or_1d
 from gradq.policy.mixed import MixedPolicy, Rules, roles
@@ -24,6 +24,7 @@ __all__ = [
     "Rules",
     "Spec",
     "allocate_bits",
+    "check_plan",
     "roles",
     "small_or_1d",
 ]

@@ -17,7 +17,7 @@ from gradq.collectives import COLLECTIVES, PER_PARAMETER
 from gradq.errors import ConfigError
 from gradq.metrics import Event
 
-__all__ = ["AdaptivePolicy", "Assignment", "ParameterInfo", "Plan", "Policy"]
+__all__ = ["AdaptivePolicy", "Assignment", "ParameterInfo", "Plan", "Policy", "check_plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class Assignment:
         phase2: codec of the means.
         feedback1: whether phase 1 keeps a local residual.
         feedback2: whether phase 2, where the collective has one, keeps a shard residual.
-        collective: a name in `gradq.collectives.COLLECTIVES` or `PER_PARAMETER`, or "auto" for the one of the
-            whole model.
+        collective: a name in `gradq.collectives.COLLECTIVES` or `PER_PARAMETER`, or "auto": see
+            `resolve`.
         low_rank: with collective="low_rank" the rank of the approximation. phase1 and phase2 then carry its
             factors, exact, and feedback1 is always on.
 
@@ -97,7 +97,14 @@ class Assignment:
         if self.low_rank:
             self._check_low_rank()
             return
+        if self.collective == "sparse" and self.phase1.collective != "sparse":
+            raise ConfigError(f'collective="sparse" is for sparse codecs such as topk, not for {self.phase1}')
         for codec, feedback in ((self.phase1, self.feedback1), (self.phase2, self.feedback2)):
+            if codec.needs_feedback and not feedback:
+                raise ConfigError(
+                    f"{codec} needs error feedback: what it leaves out would never be sent, and training "
+                    'does not converge; use feedback="auto"'
+                )
             if feedback and isinstance(codec, ExactCodec):
                 raise ConfigError(f"codec {codec} has no error feedback; it loses nothing worth feeding back")
             if feedback and not codec.contractive:
@@ -137,6 +144,11 @@ class Assignment:
                 f"low_rank computes in fp32 and parameter {parameter.name!r} is fp64; send it exact"
             )
 
+    def resolve(self, collective: str) -> str:
+        """The collective's name: what was asked for here, or for the run, or what phase 1 is best with."""
+        asked = (self.collective, collective, self.phase1.collective)
+        return next((name for name in asked if name != "auto"), "auto")
+
     def payload_bytes(self, parameter: ParameterInfo) -> float:
         """Bytes of this rank's part in phase 1, on average over the steps."""
         if not self.low_rank:
@@ -154,6 +166,19 @@ class Assignment:
 
 
 Plan = Mapping[str, Assignment]
+
+
+def check_plan(plan: Plan, parameters: Mapping[str, ParameterInfo], label: str) -> None:
+    """Whether a policy's plan fits the model.
+
+    Raises:
+        ConfigError: it leaves parameters out, or has others; a parameter cannot travel as planned.
+    """
+    if plan.keys() != parameters.keys():
+        wrong = sorted(plan.keys() ^ parameters.keys())
+        raise ConfigError(f"the policy {label} must plan for exactly the parameters it is given, not {wrong}")
+    for name, entry in plan.items():
+        entry.check(parameters[name])
 
 
 class Policy(Protocol):

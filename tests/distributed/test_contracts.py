@@ -79,7 +79,7 @@ def poison(rank: int, spec: str, collective: str, culprit: int):
 
 
 @pytest.mark.parametrize("collective", ["direct", "two_phase"])
-@pytest.mark.parametrize("spec", ["int8", "int4+int4"])
+@pytest.mark.parametrize("spec", ["int8", "int4+int4", "topk(percent=5,block_size=256)"])
 def test_non_finite_is_seen_everywhere_and_never_remembered(spec: str, collective: str) -> None:
     results = run_ranks(poison, 3, spec, collective, 1)
     for rank, outcomes in enumerate(results):

@@ -42,6 +42,11 @@ SPECS = [
     "trellis4(scale=mse)",
     *TABLE_NAMES,
     *(f"{name}(rounding=nearest)" for name in TABLE_NAMES if not name.startswith(("qsgd", "sign"))),
+    "topk",
+    "topk(percent=0.01,block_size=1024)",
+    "topk(percent=50,num_bits=8,block_size=256)",
+    "topk(percent=12.5,num_bits=3,block_size=512)",
+    "topk(percent=7,num_bits=2,block_size=256)",
 ]
 
 
@@ -214,7 +219,8 @@ def test_ranks_with_stratified_dither_cancel_their_errors():
 def test_names():
     uniform = [f"int{bits}" for bits in range(2, 9)]
     rotated = [f"rot{bits}" for bits in range(1, 7)] + [f"trellis{bits}" for bits in range(1, 5)]
-    assert codecs.names() == sorted(["bf16", "fp16", "fp32", "fp64", *uniform, *rotated, *TABLE_NAMES])
+    exact = ["bf16", "fp16", "fp32", "fp64"]
+    assert codecs.names() == sorted([*exact, *uniform, *rotated, *TABLE_NAMES, "topk"])
 
 
 @given(

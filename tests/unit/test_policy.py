@@ -198,3 +198,100 @@ def test_an_assignment_may_name_its_collective_and_says_so():
     assert str(Assignment(phase1=codec, phase2=codec, collective="direct")) == "int8+int8 by direct"
     with pytest.raises(ConfigError, match=r"Assignment\(collective='ring'\): choose from auto, direct, two_"):
         Assignment(phase1=codec, phase2=codec, collective="ring")
+
+
+FP32, INT8, TOPK = from_spec("fp32"), from_spec("int8"), from_spec("topk")
+LOW_RANK = {"phase1": FP32, "phase2": FP32, "feedback1": True, "collective": "low_rank", "low_rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"phase1": TOPK, "phase2": TOPK}, "topk needs error feedback.*never be sent"),
+        ({"phase1": INT8, "phase2": TOPK}, "topk needs error feedback"),
+        (
+            {"phase1": INT8, "phase2": INT8, "collective": "sparse"},
+            "sparse codecs such as topk, not for int8",
+        ),
+        ({"phase1": FP32, "phase2": FP32, "low_rank": 4}, "low_rank=4.*at least 1"),
+        (LOW_RANK | {"low_rank": 0}, "low_rank=0.*at least 1"),
+        (LOW_RANK | {"low_rank": -1}, "low_rank=-1.*at least 1"),
+        (LOW_RANK | {"feedback1": False}, "needs feedback1=True.*does not converge"),
+        (LOW_RANK | {"feedback2": True}, "feedback2=False"),
+        (LOW_RANK | {"phase1": INT8}, "factors in fp32, not in int8"),
+        (LOW_RANK | {"phase2": from_spec("bf16")}, "factors in fp32, not in bf16"),
+    ],
+)
+def test_pairs_that_cannot_work(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        Assignment(**fields)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (info("blocks.0.norm", 4096), r"'blocks.0.norm' of shape \[4096\]: it needs a matrix"),
+        (info("scale"), r"'scale' of shape \[\]"),
+        (info("none", 0, 3), r"'none' of shape \[0, 3\]"),
+        (info("w", 64, 64, dtype=torch.float64), "'w' is fp64; send it exact"),
+    ],
+)
+def test_low_rank_is_for_matrices(parameter, message):
+    with pytest.raises(ConfigError, match=message):
+        Assignment(**LOW_RANK).check(parameter)
+
+
+# --- low rank ------------------------------------------------------------------------------------------
+
+MATRICES = [
+    info("embed", 5000, 64),
+    info("conv", 32, 16, 3, 3),
+    info("bias", 4096),
+    info("small", 31, 33),
+    info("narrow", 3, 1000),
+    info("half", 128, 128, dtype=torch.bfloat16),
+    info("double", 128, 128, dtype=torch.float64),
+]
+
+
+def test_low_rank_takes_the_matrices_where_it_saves_and_leaves_the_rest_exact():
+    decided = {name: str(entry) for name, entry in plan("powersgd:4", MATRICES).items()}
+    assert decided == {
+        "embed": "powersgd:4 with feedback",
+        "conv": "powersgd:4 with feedback",
+        "bias": "fp32+fp32",
+        "small": "fp32+fp32",
+        "narrow": "powersgd:4 with feedback",  # rank 3: 6 kB on average against 12
+        "half": "powersgd:4 with feedback",
+        "double": "fp64+fp64",
+    }
+
+
+def test_the_rest_may_have_a_codec_of_its_own():
+    decided = {name: str(entry) for name, entry in plan("powersgd:4+int8", MATRICES).items()}
+    int8 = "int8(rounding=stochastic)+int8(rounding=stochastic)"
+    assert decided["embed"] == "powersgd:4 with feedback"
+    assert decided["narrow"] == int8  # 3 kB
+    assert decided["bias"] == "fp32+fp32"
+    assert {n: str(e) for n, e in plan("powersgd:4+bf16", MATRICES).items()}["bias"] == "bf16+bf16"
+    assert str(plan("powersgd:64", MATRICES)["half"]) == "bf16+bf16", "rank 64 of 128 in fp32 saves nothing"
+
+
+def test_what_is_exact_is_no_low_rank():
+    assert str(plan("powersgd:4", MATRICES, exact="conv")["conv"]) == "fp32+fp32"
+    assert str(plan("powersgd:4+int8", MATRICES, exact="conv")["conv"]) == "fp32+fp32"
+    decided = plan("powersgd:4", MATRICES, exact=lambda parameter: parameter.name != "small")
+    assert {name for name, entry in decided.items() if entry.low_rank} == {"small"}
+
+
+def test_low_rank_without_feedback_is_an_error():
+    with pytest.raises(ConfigError, match=r"feedback=False with powersgd:4.*not converge"):
+        FixedPolicy(spec=Spec.parse("powersgd:4"), feedback=False)
+
+
+@pytest.mark.parametrize("matrix", MATRICES[:2])
+def test_payload_bytes_are_the_mean_of_both_factors(matrix):
+    rows, columns = matrix.matrix
+    assert rows * columns == matrix.numel
+    entry = plan("powersgd:4", [matrix])[matrix.name]
+    assert entry.payload_bytes(matrix) == 4 * 4 * (rows + columns) / 2

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradq.codecs import ExactCodec, UniformCodec
-from gradq.errors import SpecError
+from gradq.errors import ConfigError, SpecError
 from gradq.policy import Spec
 
 codec = st.one_of(
@@ -22,7 +22,7 @@ codec = st.one_of(
 )
 
 
-@given(st.builds(Spec, codec, st.none() | codec))
+@given(st.builds(Spec, codec, st.none() | codec, st.integers(0, 99)))
 def test_text_makes_the_spec_again(spec):
     assert Spec.parse(str(spec)) == spec
     assert hash(Spec.parse(str(spec))) == hash(spec)
@@ -81,7 +81,20 @@ def test_naming_the_default_of_phase_2_is_another_spec_with_the_same_codecs():
         ("", "'' is not a codec spec"),
         ("none+int8", "no codec is called 'none'"),
         ("int8+none", "no codec is called 'none'"),
-        ("powersgd", "no codec is called 'powersgd'"),
+        (
+            "powersgd",
+            "'powersgd': powersgd needs the rank of its approximation, 1 or more, as in 'powersgd:4'",
+        ),
+        ("powersgd:", "needs the rank"),
+        ("powersgd:0", "needs the rank"),
+        ("powersgd:-4", "needs the rank"),
+        ("powersgd:4.0", "needs the rank"),
+        ("powersgd:⁴", "needs the rank"),
+        ("int4+powersgd:4", "powersgd is not a codec and cannot carry means; write it first"),
+        ("powersgd:4+powersgd:2", "cannot carry means"),
+        ("powersgd:4+int4+int8+int8", "a spec names one codec, or two"),
+        ("powersgd:4+int9", "no codec is called 'int9'"),
+        ("powersgd:4+", "'' is not a codec spec"),
         ("int4+in8", r"did you mean 'int8'\?"),
         (4, "a spec is a string such as 'int4', a codec or a Spec, not int"),
         (None, "not NoneType"),
@@ -95,3 +108,20 @@ def test_wrong_specs(spec, message):
 def test_phase_2_alone_is_no_spec():
     with pytest.raises(SpecError, match="needs one for phase 1"):
         Spec(None, ExactCodec())
+
+
+def test_low_rank():
+    spec = Spec.parse(" powersgd:4 ")
+    assert spec == Spec(None, low_rank=4)
+    assert not spec.is_none
+    assert str(spec) == "powersgd:4"
+    assert str(Spec.parse("powersgd:04 + int4+ int8")) == "powersgd:4+int4+int8"
+    assert [str(codec) for codec in Spec.parse("powersgd:2+int4").codecs()] == ["int4", "int8"]
+    with pytest.raises(SpecError, match='"powersgd:4" has no codecs'):
+        spec.codecs()
+
+
+@pytest.mark.parametrize("rank", [-1, 4.0, True, "4"])
+def test_low_rank_out_of_range(rank):
+    with pytest.raises(ConfigError, match=r"low_rank=.*an integer"):
+        Spec(None, low_rank=rank)

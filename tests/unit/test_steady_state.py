@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradq import wire
-from gradq.collectives import COLLECTIVES, Segment, Setting, Step
+from gradq.collectives import COLLECTIVES, Collective, LowRank, Segment, Setting, Step
 from gradq.feedback import Feedback
 from gradq.metrics import Metrics
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
@@ -51,7 +51,7 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def run(spec: str, name: str, feedback: bool | str) -> tuple[list[str], list[str]]:
+def run(spec: str, kind: type[Collective], feedback: bool | str) -> tuple[list[str], list[str]]:
     shapes = [(300, 211), (4000,), (64, 64)]
     infos = [
         ParameterInfo(name=f"p{i}", shape=shape, dtype=torch.float32, index=i)
@@ -61,30 +61,45 @@ def run(spec: str, name: str, feedback: bool | str) -> tuple[list[str], list[str
     segments, start = [], 0
     for info in infos:
         entry = plan[info.name]
-        segments.append(
-            Segment(
-                name=info.name,
-                start=start,
-                numel=info.numel,
-                rotation=info.index,
-                phase1=entry.phase1,
-                phase2=entry.phase2,
-                feedback1=entry.feedback1,
-                feedback2=entry.feedback2,
+        if bool(entry.low_rank) == (kind is LowRank):
+            segments.append(
+                Segment(
+                    name=info.name,
+                    start=start,
+                    numel=info.numel,
+                    rotation=info.index,
+                    phase1=entry.phase1,
+                    phase2=entry.phase2,
+                    feedback1=entry.feedback1,
+                    feedback2=entry.feedback2,
+                    matrix=info.matrix,
+                    low_rank=entry.low_rank,
+                )
             )
-        )
         start += info.numel
     store = Feedback()
     channels = [Loopback(), Loopback()]
-    setting = Setting(0, WORLD_SIZE, 0, channels, store.local, store.shard, Metrics(), torch.device("cpu"))
+    setting = Setting(
+        rank=0,
+        world_size=WORLD_SIZE,
+        seed=0,
+        channels=channels,
+        local=store.local,
+        shard=store.shard,
+        metrics=Metrics(),
+        device=torch.device("cpu"),
+        bases=store.bases,
+        plain=COLLECTIVES["two_phase"],
+    )
     flat = torch.randn(start)
     with Allocations([]) as first:
-        collective = COLLECTIVES[name](segments, torch.float32, setting)
-        for _ in collective.average(flat, Step(0, 0)):
-            pass
-        store.finish(True)
+        collective = kind(segments, torch.float32, setting)
+        for index in range(2):  # of low rank two steps differ
+            for _ in collective.average(flat, Step(index, 0)):
+                pass
+            store.finish(True)
     with Allocations([]) as steady:
-        for index in range(1, 4):
+        for index in range(2, 5):
             for _ in collective.average(flat, Step(index, 0)):
                 pass
             store.finish(True)
@@ -94,9 +109,22 @@ def run(spec: str, name: str, feedback: bool | str) -> tuple[list[str], list[str
 @pytest.mark.parametrize("name", sorted(COLLECTIVES))
 @pytest.mark.parametrize(
     ("spec", "feedback"),
-    [("int8", "auto"), ("int4+int4", True), ("int3", False), ("fp32", "auto"), ("bf16", "auto")],
+    [
+        ("int8", "auto"),
+        ("int4+int4", True),
+        ("int3", False),
+        ("fp32", "auto"),
+        ("bf16", "auto"),
+        ("topk", "auto"),
+    ],
 )
 def test_no_large_tensor_is_made_after_the_first_step(spec: str, feedback: bool | str, name: str) -> None:
-    first, steady = run(spec, name, feedback)
+    first, steady = run(spec, COLLECTIVES[name], feedback)
+    assert first, "the test sees no allocation at all"
+    assert not steady
+
+
+def test_no_large_tensor_is_made_after_two_steps_of_low_rank() -> None:
+    first, steady = run("powersgd:4", LowRank, "auto")
     assert first, "the test sees no allocation at all"
     assert not steady

@@ -53,6 +53,7 @@ SPECS = [
     *(f"trellis{bits}(scale={scale})" for bits in range(1, 5) for scale in ("unbiased", "mse")),
     *TABLE_NAMES,
     *(f"{name}(rounding=nearest)" for name in TABLE_NAMES if not name.startswith(("qsgd", "sign"))),
+    *("topk", "topk(percent=10,num_bits=8,block_size=256)", "topk(percent=33,num_bits=3,block_size=256)"),
 ]
 
 
