@@ -260,7 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "bit_allocation")
     parser.add_argument("--loss", action="store_true", help="train too")
-    parser.add_argument("--specs", nargs="+", default=["int2", "int3", "rot2"], help="to train with")
+    parser.add_argument("--specs", nargs="+", default=["int3", "int4", "rot2"], help="to train with")
     parser.add_argument("--params", default="1m", help="model size of the example, of --loss")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)

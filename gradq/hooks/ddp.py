@@ -144,7 +144,7 @@ class HookState:
         """Use another spec from the next step on.
 
         All ranks call it between the same two steps. Residuals of parameters that no longer use feedback are
-        dropped, and so are shard residuals; the log says so.
+        dropped, and shard residuals where ranks own other pieces than before; the log says so.
 
         Raises:
             SpecError, ConfigError: the spec is wrong; MismatchError: the ranks disagree. The old one stays.
