@@ -194,7 +194,7 @@ class GradientSync:
 
     def segment(self, name: str, start: int = 0) -> Segment:
         """How a parameter travels if it starts at this element of a bucket."""
-        info, entry = self.parameters[name], self.plan[name]
+        info, entry, local = self.parameters[name], self.plan[name], self.config.local_world_size
         return Segment(
             name=name,
             start=start,
@@ -203,8 +203,8 @@ class GradientSync:
             phase1=entry.phase1,
             phase2=entry.phase2,
             feedback1=entry.feedback1,
-            feedback2=entry.feedback2 and self._collective.num_channels > 1,
-            local_world_size=self.config.local_world_size,
+            feedback2=entry.feedback2 and self._collective.has_phase2(self.world_size, local),
+            local_world_size=local,
         )
 
     def piece_numel(self, name: str, owner: int) -> int:

@@ -93,6 +93,7 @@ class ShardedHookState(HookState):
         native = _same_group(self._units, "replicate_group")
         if native is not None and replicate_group is not None:
             raise ConfigError("replicate_group= was given, but the model's mesh already has replicas")
+        self._own_replicas = replicate_group is not None
         replicate_group = native or replicate_group
         self._exact = exact
         self._feedback = False if feedback == "auto" and replicate_group is None else feedback
@@ -233,6 +234,7 @@ class ShardedHookState(HookState):
         if current == self._backward and current != -1:
             return
         self._backward = current
+        self._shards.step = self.sync.step  # a checkpoint may have set it
         self._shards.begin()
         _fsdp_torch.after_backward(self._leave_backward)
 
@@ -335,16 +337,14 @@ class ShardedHookState(HookState):
         for name in self.checkpoint_path:
             state = state[name]
         checkpoint.load_state_dict(self.sync, state)
-        self._shards.step = self.sync.step
 
     def close(self) -> None:
         """End gradq's threads and process groups. FSDP's own reduction goes on. Idempotent.
 
         With `replicate_group=` gradq's plain all-reduce goes on averaging the replicas.
         """
-        keep_hook = self.sync is not self._shards and self._units[0].replicate_group is None
         for unit in self._units:
-            unit.restore(keep_replica_hook=keep_hook)
+            unit.restore(keep_replica_hook=self._own_replicas)
         if self.sync is not self._shards:
             self.sync.close()
         self._shards.close()
