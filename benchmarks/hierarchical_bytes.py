@@ -27,7 +27,8 @@ import torch.distributed as dist
 
 from gradq.bench.records import write_record
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync, SyncConfig
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES, LOCAL_WORLD_SIZE, PORT = 2, 2, 29571

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from gradq.bench.records import write_record
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync, SyncConfig
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
 from gradq.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,7 +31,8 @@ import gradq
 def shard(args: argparse.Namespace) -> nn.Module:
     """The model, every block a unit of its own; with --replicas R on a mesh of R by W / R ranks."""
     replicas, num_shards = args.replicas, dist.get_world_size() // args.replicas
-    mesh = init_device_mesh("cpu", (replicas, num_shards) if replicas > 1 else (num_shards,))
+    mesh = init_device_mesh("cpu", (replicas, num_shards), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if replicas > 1 else mesh["shard"]
     model = build(args.params, args.seq_len, args.seed)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -75,7 +76,8 @@ def train(args: argparse.Namespace) -> dict[str, object]:
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    losses, times_ms = [], []
+    losses: list[float] = []
+    times_ms: list[float] = []
     for step in range(args.steps):
         start = time.perf_counter()
         rng = np.random.default_rng((args.seed, step, rank, 0))  # as in train_gpt.py
@@ -90,8 +92,7 @@ def train(args: argparse.Namespace) -> dict[str, object]:
         losses.append(loss.item())
         times_ms.append(1e3 * (time.perf_counter() - start))
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
-            mean = mean_over_ranks(losses)
-            losses.clear()
+            mean, losses = mean_over_ranks(losses), []
             if rank == 0 and not args.quiet:
                 print(f"step {step + 1}/{args.steps}  loss {mean:.4f}  {handle.stats()}", flush=True)
     stats = handle.stats()

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -30,31 +29,11 @@ from gradq.feedback import Feedback
 from gradq.handshake import agree
 from gradq.metrics import Event, Metrics, ParameterStats, Stats
 from gradq.policy import ParameterInfo, Plan, Policy, check_plan
+from gradq.sync_config import SyncConfig
 
-__all__ = ["GradientSync", "SyncConfig"]
+__all__ = ["GradientSync"]
 
 _log = logging.getLogger("gradq")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncConfig:
-    """What stays the same for a run.
-
-    Attributes:
-        seed: of the dither.
-        collective: "auto", "direct", "two_phase" or "hierarchical".
-        local_world_size: ranks a node for "hierarchical", else 1.
-        residual_dtype: "fp32" or "bf16".
-        timeout: of an exchange; None takes the process group's.
-        loss_scale: asked at the start of every step.
-    """
-
-    seed: int = 0
-    collective: str = "auto"
-    local_world_size: int = 1
-    residual_dtype: str = "fp32"
-    timeout: timedelta | None = None
-    loss_scale: Callable[[], float] = lambda: 1.0
 
 
 @dataclass
@@ -218,7 +197,7 @@ class GradientSync:
 
     def segment(self, name: str, start: int = 0) -> Segment:
         """How a parameter travels if it starts at this element of a bucket."""
-        info, entry = self.parameters[name], self.plan[name]
+        info, entry, local = self.parameters[name], self.plan[name], self.config.local_world_size
         return Segment(
             name=name,
             start=start,
@@ -227,10 +206,10 @@ class GradientSync:
             phase1=entry.phase1,
             phase2=entry.phase2,
             feedback1=entry.feedback1,
-            feedback2=entry.feedback2 and self._collectives[name].num_channels > 1,
+            feedback2=entry.feedback2 and self._collectives[name].has_phase2(self.world_size, local),
             matrix=info.matrix,
             low_rank=min(entry.low_rank, *info.matrix),
-            local_world_size=self.config.local_world_size,
+            local_world_size=local,
         )
 
     def piece_numel(self, name: str, owner: int) -> int:

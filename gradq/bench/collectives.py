@@ -18,7 +18,8 @@ import torch.distributed as dist
 from gradq import wire
 from gradq.bench.scenario import PLAIN
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync, SyncConfig
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
 
 __all__ = ["measure_collectives"]
 

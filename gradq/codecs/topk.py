@@ -87,7 +87,7 @@ class TopKCodec(Codec):
         """Always."""
         return True
 
-    def default_phase2(self) -> TopKCodec:
+    def default_phase2(self, world_size: int | None = None) -> TopKCodec:
         """Twice as many: more is left of a mean than of each gradient, and its error is not averaged down."""
         return replace(self, percent=min(2 * self.percent, 50))
 

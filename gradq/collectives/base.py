@@ -240,6 +240,11 @@ class Collective(ABC):
         """Compile what this collective uses besides codecs, before the first step. Here: nothing."""
         return
 
+    @classmethod
+    def has_phase2(cls, world_size: int, local_world_size: int) -> bool:
+        """Whether means are encoded again on their way back."""
+        return cls.num_channels > 1
+
     @abstractmethod
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
         """Replace flat by its mean over ranks; the same bits on every rank."""

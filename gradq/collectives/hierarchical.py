@@ -145,6 +145,11 @@ class Hierarchical(Collective):
             for owner in range(local_world_size)
         ]  # the pieces of all, from this rank; later the means, from all
 
+    @classmethod
+    def has_phase2(cls, world_size: int, local_world_size: int) -> bool:
+        """Between two nodes there is one phase."""
+        return world_size // local_world_size > 2
+
     def _own_segments(self, local_rank: int) -> list[Segment]:
         """The pieces of this rank as segments of a flat tensor of their own."""
         own, position = [], 0

@@ -75,20 +75,18 @@ class ReduceScatter(Collective):
 
         1. Encode every chunk into the message for its owner; one's own stays here, encoded all the same.
         2. Exchange.
-        3. Of the own row: decode W payloads, sum in fp32, divide once. The sum goes round the ring from the
-           next rank to this one, as in a ring reduce-scatter.
+        3. Of the own row: decode W payloads in rank order, sum in fp32, divide once.
         """
         rank, world_size = self.setting.rank, self.setting.world_size
         gathered_WN = self._scratch.take("received", world_size * self._own_bytes).view(world_size, -1)
         outgoing = torch.split(self._scratch.take("sent", sum(self._message_bytes)), self._message_bytes)
-        received = [gathered_WN[(peer - rank - 1) % world_size] for peer in range(world_size)]
-        messages = [received[rank] if owner == rank else outgoing[owner] for owner in range(world_size)]
+        messages = [gathered_WN[rank] if owner == rank else outgoing[owner] for owner in range(world_size)]
         with self.timed("encode_ms", step, 1):
             for owner, (pieces, message) in enumerate(zip(self._pieces, messages, strict=True)):
                 for segment, start, stop, here, there in pieces:
                     first_block = self._first_blocks[segment.name, owner]
                     self.encode1(segment, start, stop, flat[here], message[there], step, first_block)
-        yield self.post(1, messages, received, step)
+        yield self.post(1, messages, list(gathered_WN), step)
         with self.timed("decode_ms", step, 1):
             for segment, _, _, here, there in self._pieces[rank]:
                 segment.phase1.decode_mean(gathered_WN[:, there], flat[here])

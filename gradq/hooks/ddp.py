@@ -22,7 +22,8 @@ from gradq.handshake import agree
 from gradq.hooks._fsdp_torch import is_fully_sharded
 from gradq.metrics import Event, Stats
 from gradq.policy import ExactRule, FixedPolicy, MixedPolicy, ParameterInfo, Policy, Rules, Spec, roles
-from gradq.sync import GradientSync, SyncConfig
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
 
 __all__ = ["HookState", "compress", "hook"]
 

@@ -29,7 +29,8 @@ from gradq.hooks.ddp import _DTYPES, HookState, _label
 from gradq.hooks.sharded import ShardedSync
 from gradq.metrics import Event, Stats
 from gradq.policy import AdaptivePolicy, ExactRule, FixedPolicy, ParameterInfo, Plan, Policy, Rules, Spec
-from gradq.sync import GradientSync, SyncConfig
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
 
 __all__ = ["ShardedHookState"]
 
@@ -93,6 +94,7 @@ class ShardedHookState(HookState):
         native = _same_group(self._units, "replicate_group")
         if native is not None and replicate_group is not None:
             raise ConfigError("replicate_group= was given, but the model's mesh already has replicas")
+        self._own_replicas = replicate_group is not None
         replicate_group = native or replicate_group
         self._exact = exact
         self._feedback = False if feedback == "auto" and replicate_group is None else feedback
@@ -226,6 +228,7 @@ class ShardedHookState(HookState):
         if current == self._backward and current != -1:
             return
         self._backward = current
+        self._shards.step = self.sync.step  # a checkpoint may have set it
         self._shards.begin()
         _fsdp_torch.after_backward(self._leave_backward)
 
@@ -328,16 +331,14 @@ class ShardedHookState(HookState):
         for name in self.checkpoint_path:
             state = state[name]
         checkpoint.load_state_dict(self.sync, state)
-        self._shards.step = self.sync.step
 
     def close(self) -> None:
         """End gradq's threads and process groups. FSDP's own reduction goes on. Idempotent.
 
         With `replicate_group=` gradq's plain all-reduce goes on averaging the replicas.
         """
-        keep_hook = self.sync is not self._shards and self._units[0].replicate_group is None
         for unit in self._units:
-            unit.restore(keep_replica_hook=keep_hook)
+            unit.restore(keep_replica_hook=self._own_replicas)
         if self.sync is not self._shards:
             self.sync.close()
         self._shards.close()

@@ -40,7 +40,8 @@ from gradq.handshake import agree
 from gradq.hooks import local_checkpoint
 from gradq.metrics import Event, Stats
 from gradq.policy import AdaptivePolicy, ExactRule, FixedPolicy, ParameterInfo, Policy, Spec
-from gradq.sync import GradientSync, SyncConfig
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
 
 __all__ = ["Bucket", "DiLoCo", "Fragment", "LocalSGD", "cut"]
 

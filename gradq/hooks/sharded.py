@@ -20,7 +20,8 @@ from gradq.collectives.base import Pending, Setting
 from gradq.errors import UnsupportedError
 from gradq.metrics import Event
 from gradq.policy import AdaptivePolicy, ParameterInfo, Plan, Policy
-from gradq.sync import GradientSync, SyncConfig
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
 
 __all__ = ["ShardedSync"]
 

@@ -66,6 +66,7 @@ def test_replicas_are_equal_and_near_the_mean(world_size: int, local_world_size:
 def test_two_nodes_to_the_bit(spec: str) -> None:
     """2 nodes of 2: one phase between nodes, dithers by position in the parameter, residuals of node sums."""
     job = {"spec": spec, "compress": {"collective": "hierarchical", "local_world_size": 2}, "steps": 4}
+    job |= {"ddp": {"find_unused_parameters": True}}
     results = run_ranks(run, 4, job)
     plan = plan_for(Net(), spec)
     want = expected(node_sums(results, plan, 2), plan, two_phase=False)
@@ -78,7 +79,8 @@ def test_two_nodes_to_the_bit(spec: str) -> None:
 
 def test_nodes_of_one_rank_are_the_flat_form() -> None:
     jobs = [{"collective": "hierarchical", "local_world_size": 1}, {"collective": "two_phase"}]
-    jobs = [{"spec": "int4+int4", "compress": options, "steps": 3} for options in jobs]
+    ddp = {"find_unused_parameters": True}
+    jobs = [{"spec": "int4+int4", "compress": options, "ddp": ddp, "steps": 3} for options in jobs]
     for hierarchical, flat in run_ranks(layouts, 3, jobs):
         for step in range(3):
             for name, got in hierarchical[1][step].items():

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync, SyncConfig
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
 from gradq.testing import run_ranks
 
 

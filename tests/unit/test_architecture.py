@@ -21,7 +21,7 @@ LAYERS = [
     {"kernels"},
     {"codecs", "feedback", "collectives"},
     {"policy"},
-    {"handshake"},
+    {"handshake", "sync_config"},
     {"adaptive"},
     {"sync"},
     {"checkpoint"},
