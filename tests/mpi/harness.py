@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import run_program
 
 from gradq.testing import RankError
 
@@ -67,33 +65,9 @@ def launch(
     variables = (
         os.environ | {"MPI4PY_LIBMPI": str(shared), "OMP_NUM_THREADS": "1", "PYTHONPATH": path} | (env or {})
     )
-    process = subprocess.Popen(
-        [*start, "-n", str(world_size), sys.executable, *program],
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    return run_program(
+        [*start, "-n", str(world_size), sys.executable, *program], env=variables, timeout=timeout
     )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        end(process)
-        output, _ = process.communicate()
-        raise RankError(f"{library}: no end after {timeout} s:\n{output}") from None
-    return process.returncode, output
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kill a launcher and all that it has started, in sessions of their own too."""
-    pids = [process.pid]
-    for pid in pids:
-        for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                pids += [int(child) for child in tasks.read_text().split()]
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def run_mpi(
