@@ -105,6 +105,7 @@ def measure(
     for name, path in files.items():
         # peers run as their users run them: with the default kernel
         sessions[name] = export.session(path, precise=None if name.startswith("gradq") else False)
+    floats = {name: len(export.operators(path).float_products) for name, path in files.items()}
     rows = []
     for batch in args.batches:
         x = inputs(batch).numpy()
@@ -120,7 +121,7 @@ def measure(
                 Row(
                     kind, name, size / 1e6, base / size, batch, latency.median_ms, latency.low_ms,
                     latency.high_ms, latency.ratio, latency.ratio_low, latency.ratio_high, latency.rounds,
-                    float((error**2).sum() / (truth**2).sum()), len(export.operators(files[name]).float_products),
+                    float((error**2).sum() / (truth**2).sum()), floats[name],
                 )
             )  # fmt: skip
             print(
@@ -181,15 +182,15 @@ def write(rows: list[Row], digits: list[dict[str, Any]], args: argparse.Namespac
     ]
     for r in rows:
         lines.append(
-            f"| {r.model} | {r.contender} | {r.size_mb:.2f} | {r.smaller:.2f} | {r.batch} | {r.median_ms:.3g} "
-            f"({r.low_ms:.3g} … {r.high_ms:.3g}) | {r.faster:.2f} ({r.faster_low:.2f} … {r.faster_high:.2f}) | "
-            f"{r.nmse:.1e} | {r.float_products} |"
+            f"| {r.model} | {r.contender} | {r.size_mb:.2f} | {r.smaller:.2f} | {r.batch} | "
+            f"{r.median_ms:.3g} ({r.low_ms:.3g} … {r.high_ms:.3g}) | "
+            f"{r.faster:.2f} ({r.faster_low:.2f} … {r.faster_high:.2f}) | {r.nmse:.1e} | {r.float_products} |"
         )
     if digits:
         lines += [
             "",
-            "Small models of the same kinds on digits, 450 held-out images (one image is 0.22 points); biases "
-            "corrected, no training after quantization.",
+            "Small models of the same kinds on digits, 450 held-out images (one image is 0.22 points); "
+            "biases corrected, no training after quantization.",
             "",
             "| model | contender | fp32, % | quantized, % | points | equal to the integer reference |",
             "|---|---|---|---|---|---|",

@@ -212,9 +212,10 @@ def plot(rows: list[Any], path: Path) -> None:
     colours = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(r.contender for r in rows))}
     for axis, batch in zip(axes[0], batches, strict=True):
         for r in (r for r in rows if r.batch == batch and r.contender != "fp32"):
+            spread = [[r.faster - r.faster_low], [r.faster_high - r.faster]]
             axis.errorbar(
-                r.smaller, r.faster, yerr=[[r.faster - r.faster_low], [r.faster_high - r.faster]], fmt=marks[r.model],
-                color=colours[r.contender], label=f"{r.model}: {r.contender}", markersize=7, capsize=2,
+                r.smaller, r.faster, yerr=spread, fmt=marks[r.model], color=colours[r.contender],
+                label=f"{r.model}: {r.contender}", markersize=7, capsize=2,
             )  # fmt: skip
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xlabel="times smaller than fp32", ylabel="times faster than fp32", title=f"batch {batch}")

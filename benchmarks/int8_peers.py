@@ -1,4 +1,4 @@
-"""The peers of benchmarks/int8.py: onnxruntime.quantization, and torchao PT2E in an environment of its own."""
+"""The peers of benchmarks/int8.py: onnxruntime.quantization, and torchao PT2E in its own environment."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def onnxruntime_files(
 ) -> dict[str, Path]:
     """What onnxruntime.quantization makes of the fp32 file: name → file.
 
-    Static: QDQ, u8 activations, s8 weights per channel, after its own preprocessing. Dynamic where it applies.
-    Without VNNI weights have 7 bits (``reduce_range``), as its documentation advises.
+    Static: QDQ, u8 activations, s8 weights per channel, after its own preprocessing. Dynamic where it
+    applies. Without VNNI weights have 7 bits (``reduce_range``), as its documentation advises.
     """
     import onnxruntime
     from onnxruntime.quantization import (
@@ -46,10 +46,11 @@ def onnxruntime_files(
     quant_pre_process(str(fp32), str(ready), skip_symbolic_shape=True)
     reduce = target == "x86-avx2"
     files = {"onnxruntime static": folder / f"{kind}-ort-static.onnx"}
-    operators = {"op_types_to_quantize": ["MatMul", "Gemm", "Gather"]} if kind == "transformer" else {}
+    operators = ["MatMul", "Gemm", "Gather"] if kind == "transformer" else None
     quantize_static(
-        str(ready), str(files["onnxruntime static"]), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=reduce, **operators,
+        str(ready), str(files["onnxruntime static"]), Reader(), quant_format=QuantFormat.QDQ,
+        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=reduce,
+        op_types_to_quantize=operators,
     )  # fmt: skip
     if kind in ("transformer", "mlp"):
         files["onnxruntime dynamic"] = folder / f"{kind}-ort-dynamic.onnx"

@@ -9,7 +9,7 @@ import rich.console
 import typer
 
 import gradq
-from gradq.cli import bench, doctor, report
+from gradq.cli import bench, doctor, export, report
 from gradq.errors import GradqError
 
 __all__ = ["app", "run"]
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 app.command("report")(report.report)
+app.command("export")(export.export)
 
 
 def _show_version(asked: bool) -> None:

@@ -6,9 +6,25 @@ Example:
     >>> print(gradq.export.verify("model.onnx", qmodel, loader))  # doctest: +SKIP
 """
 
-from gradq.export.inspect import operators
-from gradq.export.runtime import session
-from gradq.export.verify import VerifyReport, verify
+from gradq.export.bundles import Bundle, bundle, load
+from gradq.export.inspect import Operators, operators
+from gradq.export.runtime import features, session
+from gradq.export.variants import variant
+from gradq.export.verification import VerifyReport, verify
 from gradq.export.write import ExportReport, float_onnx, onnx
 
-__all__ = ["ExportReport", "VerifyReport", "float_onnx", "onnx", "operators", "session", "verify"]
+__all__ = [
+    "Bundle",
+    "ExportReport",
+    "Operators",
+    "VerifyReport",
+    "bundle",
+    "features",
+    "float_onnx",
+    "load",
+    "onnx",
+    "operators",
+    "session",
+    "variant",
+    "verify",
+]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import logging
 import warnings
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from gradq.errors import ConfigError, ExportError
+from gradq.errors import ConfigError, ExportError, GradqError
 from gradq.quant.attention import QuantMultiheadAttention
 from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant, FakeQuantize, WeightQuant
@@ -134,6 +135,7 @@ def capture(
     if quantized:
         _check(plain)
     args, kwargs, names = _ordered(plain, args, kwargs)
+    _run_once(plain, args)
     shapes = _dynamic_shapes(names, args, dynamic_batch, dynamic_axes)
     if dynamic_batch:
         args = _at_least_two(args)
@@ -178,8 +180,6 @@ def _ordered(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], list[str]]:
     """Positional arguments only, and their names."""
-    import inspect
-
     if isinstance(model, fx.GraphModule):
         names = [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
     else:
@@ -189,6 +189,18 @@ def _ordered(
         raise ConfigError(f"the example inputs do not fit the model, which takes {names}")
     ordered = (*args, *(kwargs[n] for n in names[len(args) : len(args) + len(kwargs)]))
     return ordered, {}, names[: len(ordered)]
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Inputs that do not fit are an error here, where the reason is plain."""
+    try:
+        with torch.no_grad():
+            model(*args)
+    except GradqError:
+        raise
+    except Exception as error:
+        shapes = [list(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+        raise ExportError(f"{type(model).__name__} does not run on inputs {shapes}: {error}") from error
 
 
 def _dynamic_shapes(

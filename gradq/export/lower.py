@@ -138,6 +138,7 @@ class _Lowering:
             else:
                 self._note(node)
                 self.builder.nodes.append(node)
+                self._pass_token(node)
         self._finish()
         return Lowered(self.proto, self.forms, self.notes, self.products, self.largest_code)
 
@@ -211,6 +212,13 @@ class _Lowering:
             "DynamicQuantizeLinear", [source], f"{entry.name}.quant", 3
         )
         self._offer(_Codes(codes, scale, zero, entry, source), out)
+
+    def _pass_token(self, node: Any) -> None:
+        """Tokens are quantized by their readers: a moved value still is to be."""
+        value = self.quantized.get(node.input[0]) if node.input else None
+        if value is not None and not value.codes and node.op_type in _MOVES:
+            for out in node.output:
+                self.quantized[out] = replace(value, source=out)
 
     def _offer(self, value: _Codes, out: str) -> None:
         """Make codes available under their float name."""

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from gradq.errors import ConfigError, ExportError
 from gradq.export.files import require
 from gradq.quant.config import detect_target
 
-__all__ = ["features", "metadata_of", "session"]
+__all__ = ["features", "feed", "metadata_of", "session"]
 
+_DTYPES = {
+    "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16",
+    "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8", "tensor(bool)": "bool",
+}  # fmt: skip
 _PRECISE = "session.x64quantprecision"
 
 
@@ -83,6 +91,35 @@ def session(
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class but Exception
         raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+def feed(running: Any, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Inputs of a session by name, checked.
+
+    Args:
+        running: from `session`.
+        inputs: arrays or tensors, in the order of the model's inputs.
+
+    Raises:
+        ConfigError: a wrong number, type or shape; the message names the input and what it takes.
+    """
+    wanted = running.get_inputs()
+    if len(inputs) != len(wanted):
+        raise ConfigError(f"the model takes {[i.name for i in wanted]}; got {len(inputs)} inputs")
+    out = {}
+    for spec, value in zip(wanted, inputs, strict=True):
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        kind = _DTYPES.get(spec.type, spec.type)
+        fits = len(array.shape) == len(spec.shape) and all(
+            not isinstance(want, int) or want == got
+            for want, got in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits or str(array.dtype) != kind:
+            raise ConfigError(
+                f"input {spec.name} is {array.dtype} {list(array.shape)}; the model takes {kind} {spec.shape}"
+            )
+        out[spec.name] = array
+    return out
 
 
 def _overflows(path: str | os.PathLike[str]) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradq.export.verify import VerifyReport
+    from gradq.export.verification import VerifyReport
 
-__all__ = ["columns", "render"]
+__all__ = ["columns", "render", "report_rows", "title"]
 
 
 def columns(header: list[str], rows: list[list[str]], *, title: str = "") -> str:

@@ -15,11 +15,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from gradq.export.capture import Layer
 
-__all__ = ["Builder", "codes_of", "float_weight", "integer_weight", "nbits_weight", "pack_nibbles", "storage"]
+__all__ = [
+    "Builder",
+    "codes_of",
+    "float_weight",
+    "integer_weight",
+    "is_weight_constant",
+    "nbits_weight",
+    "pack_nibbles",
+    "storage",
+]
 
 Array = npt.NDArray[Any]
 _SHARED_FROM = 4096  # bytes
@@ -248,14 +256,3 @@ def nbits_weight(builder: Builder, layer: Layer) -> tuple[list[str], dict[str, i
 def is_weight_constant(name: str) -> bool:
     """True for the constants this file makes of weights."""
     return name.endswith((".codes", ".indices", ".packed"))
-
-
-def stored_bits(layer: Layer) -> int:
-    """Bits an element of the weight takes in the file."""
-    form = storage(layer)
-    return {"int8": 8, "int4": 4, "table": 4, "nbits": 4 if layer.quantizer.format.bits <= 4 else 8}[form]
-
-
-def size_of(tensors: Sequence[torch.Tensor]) -> int:
-    """Bytes of some tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)

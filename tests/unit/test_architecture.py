@@ -54,8 +54,8 @@ HEAVY = {
     "onnxscript": set(),
     "executorch": set(),
     "matplotlib": set(),
-    "rich": {"gradq.cli.app", "gradq.cli.doctor"},
-    "typer": {"gradq.cli.app"},
+    "rich": {"gradq.cli.app", "gradq.cli.doctor", "gradq.cli.export"},
+    "typer": {"gradq.cli.app", "gradq.cli.export"},
     "fastapi": set(),
 }
 MAX_LINES, MAX_LINES_OF_SYNC = 600, 300

@@ -17,7 +17,7 @@ from gradq.errors import ConfigError, VerifyError
 from gradq.export.capture import example_inputs_of
 from gradq.export.files import require
 from gradq.export.inspect import Operators, operators
-from gradq.export.runtime import features, session
+from gradq.export.runtime import features, feed, session
 from gradq.export.tables import render
 from gradq.export.timing import Latency, interleave, summarize
 from gradq.export.write import float_onnx
@@ -160,7 +160,7 @@ def verify(
         latency = {}
         for size in batch_sizes:
             feeds = {
-                name: _feed(s, _resized(first, size) if free else first)
+                name: feed(s, _resized(first, size) if free else first)
                 for name, s in (("fp32", baseline), ("int8", running))
             }
             calls = {
@@ -200,10 +200,8 @@ class _Comparison:
 
     def add(self, batch: Any, count: int) -> None:
         inputs, labels = _split(batch, count, self.running)
-        theirs = [
-            torch.from_numpy(np.asarray(y)) for y in self.running.run(None, _feed(self.running, inputs))
-        ]
-        again = self.running.run(None, _feed(self.running, inputs))
+        theirs = [torch.from_numpy(np.asarray(y)) for y in self.running.run(None, feed(self.running, inputs))]
+        again = self.running.run(None, feed(self.running, inputs))
         self.repeatable &= all(np.array_equal(a, b.numpy()) for a, b in zip(again, theirs, strict=True))
         ours = [t for t in torch.utils._pytree.tree_leaves(self.reference(*inputs)) if isinstance(t, Tensor)]
         if len(ours) != len(theirs):
@@ -230,9 +228,9 @@ class _Comparison:
             raise ConfigError("the loader yielded no batch; give at least one")
         independent = None
         if free and self.last[0].shape[0] > 1:
-            whole = self.running.run(None, _feed(self.running, self.last))[0]
+            whole = self.running.run(None, feed(self.running, self.last))[0]
             one = tuple(x[:1] if isinstance(x, Tensor) else x for x in self.last)
-            alone = self.running.run(None, _feed(self.running, one))[0]
+            alone = self.running.run(None, feed(self.running, one))[0]
             independent = bool(np.array_equal(whole[:1], alone))
         agreement = Agreement(
             inputs=self.inputs,
@@ -292,13 +290,6 @@ def _split(batch: Any, count: int, running: Any) -> tuple[tuple[Any, ...], Tenso
         inputs = tuple(batch[:count])
         return inputs, batch[count] if len(batch) > count else None
     raise ConfigError(f"a batch is a {type(batch).__name__}; yield tensors, tuples or dicts")
-
-
-def _feed(running: Any, inputs: Sequence[Any]) -> dict[str, Any]:
-    return {
-        i.name: x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
-        for i, x in zip(running.get_inputs(), inputs, strict=True)
-    }
 
 
 def _resized(inputs: Sequence[Any], size: int) -> tuple[Any, ...]:

@@ -1,0 +1,301 @@
+"""`bundle` packs a model for several processors; `load` picks the variant that is fastest on this one.
+
+A bundle is a folder or a zip file: ``manifest.json`` and one ONNX file a variant. `load` looks at the
+processor, drops what would be wrong or cannot run here, times the rest, and says what it chose and why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from gradq.errors import ConfigError, ExportError
+from gradq.export.capture import example_inputs_of
+from gradq.export.files import atomic, require
+from gradq.export.runtime import features, feed, session
+from gradq.export.timing import interleave
+from gradq.export.variants import VARIANTS, variant
+from gradq.export.write import ExportReport, onnx
+from gradq.quant.batches import unwrap
+
+__all__ = ["Bundle", "bundle", "load"]
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+# Which variants are right on which processor, best first. "other" has no integer kernels to choose for.
+_SUITS = {
+    "x86-vnni": ("x86-vnni", "edge-int4", "x86-avx2", "arm"),
+    "x86-avx2": ("x86-avx2", "edge-int4", "x86-vnni"),
+    "arm": ("arm", "edge-int4", "x86-vnni", "x86-avx2"),
+    "other": ("x86-vnni", "x86-avx2", "arm", "edge-int4"),
+}
+
+
+def bundle(
+    models: nn.Module | Mapping[str, nn.Module],
+    out: str | os.PathLike[str],
+    *,
+    variants: Sequence[str] = ("x86-vnni", "x86-avx2", "arm"),
+    example_inputs: Any = None,
+    accuracy: Mapping[str, float] | None = None,
+) -> dict[str, ExportReport]:
+    """Write a model for several processors as one folder or zip file.
+
+    Args:
+        models: a calibrated model, from which `gradq.export.variant` makes the variants; or a mapping from
+            target to a model prepared for it (``quant.Config.for_target``).
+        out: a name that ends with ``.zip``, or a folder to make; what stood there is replaced at the end.
+        variants: targets to make if `models` is one model: ``x86-vnni``, ``x86-avx2``, ``arm``,
+            ``edge-int4`` (for batch 1).
+        example_inputs: as for `gradq.export.onnx`.
+        accuracy: target → accuracy, kept in the manifest.
+
+    Returns:
+        What was written, by target.
+
+    Raises:
+        ConfigError: an unknown target, or none.
+        ExportError: as `gradq.export.onnx`; nothing is left behind.
+    """
+    named = dict(models) if isinstance(models, Mapping) else {t: variant(models, t) for t in variants}
+    unknown = set(named) - set(VARIANTS)
+    if unknown or not named:
+        raise ConfigError(f"variants are {sorted(named)}; legal: {', '.join(VARIANTS)}, at least one")
+    target = Path(out)
+    reports: dict[str, ExportReport] = {}
+    manifest: dict[str, Any] = {"format": _FORMAT, "variants": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for processor, model in named.items():
+            file = folder / f"{processor}.onnx"
+            report = onnx(model, file, example_inputs=example_inputs, metadata={"gradq.target": processor})
+            reports[processor] = report
+            manifest["variants"].append(
+                {
+                    "name": processor,
+                    "file": file.name,
+                    "sha256": _digest(file),
+                    "size_bytes": report.size_bytes,
+                    "average_weight_bits": round(report.average_bits, 3),
+                    "accuracy": (accuracy or {}).get(processor),
+                }
+            )
+        manifest["gradq"] = report.metadata["gradq.version"]
+        manifest["inputs"] = _describe(next(iter(named.values())), example_inputs, folder / file.name)
+        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        _place(folder, target)
+    return reports
+
+
+def _describe(model: nn.Module, example_inputs: Any, file: Path) -> list[dict[str, Any]]:
+    """Name, type, shape of one sample, and the largest integer of every input: enough to time a variant."""
+    args, kwargs = example_inputs_of(unwrap(model), example_inputs)
+    names = [i.name for i in session(file, precise=False).get_inputs()]
+    out = []
+    for name, value in zip(names, (*args, *kwargs.values()), strict=False):
+        array = value.numpy() if isinstance(value, Tensor) else np.asarray(value)
+        high = int(array.max(initial=1)) if array.dtype.kind in "iu" else None
+        out.append({"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "high": high})
+    return out
+
+
+def _place(folder: Path, target: Path) -> None:
+    """Move the finished files to where they were wanted, whole or not at all."""
+    if target.suffix == ".zip":
+        with atomic(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            for file in sorted(folder.iterdir()):
+                archive.write(file, file.name)
+        return
+    if target.exists() and not (target / _MANIFEST).exists():
+        raise ExportError(f"{target} exists and is no bundle; remove it or choose another name")
+    try:
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error.strerror} ({target.parent})") from error
+    try:
+        for file in folder.iterdir():
+            shutil.copy2(file, beside / file.name)
+        beside.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        beside.rename(target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        hasher = hashlib.sha256()
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+@dataclass
+class Bundle:
+    """A loaded bundle: call it with arrays or tensors.
+
+    Attributes:
+        chosen: name of the variant that runs.
+        why: one sentence for people.
+        timings_ms: median latency of every variant that was timed.
+        session: the ``onnxruntime.InferenceSession``.
+        manifest: what the bundle says of itself.
+    """
+
+    chosen: str
+    why: str
+    timings_ms: dict[str, float]
+    session: Any = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
+    _folder: Any = field(default=None, repr=False)  # keeps an unpacked zip alive
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        """Run the model.
+
+        Args:
+            inputs: arrays or tensors, in the order of the model's inputs.
+
+        Returns:
+            numpy arrays.
+
+        Raises:
+            ConfigError: the inputs do not fit; names, types and shapes are in the message.
+        """
+        result: list[Any] = self.session.run(None, feed(self.session, inputs))
+        return result
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 1,
+    threads: int = 1,
+    seconds: float = 1.0,
+    processor: str | None = None,
+    choose: str | None = None,
+) -> Bundle:
+    """Load the variant of a bundle that is fastest on this processor.
+
+    Args:
+        path: folder or zip file from `bundle`.
+        batch_size: to time with.
+        threads: of the session.
+        seconds: for timing, all variants together; 0 takes the first that suits the processor.
+        processor: instead of what this machine is found to be.
+        choose: a variant to take without asking.
+
+    Raises:
+        ExportError: no such bundle, a damaged file, or no variant for this processor.
+        ConfigError: `choose` names no variant.
+    """
+    require("onnxruntime")
+    folder, keep = _open(Path(path))
+    manifest = _manifest(folder, path)
+    found = {v["name"]: v for v in manifest["variants"]}
+    if choose is not None and choose not in found:
+        raise ConfigError(f"choose is {choose!r}; the bundle has {', '.join(found)}")
+    here = processor or features()
+    names = [choose] if choose else [n for n in _SUITS.get(here, _SUITS["other"]) if n in found]
+    if not names:
+        raise ExportError(f"{path} has no variant for {here}; it has {', '.join(found)}")
+    sessions: dict[str, Any] = {}
+    for name in names:
+        file = folder / found[name]["file"]
+        if _digest(file) != found[name]["sha256"]:
+            raise ExportError(f"{file.name} in {path} is damaged: its checksum differs from the manifest's")
+        sessions[name] = session(file, threads=threads)
+    timings = {}
+    if len(names) > 1 and seconds > 0:
+        sample = _sample(manifest["inputs"], batch_size, sessions[names[0]])
+        calls = {n: lambda s=s: s.run(None, sample) for n, s in sessions.items()}
+        times = interleave(calls, seconds=seconds, min_rounds=3)
+        timings = {n: float(np.median(t)) for n, t in times.items()}
+        chosen = min(names, key=timings.__getitem__)
+    else:
+        chosen = names[0]
+    return Bundle(
+        chosen=chosen,
+        why=_reason(here, chosen, choose, timings, batch_size, sorted(set(found) - set(names))),
+        timings_ms=timings,
+        session=sessions[chosen],
+        manifest=manifest,
+        _folder=keep,
+    )
+
+
+def _open(path: Path) -> tuple[Path, Any]:
+    if path.is_dir():
+        return path, None
+    if not path.exists():
+        raise ExportError(f"{path} does not exist")
+    keep = tempfile.TemporaryDirectory(prefix="gradq-bundle-")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if Path(name).name != name:
+                    raise ExportError(f"{path} is no bundle: it holds the path {name!r}")
+            archive.extractall(keep.name)
+    except zipfile.BadZipFile as error:
+        raise ExportError(f"{path} is neither a folder nor a zip file: {error}") from error
+    return Path(keep.name), keep
+
+
+def _manifest(folder: Path, path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path} has no readable {_MANIFEST}: {error}") from error
+    if manifest.get("format") != _FORMAT:
+        raise ExportError(
+            f"{path} has format {manifest.get('format')!r}; this gradq reads {_FORMAT}: export it again"
+        )
+    return manifest
+
+
+def _sample(inputs: Sequence[Mapping[str, Any]], batch_size: int, running: Any) -> dict[str, Any]:
+    """Random inputs of the manifest's shapes."""
+    generator = np.random.default_rng(0)
+    sample = {}
+    for spec, free in zip(inputs, running.get_inputs(), strict=True):
+        shape = list(spec["shape"])
+        if free.shape and not isinstance(free.shape[0], int):
+            shape[0] = batch_size
+        if spec["high"] is None:
+            value = generator.standard_normal(shape).astype(spec["dtype"])
+        else:
+            value = generator.integers(0, spec["high"] + 1, shape).astype(spec["dtype"])
+        sample[spec["name"]] = value
+    return sample
+
+
+def _reason(
+    here: str,
+    chosen: str,
+    asked: str | None,
+    timings: Mapping[str, float],
+    batch_size: int,
+    out: Sequence[str],
+) -> str:
+    if asked is not None:
+        return f"{chosen}: asked for"
+    text = f"{chosen}: on {here} "
+    if timings:
+        others = ", ".join(f"{n} {t:.3g} ms" for n, t in timings.items() if n != chosen)
+        text += f"{timings[chosen]:.3g} ms at batch {batch_size}, against {others}"
+    else:
+        text += "the first that suits"
+    if out:
+        text += f"; not for this processor: {', '.join(out)}"
+    return text
