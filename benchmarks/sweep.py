@@ -160,8 +160,6 @@ def measure(
                 if record["record"] in ("refused", "start") and rank == 0:
                     preamble.append(record)
                 if record["record"] == "warm":
-                    if rank != 0:
-                        continue
                     if recorder is not None:
                         recorder.write("end", {"seed": 0})
                         recorder.close()

@@ -15,25 +15,34 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 _STYLE = """
-:root { color-scheme: light dark; --ground: #ffffff; --panel: #f5f6f8; --ink: #1b1c1d; --muted: #6b6c6d;
-  --grid: #dfe0e1; --accent: #b3165f; --good: #1c7a45; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14161a; --panel: #1d2026; --ink: #e8e9eb;
-  --muted: #9a9da3; --grid: #363a42; --accent: #ff6fae; --good: #5fd394; } }
+:root { color-scheme: light dark; --ground: #ffffff; --panel: #f5f6f8; --ink: #1b1c1d;
+  --muted: #6b6c6d; --grid: #dfe0e1; --accent: #b3165f; --good: #1c7a45; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14161a; --panel: #1d2026;
+  --ink: #e8e9eb; --muted: #9a9da3; --grid: #363a42; --accent: #ff6fae; --good: #5fd394; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 p.lead, li { color: var(--muted); }
-section { background: var(--panel); border-radius: .75rem; padding: 1rem 1.1rem; margin: 1.25rem 0; }
-.verdict { font-weight: 600; border-left: 4px solid var(--accent); padding-left: .7rem; margin: .4rem 0 1rem;
-} .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums;
-font-size: .86rem; width: 100%; } th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap;
-border-bottom: 1px solid var(--grid); } th { color: var(--muted); font-weight: 600; } th:first-child,
-td:first-child { text-align: left; position: sticky; left: 0; background: var(--panel); } td.win { color:
-var(--good); font-weight: 600; } td.lose { color: var(--accent); } figure { margin: 1rem 0 0; } figure svg {
-width: 100%; height: auto; display: block; max-width: 60rem; } ul { padding-left: 1.1rem; margin: .8rem 0 0;
-font-size: .85rem; overflow-wrap: anywhere; } nav a { color: inherit; }
+section { background: var(--panel); border-radius: .75rem; padding: 1rem 1.1rem;
+  margin: 1.25rem 0; }
+.verdict { font-weight: 600; border-left: 4px solid var(--accent); padding-left: .7rem;
+  margin: .4rem 0 1rem; }
+.scroll, figure { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem;
+  width: 100%; }
+th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--grid); }
+th { color: var(--muted); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: var(--panel); }
+td.win { color: var(--good); font-weight: 600; }
+td.lose { color: var(--accent); }
+figure { margin: 1rem 0 0; }
+figure svg { width: 100%; height: auto; display: block; min-width: 34rem; max-width: 60rem; }
+ul { padding-left: 1.1rem; margin: .8rem 0 0; font-size: .85rem; overflow-wrap: anywhere; }
 """
 
 

@@ -16,7 +16,7 @@ from gradq.bench.data import Dataset, load_dataset
 from gradq.bench.scenario import Scenario
 from gradq.errors import ConfigError
 
-__all__ = ["GPT", "MODELS", "Task", "digits_cnn", "load_function", "load_task", "mlp"]
+__all__ = ["GPT", "MODELS", "Task", "check_model", "digits_cnn", "load_function", "load_task", "mlp"]
 
 
 class GPT(nn.Module):
@@ -150,6 +150,21 @@ def load_function(spec: str) -> Callable[..., object]:
     return found
 
 
+def check_model(name: str) -> None:
+    """Refuse a name that stands for no model, before any rank is started.
+
+    Raises:
+        ConfigError: it is not built in and names no file.
+    """
+    where = name.rpartition(":")[0]
+    if ".py:" in name and not Path(where).is_file():
+        raise ConfigError(f"model={name!r}: there is no file {where}")
+    if ".py:" not in name and name not in MODELS:
+        raise ConfigError(
+            f"model={name!r}: choose from {', '.join(MODELS)}, or name your own as path.py:function"
+        )
+
+
 def load_task(scenario: Scenario) -> Task:
     """The task of a scenario.
 
@@ -165,7 +180,8 @@ def load_task(scenario: Scenario) -> Task:
 
         def make() -> nn.Module:
             return builtin.build(scenario.seq_len)
-    elif ".py:" in scenario.model:
+    else:
+        check_model(scenario.model)
         function = load_function(scenario.model)
 
         def make() -> nn.Module:
@@ -177,10 +193,6 @@ def load_task(scenario: Scenario) -> Task:
         with torch.device("meta"):
             embeds = any(isinstance(module, nn.Embedding) for module in make().modules())
         data, optimizer, lr = "text" if embeds else "", "adamw", 1e-3
-    else:
-        raise ConfigError(
-            f"model={scenario.model!r}: choose from {', '.join(MODELS)}, or name your own as path.py:function"
-        )
     if scenario.data != "auto":
         data = scenario.data
     if not data:

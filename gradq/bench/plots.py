@@ -133,8 +133,13 @@ def draw_losses(summary: Summary) -> Figure:
                 one.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
     for one, text in zip(axes, ("steps", "seconds", "MB sent by a rank"), strict=True):
         one.set_xlabel(text)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for one in axes[1:]:
         one.set_xscale("log")
+        one.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        one.xaxis.set_major_formatter("{x:g}")
+        one.xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("training loss, nats")
     handles, texts = axes[0].get_legend_handles_labels()
     figure.legend(
@@ -173,7 +178,7 @@ def draw_bandwidth(title: str, ratios: dict[str, list[tuple[float, float]]]) -> 
     axes.xaxis.set_major_locator(FixedLocator(rates))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    ticks = [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0]
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low / 1.5 <= tick <= high * 1.5]))
     axes.yaxis.set_major_formatter("{x:g}")

@@ -77,8 +77,8 @@ def preflight(
             expected = world_size * (world_size + 1) / 2
             if not bool((tensor == expected).all()):
                 raise BenchError(
-                    f"preflight: an all-reduce of {size} bytes over {interface or 'the default interface'} gave "
-                    f"wrong sums on rank {rank}; with NCCL in actors try NCCL_P2P_DISABLE=1"
+                    f"preflight: an all-reduce of {size} bytes over {interface or 'an unknown interface'} "
+                    f"gave wrong sums on rank {rank}; with NCCL in actors try NCCL_P2P_DISABLE=1"
                 )
         slowest = torch.tensor([min(times), float(sent or 0)], dtype=torch.float64)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=control)

@@ -104,7 +104,7 @@ class Recorder:
             "scenario": scenario.to_dict(),
             "environment": environment(),
             "commit": git_commit(Path(__file__).parent),
-            "command": shlex.join(["gradq", *sys.argv[1:]]),
+            "command": _command(),
             **facts,
         }
         self.write("header" if fresh else "resumed", header)
@@ -163,6 +163,12 @@ class Recorder:
         """Close the file. Idempotent."""
         with contextlib.suppress(OSError):  # the disk is full; `write` has said so
             self._file.close()
+
+
+def _command() -> str:
+    """What was typed, as well as it can be known."""
+    program = Path(sys.argv[0])
+    return shlex.join([*(["python", str(program)] if program.suffix == ".py" else ["gradq"]), *sys.argv[1:]])
 
 
 def _mend(path: Path) -> None:

@@ -180,8 +180,8 @@ class Scenario:
             raise ConfigError("one rank has nothing to exchange: nodes * ranks_per_node must be at least 2")
         if (turns := -(-self.steps // self.block)) <= self.warmup:
             raise ConfigError(
-                f"steps={self.steps} make {turns} turns of {self.block}, warmup={self.warmup} of them are not "
-                "measured: nothing would be"
+                f"steps={self.steps} make {turns} turns of {self.block}, warmup={self.warmup} of them are "
+                "not measured: nothing would be"
             )
         if self.timeout_s <= 0:
             raise ConfigError(f"timeout_s={self.timeout_s}: more than 0")

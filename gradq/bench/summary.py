@@ -20,7 +20,7 @@ from gradq.bench.records import percentile
 from gradq.bench.scenario import COMPUTE, PLAIN, Scenario
 from gradq.errors import ConfigError
 
-__all__ = ["Losses", "Row", "Spread", "Summary", "summarise", "within_two_sd"]
+__all__ = ["BASELINE", "Losses", "Row", "Spread", "Summary", "summarise", "within_two_sd"]
 
 Record = dict[str, Any]
 Blocks = dict[tuple[int, int, int, str], Record]  # by attempt, seed, turn, codec
@@ -172,10 +172,10 @@ class Summary:
         for row in self.candidates():
             if row.codec == PLAIN or row.ratio is None:
                 continue
+            if row.ratio.median > WORTH_IT or row.ratio.p80 >= 1:
+                continue
             if row.losses and row.losses.within_two_sd is False and (row.losses.difference or 0) > 0:
                 harmful.append(row.codec)
-                continue
-            if row.ratio.median > WORTH_IT or row.ratio.p80 >= 1:
                 continue
             text = f"{row.codec} is best here: {row.ratio.median:.2f} of plain DDP's step"
             base = self.row(BASELINE)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradq.bench.scenario import COMPUTE, PLAIN
-from gradq.bench.summary import Summary
+from gradq.bench.summary import BASELINE, Summary
 from gradq.bench.tables import label
 
 __all__ = ["Group", "break_even", "groups"]
@@ -38,10 +38,9 @@ class Group:
 
     def table(self) -> str:
         """Markdown: a row a codec, a column a link, step time relative to plain DDP."""
-        lines = [
-            "| x plain DDP | " + " | ".join(summary.link for summary in self.summaries) + " | pays below |"
-        ]
-        lines.append("|---|" + "---:|" * (len(self.summaries) + 1))
+        head = "| x plain DDP | " + " | ".join(summary.link for summary in self.summaries)
+        lines = [f"{head} | pays below | loss, within 2 sd of bf16 |"]
+        lines.append("|---|" + "---:|" * (len(self.summaries) + 2))
         ratios = self.ratios()
         for codec in self.codecs():
             if codec == PLAIN:
@@ -51,12 +50,22 @@ class Group:
                 row = summary.row(codec)
                 texts.append(f"{row.ratio.median:.3f}" if row is not None and row.ratio else "")
             below = break_even(ratios.get(codec, [])) if codec != COMPUTE else ""
-            lines.append(f"| {label(codec)} | {' | '.join(texts)} | {below} |")
+            lines.append(f"| {label(codec)} | {' | '.join(texts)} | {below} | {self._loss(codec)} |")
         plain = [summary.row(PLAIN) for summary in self.summaries]
         lines.append(
-            f"| plain DDP, ms | {' | '.join(f'{row.step_ms.median:.0f}' if row else '' for row in plain)} | |"
+            f"| plain DDP, ms | {' | '.join(f'{row.step_ms.median:.0f}' if row else '' for row in plain)} | | |"
         )
         return "\n".join(lines)
+
+    def _loss(self, codec: str) -> str:
+        """Of the record with the most seeds: losses do not depend on the link."""
+        rows = [row for summary in self.summaries if (row := summary.row(codec)) and row.losses]
+        losses = [row.losses for row in rows if row.losses and row.losses.within_two_sd is not None]
+        if not losses:
+            return ""
+        best = max(losses, key=lambda entry: len(entry.values))
+        verdict = "" if codec == BASELINE else ", yes" if best.within_two_sd else ", no"
+        return f"{best.mean:.4f} ± {best.sd:.4f}{verdict}"
 
 
 def groups(summaries: Sequence[Summary]) -> list[Group]:

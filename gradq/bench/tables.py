@@ -107,7 +107,7 @@ def collectives_table(rows: list[dict[str, Any]]) -> str:
             f"{row['size_bytes']}",
             f"{row['count']}",
             row["dtype"],
-            label(row["codec"]),
+            "all-reduce" if row["codec"] == PLAIN else row["codec"],
             f"{row['time_ms']:.3f}",
             f"{row['algbw_gbps']:.3f}",
             f"{row['busbw_gbps']:.3f}",

@@ -16,6 +16,7 @@ import rich.console
 import rich.progress
 import typer
 
+from gradq.bench.models import check_model
 from gradq.bench.runners.base import Runner, execute
 from gradq.bench.scenario import Link, Scenario, load_scenario, parse_delay, parse_rate
 from gradq.bench.summary import summarise
@@ -97,7 +98,8 @@ def bench(
     if hosts is not None:
         asked |= {"nodes": hosts, "ranks_per_node": ranks or 1}
     elif cluster is not None:
-        asked |= {"nodes": nodes, "ranks_per_node": gpus_per_node or ranks_per_node}
+        own = gpus_per_node or ranks_per_node or (None if scenario else 1)
+        asked |= {"nodes": nodes, "ranks_per_node": own}
         asked["gpus_per_rank"] = 1 if gpus_per_node else None
     else:
         for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
@@ -108,6 +110,7 @@ def bench(
     shaped = override_link(base.link, link, delay, loss)
     given = {key: value for key, value in asked.items() if value is not None}
     chosen = dataclasses.replace(base, link=shaped, **given)
+    check_model(chosen.model)
     runner = choose_runner(chosen, cluster, link_record)
     measure_scenario(runner, out / f"{chosen.name}.jsonl", as_json=as_json)
 

@@ -89,7 +89,8 @@ def execute(runner: Runner, path: Path, show: Callable[[Record], None] = lambda 
     if not todo:
         return path
     with runner:
-        recorder = Recorder(path, scenario, {"runner": runner.name, **runner.open()})
+        facts = runner.open()
+        recorder = Recorder(path, scenario, {"runner": runner.name, **facts})
         try:
             for seed in todo:
                 for rank, record in runner.run(seed):

@@ -159,13 +159,11 @@ class ProcessRunner(Runner):
             elif record["record"] == "warm":
                 warm.add(rank)
                 if len(warm) == len(processes):
-                    self.before_phase(record["phase"])
                     warm.clear()
+                    self.before_phase(record["phase"])
+                    yield 0, record
                     for process in processes:
-                        assert process.stdin is not None
-                        process.stdin.write("go\n")
-                        process.stdin.flush()
-                yield rank, record
+                        _say_go(process)
             else:
                 yield rank, record
         if errors:
@@ -180,6 +178,13 @@ def _read(rank: int, process: subprocess.Popen[str], messages: queue.Queue[tuple
     except ValueError:  # closed: the run is over
         pass
     messages.put((rank, None))
+
+
+def _say_go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it died; its end of stdout says so
+        process.stdin.write("go\n")
+        process.stdin.flush()
 
 
 def _close(pipe: Any) -> None:
