@@ -106,13 +106,30 @@ class Codec(ABC):
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """Decode payloads, uint8 [W, nbytes(n)], and write their mean to out [n]: summed in row order."""
 
-    def warm_up(self) -> None:
-        """Run every kernel once: Numba compiles on first use, which must not happen in a training step."""
-        codec = self.for_feedback(False)
-        x, payloads = torch.zeros(1, dtype=self.work_dtype), torch.zeros(1, self.nbytes(1), dtype=torch.uint8)
-        codec.encode(x, payloads[0], context=EncodeContext(key=0))
-        codec.decode(payloads[0], x)
-        codec.decode_mean(payloads, x)
+    def warm_up(self, device: torch.device | None = None, num_rows: int = 1) -> None:
+        """Run every kernel once: they are compiled on first use, which must not happen in a training step.
+
+        Args:
+            device: of the gradients; the CPU by default.
+            num_rows: how many payloads `decode_mean` will get.
+
+        Raises:
+            KernelError: the codec has no kernels for the device.
+        """
+        device = device or torch.device("cpu")
+        numel = 1 if device.type == "cpu" else self.block_size + 1  # Triton: one form a case, see below
+        x = torch.zeros(numel + 4, dtype=self.work_dtype, device=device)
+        payloads = torch.zeros(num_rows, self.nbytes(numel), dtype=torch.uint8, device=device)
+        for start in (0,) if device.type == "cpu" else (0, 1):  # aligned or not
+            part = x[start : start + numel]
+            for feedback in (False,) if device.type == "cpu" else (False, self.wants_feedback):
+                codec = self.for_feedback(feedback)
+                residual = torch.zeros_like(part) if feedback else None
+                codec.encode(
+                    part, payloads[0], context=EncodeContext(key=0), residual=residual, new_residual=residual
+                )
+            codec.decode(payloads[0], part)
+            codec.decode_mean(payloads, part)
 
     def kernels(self, tensor: Tensor) -> Kernels:
         """The kernels for a tensor's device."""
@@ -141,7 +158,7 @@ class Codec(ABC):
             raise ConfigError(f"a codec takes floating tensors, got {x.dtype}")
         codec = self.for_feedback(False)
         flat = x.detach().reshape(-1).to(codec.work_dtype).contiguous()
-        payload = torch.empty(codec.nbytes(flat.numel()), dtype=torch.uint8)
+        payload = torch.empty(codec.nbytes(flat.numel()), dtype=torch.uint8, device=flat.device)
         context = EncodeContext(key=rng.dither_key(seed, 0, 0, 1), shift=rng.dither_shift(rank, world_size))
         codec.encode(flat, payload, context=context)
         out = torch.empty_like(flat)

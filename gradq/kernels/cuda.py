@@ -1,8 +1,8 @@
 """The kernels for CUDA tensors, in Triton: byte for byte what `gradq.kernels.reference` writes.
 
-Everything is enqueued on the current stream of the tensors' device: no synchronization with the host and, once
-compiled, no allocation. See `gradq.kernels.cuda_tools` for what makes results equal. Exact casts are torch's:
-a NaN in bf16 or fp16 may have other bits than on the CPU. Not run on a GPU.
+Everything is enqueued on the current stream of the tensors' device: no synchronization with the host and,
+once compiled, no allocation. See `gradq.kernels.cuda_tools` for what makes results equal. Exact casts are
+torch's: a NaN in bf16 or fp16 may have other bits than on the CPU. Not run on a GPU.
 """
 
 from __future__ import annotations

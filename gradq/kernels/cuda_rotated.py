@@ -48,7 +48,7 @@ from gradq.kernels.rotated import TILE, payload_bytes
 
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
-_WARPS = 2
+_WARPS = 4  # with 2 the encoder would spill registers
 
 
 @jit
@@ -146,7 +146,7 @@ def _load_tile(at: tl.tensor) -> tl.tensor:
     place = tl.arange(0, 16)[:, None] * 256 + tl.arange(0, 16)[None, :]
     rows = ()
     for k in tl.static_range(16):
-        rows = rows + (tl.load(at + (place + 16 * k)),)
+        rows = rows + (tl.reshape(tl.load(at + (place + 16 * k)), [256]),)
     return join(rows)
 
 
@@ -259,7 +259,15 @@ def rotated_encode(
     }
     args = (x, old, new, payload, signed32(base), _codes_at(n), *scales)
     if full := n // TILE:
-        launch(_encode, full, x, *args, num_warps=_WARPS, ALIGNED=aligned(x, old, new) and _codes_aligned(payload, 0, n), **how)
+        launch(
+            _encode,
+            full,
+            x,
+            *args,
+            num_warps=_WARPS,
+            ALIGNED=aligned(x, old, new) and _codes_aligned(payload, 0, n),
+            **how,
+        )
     if n % TILE:
         launch(encode_tail, 1, x, *args, n, *window(n), **how)
 
@@ -283,7 +291,15 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
     }
     args = (payloads, out, _codes_at(n), num_rows, stride, 1.0 / num_rows)
     if full := n // TILE:
-        launch(_decode_mean, full, out, *args, num_warps=_WARPS, ALIGNED=aligned(out) and _codes_aligned(payloads, stride, n), **how)
+        launch(
+            _decode_mean,
+            full,
+            out,
+            *args,
+            num_warps=_WARPS,
+            ALIGNED=aligned(out) and _codes_aligned(payloads, stride, n),
+            **how,
+        )
     if n % TILE:
         launch(decode_tail, 1, out, *args, n, *window(n), **how)
 

@@ -58,7 +58,9 @@ def _negated(z: tl.tensor, words_at: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _rotate(z: tl.tensor, second: tl.tensor, rows: tl.tensor, size: tl.tensor, factor: tl.tensor) -> tl.tensor:
+def _rotate(
+    z: tl.tensor, second: tl.tensor, rows: tl.tensor, size: tl.tensor, factor: tl.tensor
+) -> tl.tensor:
     e = tl.arange(0, 4096)
     whole = size == rows
     ahead = (rows - size) * 16
@@ -70,7 +72,9 @@ def _rotate(z: tl.tensor, second: tl.tensor, rows: tl.tensor, size: tl.tensor, f
 
 
 @jit
-def _unrotate(z: tl.tensor, second: tl.tensor, rows: tl.tensor, size: tl.tensor, factor: tl.tensor) -> tl.tensor:
+def _unrotate(
+    z: tl.tensor, second: tl.tensor, rows: tl.tensor, size: tl.tensor, factor: tl.tensor
+) -> tl.tensor:
     e = tl.arange(0, 4096)
     whole = size == rows
     ahead = (rows - size) * 16

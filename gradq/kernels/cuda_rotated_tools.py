@@ -32,23 +32,8 @@ def constants(num_bits: int) -> tuple[float, ...]:
 
 
 @jit
-def _split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
-    """The 2**STEPS tensors along the last STEPS indices, each of size 2."""
-    parts = (whole,)
-    for step in tl.static_range(STEPS):
-        first = ()
-        second = ()
-        for k in tl.static_range(1 << step):
-            a, b = tl.split(parts[k])
-            first = first + (a,)
-            second = second + (b,)
-        parts = first + second
-    return parts
-
-
-@jit
 def join(parts: tl.tensor) -> tl.tensor:
-    """Sixteen [16, 16] to [16, 16, 16], their number the last index."""
+    """Sixteen [256] to [16, 16, 16], their number the last index."""
     for step in tl.static_range(4):
         joined = ()
         for k in tl.static_range(8 >> step):
@@ -58,21 +43,16 @@ def join(parts: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _stage(v: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
-    result = ()
-    for k in tl.static_range(16):
-        if (k & DISTANCE) == 0:
-            result = result + (v[k] + v[k + DISTANCE],)
-        else:
-            result = result + (v[k - DISTANCE] - v[k],)
-    return result
+def _stage(z: tl.tensor) -> tl.tensor:
+    """Sums and differences of neighbours along the last index, whose lowest bit becomes its highest."""
+    a, b = tl.split(tl.reshape(z, [256, 8, 2]))
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [256, 16])
 
 
 @jit
 def stages(z: tl.tensor) -> tl.tensor:
     """Four stages of the transform, over the last index."""
-    v = _split(tl.reshape(z, [16, 16, 2, 2, 2, 2]), 4)
-    return join(_stage(_stage(_stage(_stage(v, 1), 2), 4), 8))
+    return tl.reshape(_stage(_stage(_stage(_stage(z)))), [16, 16, 16])
 
 
 @jit
@@ -89,6 +69,21 @@ def column_sums(z: tl.tensor) -> tl.tensor:
     four of the last index in order.
     """
     return add_up(tl.permute(tl.reshape(z, [16, 16, 4, 4]), [3, 1, 0, 2]))
+
+
+@jit
+def _split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
+    """The 2**STEPS tensors along the last STEPS indices, each of size 2."""
+    parts = (whole,)
+    for step in tl.static_range(STEPS):
+        first = ()
+        second = ()
+        for k in tl.static_range(1 << step):
+            a, b = tl.split(parts[k])
+            first = first + (a,)
+            second = second + (b,)
+        parts = first + second
+    return parts
 
 
 @jit

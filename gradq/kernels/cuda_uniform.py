@@ -137,7 +137,9 @@ def _encode_blocks(
     qmax = tl.full([N], QMAX, tl.float32)
     bits = _scale_bits(tl.div_rn(absmax, qmax), KIND)
     top = as_bits(_scale_value(bits, KIND) * qmax)  # rounded up, it could decode a finite value to Inf
-    bits = tl.where(top < 0x7F800000, bits, 0x7FC00000 if KIND == _FP32 else (0x7FC0 if KIND == _BF16 else 0x7E00))
+    bits = tl.where(
+        top < 0x7F800000, bits, 0x7FC00000 if KIND == _FP32 else (0x7FC0 if KIND == _BF16 else 0x7E00)
+    )
     bits = bits.to(tl.uint32)
     store_number(scales + block * SIZE, bits, there, SIZE)
     scale = _scale_value(bits, KIND)

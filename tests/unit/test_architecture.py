@@ -46,7 +46,14 @@ APART = {
 HEAVY = {
     "numba": {"gradq.kernels.cpu", "gradq.kernels.numba_tools", "gradq.kernels.vector"},
     "llvmlite": {"gradq.kernels.cpu", "gradq.kernels.vector"},
-    "triton": {"gradq.kernels.cuda"},
+    "triton": {
+        "gradq.kernels.cuda",
+        "gradq.kernels.cuda_rotated",
+        "gradq.kernels.cuda_rotated_tail",
+        "gradq.kernels.cuda_rotated_tools",
+        "gradq.kernels.cuda_tools",
+        "gradq.kernels.cuda_uniform",
+    },
     "mpi4py": set(),
     "ray": set(),
     "onnx": set(),

@@ -63,28 +63,34 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
 
 
-def offset_copy(x: torch.Tensor, offset: int) -> torch.Tensor:
+def offset_copy(x: torch.Tensor, offset: int, device: str = "cpu") -> torch.Tensor:
     """A copy whose address is no multiple of a vector's size."""
-    return torch.cat((torch.zeros(offset), x))[offset:]
+    return torch.cat((torch.zeros(offset), x)).to(device)[offset:]
 
 
-def encode(kernels, x, residual_kind, residual, *, num_bits, block_size, scale_dtype, **how):
+def encode(kernels, x, residual_kind, residual, *, num_bits, block_size, scale_dtype, device="cpu", **how):
     """The payload with canaries around it, the residual read, the one written."""
     size = nbytes(x.numel(), num_bits, block_size, scale_dtype)
-    buffer = torch.full((size + 16,), CANARY, dtype=torch.uint8)
+    buffer = torch.full((size + 16,), CANARY, dtype=torch.uint8, device=device)
+    x, residual = offset_copy(x, x.storage_offset() % 4, device), residual.to(device)
     old = None if residual_kind == "none" else residual.clone()
     new = {
         "none": None,
         "read only": None,
         "in place": old,
         "separate": torch.full_like(x, 7.0),
-        "unaligned": offset_copy(torch.full_like(x, 7.0), 1),
+        "unaligned": offset_copy(torch.full(x.shape, 7.0), 1, device),
     }[residual_kind]
     kernels.uniform_encode(
         x, buffer[8 : 8 + size], num_bits=num_bits, block_size=block_size, scale_dtype=scale_dtype,
         residual=old, new_residual=new, **how,
     )  # fmt: skip
-    return buffer, old, new
+    return tuple(None if t is None else t.cpu() for t in (buffer, old, new))
+
+
+def one_nan(x: torch.Tensor) -> torch.Tensor:
+    """On the CPU; if it comes from a GPU, whose arithmetic has a NaN of its own, with all NaNs the same."""
+    return x if x.is_cpu else torch.where(x.isnan(), math.nan, x).cpu()
 
 
 def assert_same(name: str, ours: torch.Tensor | None, truth: torch.Tensor | None, case: object) -> None:
@@ -95,7 +101,11 @@ def assert_same(name: str, ours: torch.Tensor | None, truth: torch.Tensor | None
     assert differ.numel() == 0, f"{name} differs at {differ.tolist()} for {case}"
 
 
-def check_case(n, num_bits, block_size, scale_dtype, content, residual_kind, stochastic, draw):
+def check_case(
+    n, num_bits, block_size, scale_dtype, content, residual_kind, stochastic, draw,
+    kernels=cpu, device="cpu", alignments=(0, 1), num_rows=None,
+):  # fmt: skip
+    """Encode, decode and the mean against the reference, bit for bit; on a GPU all NaNs are one."""
     case = locals().copy()
     generator = torch.Generator().manual_seed(draw.getrandbits(31))
     x = offset_copy(values(content, n, generator), draw.choice([0, 1]))
@@ -111,12 +121,12 @@ def check_case(n, num_bits, block_size, scale_dtype, content, residual_kind, sto
         "loss_scale": draw.choice(LOSS_SCALES),
     }
     truth = encode(reference, x, residual_kind, residual, **how)
-    ours = encode(cpu, x, residual_kind, residual, **how)
+    ours = encode(kernels, x, residual_kind, residual, **how, device=device)
     for name, a, b in zip(("payload", "old residual", "new residual"), ours, truth, strict=True):
         assert_same(name, a, b, case)
 
     form = {"num_bits": num_bits, "block_size": block_size, "scale_dtype": scale_dtype}
-    num_rows = draw.choice([1, 2, 3, 4, 5, 8])
+    num_rows = num_rows or draw.choice([1, 2, 3, 4, 5, 8])
     size = truth[0].numel() - 16
     scales = -(-n // block_size) * scale_dtype.itemsize
     rows = torch.full(
@@ -124,14 +134,15 @@ def check_case(n, num_bits, block_size, scale_dtype, content, residual_kind, sto
     )  # rows further apart than they are long
     rows[:, :size] = truth[0][8 : 8 + size]
     rows[1:, scales:size] = torch.randint(256, (num_rows - 1, size - scales), generator=generator).byte()
-    for aligned in (0, 1):
-        out, expected = offset_copy(torch.zeros(n), aligned), torch.zeros(n)
-        cpu.uniform_decode(rows[0, :size], out, **form)
+    rows_there = rows.to(device)
+    for aligned in alignments:
+        out, expected = offset_copy(torch.zeros(n), aligned, device), torch.zeros(n)
+        kernels.uniform_decode(rows_there[0, :size], out, **form)
         reference.uniform_decode(rows[0, :size], expected, **form)
-        assert_same("decoded", out, expected, case)
-        cpu.uniform_decode_mean(rows[:, :size], out, **form)
+        assert_same("decoded", one_nan(out), expected, case)
+        kernels.uniform_decode_mean(rows_there[:, :size], out, **form)
         reference.uniform_decode_mean(rows[:, :size], expected, **form)
-        assert_same(f"mean of {num_rows}", out, expected, case)
+        assert_same(f"mean of {num_rows}", one_nan(out), expected, case)
 
 
 # --- uniform -------------------------------------------------------------------------------------------
@@ -273,23 +284,23 @@ def test_a_second_process_loads_the_kernels_from_the_cache():
 
 
 @pytest.mark.parametrize("spec", ["int8", "int4", "bf16", "rot4", "trellis3", "nf4"])
-def test_memory_that_does_not_fit_is_refused(spec: str) -> None:
+def test_memory_that_does_not_fit_is_refused(spec: str, device: str = "cpu") -> None:
     """Kernels work on addresses: a wrong tensor must be an error, not a read or write beyond its end."""
     codec = from_spec(spec)
-    x, context = torch.randn(1000), EncodeContext(key=1)
-    payload = torch.zeros(codec.nbytes(1000), dtype=torch.uint8)
+    x, context = torch.randn(1000, device=device), EncodeContext(key=1)
+    payload = torch.zeros(codec.nbytes(1000), dtype=torch.uint8, device=device)
     codec.encode(x, payload, context=context)
     wrong = (KernelError, RuntimeError)
     with pytest.raises(wrong):
         codec.encode(x, payload[:-1], context=context)
     with pytest.raises(wrong):
-        codec.decode(payload[: len(payload) // 2], torch.empty(1000))
+        codec.decode(payload[: len(payload) // 2], torch.empty(1000, device=device))
     with pytest.raises(wrong):
-        codec.decode_mean(payload[None, :-1], torch.empty(1000))
+        codec.decode_mean(payload[None, :-1], torch.empty(1000, device=device))
     if spec != "bf16":  # casts go through torch, which takes any tensor
         with pytest.raises(KernelError, match="float64"):
             codec.encode(x.double(), payload, context=context)
         with pytest.raises(KernelError, match="contiguous"):
-            codec.encode(torch.randn(2000)[::2], payload, context=context)
+            codec.encode(torch.randn(2000, device=device)[::2], payload, context=context)
         with pytest.raises(KernelError, match="float64"):
-            codec.decode(payload, torch.empty(1000, dtype=torch.float64))
+            codec.decode(payload, torch.empty(1000, dtype=torch.float64, device=device))

@@ -37,13 +37,14 @@ def awkward(n, kind):
     return x
 
 
-def both(n, kind, num_bits, trellis, unbiased):
+def both(n, kind, num_bits, trellis, unbiased, other=cpu_rotated, device="cpu"):
     """(payload, residual, decoded) by backend."""
     x, old = awkward(n, kind), 0.1 * awkward(n, "ordinary").flip(0)
     results = []
-    for kernels in (reference_rotated, cpu_rotated):
-        payload = torch.zeros(payload_bytes(n, num_bits), dtype=torch.uint8)
-        new, out = torch.empty(n), torch.empty(n)
+    for kernels, place in ((reference_rotated, "cpu"), (other, device)):
+        x, old = x.to(place), old.to(place)
+        payload = torch.zeros(payload_bytes(n, num_bits), dtype=torch.uint8, device=place)
+        new, out = torch.empty(n, device=place), torch.empty(n, device=place)
         kernels.rotated_encode(
             x,
             payload,
@@ -56,7 +57,7 @@ def both(n, kind, num_bits, trellis, unbiased):
             loss_scale=3.0,
         )
         kernels.rotated_decode(payload, out, num_bits=num_bits, trellis=trellis)
-        results.append((payload, new, out))
+        results.append((payload.cpu(), new.cpu(), out.cpu()))
     return results
 
 

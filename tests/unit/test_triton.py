@@ -1,0 +1,138 @@
+"""The Triton kernels without a GPU: in Triton's interpreter, and compiled to PTX, which is read."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradq.errors import KernelError
+from gradq.kernels.ops import backend_name, kernels_for
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+CASES = Path(__file__).parents[1] / "gpu" / "test_triton_kernels.py"
+SCALARS = {"loss_scale": "fp32", "inverse_loss_scale": "fp32", "reciprocal": "fp32", "factor": "fp32"}
+POINTERS = {
+    "payload": "*u8",
+    "payloads": "*u8",
+    "x": "*fp32",
+    "residual": "*fp32",
+    "new_residual": "*fp32",
+    "out": "*fp32",
+}
+
+
+def test_the_interpreter_equals_the_reference():
+    """All of tests/gpu/test_triton_kernels.py; the interpreter must be chosen before triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment.pop("GRADQ_KERNELS", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CASES)]
+    command += ["-W", "ignore::RuntimeWarning"]  # numpy's, for arithmetic with Inf and NaN
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 40
+
+
+def ptx(kernel, capability: int, **constants: object) -> str:
+    """What a kernel compiles to for a GPU that need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        name: "constexpr" if name in constants else POINTERS.get(name) or SCALARS.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 0
+    return compiled.asm["ptx"]
+
+
+def assert_rounds_as_ieee(text: str) -> None:
+    """No fused multiply-add, no flush of denormals, no approximate division or root."""
+    assert not re.search(r"\bfma\.\w+\.(f32|f64)", text)
+    assert ".ftz" not in text
+    assert not re.search(r"(div|sqrt|rcp)\.(approx|full)", text)
+
+
+UNIFORM = {"N": 16, "M": 32, "BLOCK": 256, "BITS": 4, "KIND": 1, "ALIGNED": True}
+
+
+def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
+    from gradq.kernels import cuda_uniform
+
+    text = ptx(cuda_uniform._decode_mean, 80, **UNIFORM, EXACT_RECIPROCAL=False)
+    assert_rounds_as_ieee(text)
+    assert "div.rn.f32" in text
+    assert "st.global.v4" in text, "results are not written 16 bytes at a time"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_and_rounds_as_the_reference(capability):
+    from gradq.kernels import cuda, cuda_rotated, cuda_rotated_tail, cuda_uniform
+    from gradq.kernels.cuda_rotated_tools import constants
+
+    feedback = {"READ": True, "WRITE": True}
+    for num_bits, kind, stochastic in ((2, 0, False), (7, 2, True), (8, 1, True)):
+        form = UNIFORM | {"BITS": num_bits, "KIND": kind}
+        text = ptx(cuda_uniform._encode, capability, **form, STOCHASTIC=stochastic, **feedback)
+        assert_rounds_as_ieee(text)
+        assert "ld.global.v4" in text
+        assert_rounds_as_ieee(ptx(cuda_uniform._decode_mean, capability, **form, EXACT_RECIPROCAL=True))
+    for num_bits, unbiased in ((3, True), (4, False)):
+        form = {"BITS": num_bits, "LEVELS": constants(num_bits)}
+        encode = form | feedback | {"UNBIASED": unbiased}
+        text = ptx(cuda_rotated._encode, capability, **encode, ALIGNED=True)
+        assert_rounds_as_ieee(text)
+        assert "sqrt.rn.f32" in text
+        assert_rounds_as_ieee(ptx(cuda_rotated_tail.encode_tail, capability, **encode))
+        decode = form | {"EXACT_RECIPROCAL": unbiased}
+        assert_rounds_as_ieee(ptx(cuda_rotated._decode_mean, capability, **decode, ALIGNED=True))
+        assert_rounds_as_ieee(ptx(cuda_rotated_tail.decode_tail, capability, **decode))
+    POINTERS["payloads"] = "*fp32"
+    assert_rounds_as_ieee(ptx(cuda._exact_mean, capability, ELEMENTS=1024, DOUBLE=False))
+    POINTERS["payloads"] = "*u8"
+
+
+# --- dispatch ------------------------------------------------------------------------------------------
+
+
+def test_triton_serves_cuda_tensors(monkeypatch):
+    monkeypatch.delenv("GRADQ_KERNELS", raising=False)
+    assert backend_name(torch.device("cuda", 1)) == "triton"
+    monkeypatch.setenv("GRADQ_KERNELS", "numba")
+    with pytest.raises(KernelError, match=r"serves CPU tensors, and this one is on cuda:0; unset it"):
+        backend_name(torch.device("cuda", 0))
+    with pytest.raises(KernelError, match="no kernels for mps tensors"):
+        backend_name(torch.device("mps"))
+
+
+def test_on_the_cpu_triton_needs_its_interpreter(monkeypatch):
+    monkeypatch.setenv("GRADQ_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
+        kernels_for(torch.device("cpu"))
+    from gradq.kernels import cuda
+
+    payload = torch.zeros(64, dtype=torch.uint8)
+    with pytest.raises(KernelError, match="take CUDA tensors"):
+        cuda.uniform_decode(payload, torch.zeros(8), num_bits=8, block_size=64, scale_dtype=torch.float32)
+
+
+def test_a_missing_triton_names_its_install_command(monkeypatch):
+    monkeypatch.delenv("GRADQ_KERNELS", raising=False)
+    for name in [name for name in sys.modules if name.startswith("gradq.kernels.cuda")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(KernelError, match=r"pip install 'gradq\[gpu\]'"):
+        kernels_for(torch.device("cuda"))
