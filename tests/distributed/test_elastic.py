@@ -59,6 +59,9 @@ def agent(folder: Path, name: str, port: int, steps: int) -> subprocess.Popen:
     ]
     command += ["--local-addr=127.0.0.1", str(folder / "program.py"), str(folder / "checkpoints"), str(steps)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"
+    }  # with torch 2.13 nobody can join a running job otherwise
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
