@@ -12,6 +12,7 @@ that lost a worker ends with the very numbers of one that did not.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import tempfile
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--kill-at", type=int, default=-1, help="rank 1 kills itself before this step, once")
     parser.add_argument("--name", default="gpt", help="of the run (default gpt)")
     parser.add_argument("--out", type=Path, default=Path("out/ray_train"), help="for checkpoints")
-    print(train(parser.parse_args()))
+    print(json.dumps(train(parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -261,7 +261,13 @@ def summarise(path: Path) -> Summary:
         scenario=scenario,
         rows=rows,
         refused={r["codec"]: r["reason"] for r in lines if r["record"] == "refused"},
-        events=[r for r in lines if r["record"] == "event"],
+        events=[r for r in lines if r["record"] == "event"]
+        + [
+            {"event": "preflight warning", "reason": text, "seed": r["seed"]}
+            for r in lines
+            if r["record"] == "preflight"
+            for text in r["warnings"]
+        ],
         seeds=sorted({seed for _, seed, _, _ in blocks}),
         finished=sorted({r["seed"] for r in lines if r["record"] == "end"}),
         parameters=starts[0]["parameters"] if starts else 0,

@@ -177,6 +177,8 @@ def measure_scenario(runner: Runner, path: Path, *, as_json: bool = False) -> No
             if kind == "block":
                 news = f"seed {line['seed']} {line['codec']} {max(line['step_ms']):.0f} ms/step"
                 progress.update(task, advance=1, news=news)
+            elif kind == "preflight":
+                _show_preflight(line, console)
             elif kind == "refused":
                 progress.update(task, advance=turns, news="")
                 console.print(f"{line['codec']}: not here: {line['reason']}", style="yellow", markup=False)
@@ -189,6 +191,17 @@ def measure_scenario(runner: Runner, path: Path, *, as_json: bool = False) -> No
         typer.echo(json.dumps(summary.to_dict()))
         return
     typer.echo(f"{summary.title}\n\n{markdown_table(summary)}\n\n{summary.verdict()}\n\nrecord: {path}")
+
+
+def _show_preflight(line: dict[str, Any], console: rich.console.Console) -> None:
+    places = [f"{r['rank']} on {r['host']} {r['interface'] or 'unknown interface'}" for r in line["ranks"]]
+    console.print(f"preflight: ranks {', '.join(places)}", markup=False)
+    for size in line["sizes"]:
+        share = f", {size['interface_share']:.2f} of a ring's bytes" if "interface_share" in size else ""
+        text = f"  {size['bytes'] >> 10} KB: {size['time_ms']:.2f} ms, bus {size['busbw_gbps']:.3f} GB/s"
+        console.print(f"{text}{share}", markup=False)
+    for warning in line["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
 
 
 @contextmanager

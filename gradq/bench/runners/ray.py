@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -58,9 +59,11 @@ class RayRunner(Runner):
         patience_s: float = 60.0,
     ) -> None:
         super().__init__(scenario)
+        self._token = _make_token() if cluster == "local" else None
         try:
             import ray
         except ImportError:
+            self._drop_token()
             raise ConfigError("--cluster needs Ray: pip install 'gradq[ray]'") from None
         self._ray: Any = ray
         self._link = dict(link or {})
@@ -69,7 +72,6 @@ class RayRunner(Runner):
         self._group: Any = None
         self._actors: list[Any] = []
         self._connected = False
-        self._token: Path | None = None
         self._folder = f"{tempfile.gettempdir()}/gradq-bench-snapshots-{uuid.uuid4().hex[:12]}"
 
     def open(self) -> dict[str, Any]:
@@ -80,7 +82,6 @@ class RayRunner(Runner):
         """
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self.cluster == "local":
-            self._make_token()
             options |= {
                 "include_dashboard": False,
                 "num_cpus": max(os.cpu_count() or 1, self.scenario.world_size),
@@ -104,13 +105,6 @@ class RayRunner(Runner):
         self._wait_for_group(bundle)
         link = {"asked": str(self.scenario.link), **self._link, "cluster": self.cluster}
         return {"link": link, "ray": self._ray.__version__}
-
-    def _make_token(self) -> None:
-        """A token for the cluster of its own; else Ray would leave one in the user's home."""
-        if "RAY_AUTH_MODE" not in os.environ:
-            self._token = Path(tempfile.mkdtemp(prefix=f"gradq-bench-{os.getpid()}-"), "token")
-            self._token.write_text(secrets.token_hex(32))
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token)}
 
     def _cpus_per_rank(self, alive: list[Record]) -> int:
         counts = sorted((node["Resources"].get("CPU", 0.0) for node in alive), reverse=True)
@@ -266,11 +260,14 @@ class RayRunner(Runner):
         try:
             self._disconnect()
         finally:
-            if self._token is not None:
-                for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-                    os.environ.pop(name, None)
-                shutil.rmtree(self._token.parent, ignore_errors=True)
-                self._token = None
+            self._drop_token()
+
+    def _drop_token(self) -> None:
+        if self._token is not None:
+            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+                os.environ.pop(name, None)
+            shutil.rmtree(self._token.parent, ignore_errors=True)
+            self._token = None
 
     def _disconnect(self) -> None:
         if not self._connected:
@@ -297,4 +294,17 @@ class RayRunner(Runner):
             for index in range(self.scenario.nodes)
         ]
         done = [cleaner.clean.remote(self._folder) for cleaner in cleaners]
-        self._ray.wait(done, num_returns=len(done), timeout=20.0)
+        self._ray.wait(done, num_returns=len(done), timeout=60.0)
+
+
+def _make_token() -> Path | None:
+    """A token for a cluster of one's own; else Ray would make one and leave it in the user's home.
+
+    Ray reads the environment when it is imported, so this comes first.
+    """
+    if "RAY_AUTH_MODE" in os.environ or "ray" in sys.modules:
+        return None
+    token = Path(tempfile.mkdtemp(prefix=f"gradq-bench-{os.getpid()}-"), "token")
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    return token

@@ -7,7 +7,9 @@ import queue
 import shutil
 import socket
 import threading
+import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,5 +88,9 @@ class RankActor:
             return found
 
     def clean(self, folder: str) -> None:
-        """Remove this node's checkpoints."""
-        shutil.rmtree(folder, ignore_errors=True)
+        """Remove this node's checkpoints, whoever else is at it or still ends."""
+        for _ in range(50):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not Path(folder).exists():
+                return
+            time.sleep(0.1)
