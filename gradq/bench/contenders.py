@@ -72,7 +72,7 @@ class _FreeCodec(Codec):
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """Leave out as it is."""
 
-    def warm_up(self) -> None:
+    def warm_up(self, device: torch.device | None = None, num_rows: int = 1) -> None:
         """There are no kernels."""
 
     def __str__(self) -> str:
