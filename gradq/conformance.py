@@ -7,7 +7,8 @@ A codec author writes one test::
         check(MyCodec())
 
 or calls `check_codec(MyCodec())`. A check raises AssertionError saying which contract broke for which input;
-one whose contract a codec does not claim (unbiased, contractive, feedback) returns at once.
+one whose contract a codec does not claim (unbiased, contractive, feedback) returns at once. Inside
+`with torch.device("cuda"):` a check runs on CUDA tensors.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _sizes(codec: Codec) -> list[int]:
 
 
 def _random(numel: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(numel, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(numel, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.get_default_device(), dtype)
 
 
 def _inputs(codec: Codec) -> Iterator[tuple[str, Tensor]]:
@@ -255,7 +258,7 @@ def check_decode_mean(codec: Codec) -> None:
             expected = _decode(codec, payloads[0], numel)
             for row in payloads[1:]:
                 expected = expected + _decode(codec, row, numel)
-            expected = expected / world_size
+            expected = (expected.cpu() / world_size).to(x.device)  # a GPU multiplies by 1 / world_size
             for rows, form in ((payloads, "strided"), (payloads.contiguous(), "contiguous")):
                 out = torch.full_like(x, _NAN)
                 codec.decode_mean(rows, out)

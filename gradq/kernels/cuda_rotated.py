@@ -1,13 +1,17 @@
 """The rotated codecs in Triton: byte for byte what `gradq.kernels.reference_rotated` writes.
 
-A program takes one tile of 256 rows of 16 columns; this module has the full ones, `cuda_rotated_tail` the last
-of a segment. With row 16 h + l, a tile is a tensor in one of two forms: [h, column, l], or [l, column, h]. A
-thread holds all 16 of the last index, so in the first form the low stages of the transform (distances 1, 2,
-4, 8) need no exchange between threads, in the second the high ones (16, 32, 64, 128) and the packing of codes.
-`swap` goes from one form to the other, through shared memory.
+A program takes one tile of 256 rows of 16 columns; this module has the full ones, `cuda_rotated_tail` the
+last of a segment. With row 16 h + l, a tile is a tensor in one of two forms: [h, column, l], or [l, column,
+h]. A thread holds all 16 of the last index, so in the first form the low stages of the transform (distances
+1, 2, 4, 8) need no exchange between threads, in the second the high ones (16, 32, 64, 128) and the packing of
+codes. `swap` goes from one form to the other, through shared memory.
 
 There is no trellis: its search is one long chain of decisions. Not run on a GPU.
 """
+
+# Triton unrolls loops over tuples, and a tuple grows by a sum.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc,var-annotated"
 
 from __future__ import annotations
 
@@ -47,8 +51,6 @@ from gradq.kernels.cuda_tools import (
 from gradq.kernels.rotated import TILE, payload_bytes
 
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
-
-_WARPS = 4  # with 2 the encoder would spill registers
 
 
 @jit
@@ -129,15 +131,15 @@ def _encode(
 @jit
 def _places() -> tl.tensor:
     """Where the elements of [h, column, l] stand."""
-    h, column, l = tl.arange(0, 16)[:, None, None], tl.arange(0, 16)[None, :, None], tl.arange(0, 16)
-    return h * 256 + column + l[None, None, :] * 16
+    i = tl.arange(0, 16)
+    return i[:, None, None] * 256 + i[None, :, None] + i[None, None, :] * 16
 
 
 @jit
 def _run(COUNT: tl.constexpr) -> tl.tensor:
     """Where the first COUNT of the last index of [l, column, h] stand."""
-    l, column, h = tl.arange(0, 16)[:, None, None], tl.arange(0, 16)[None, :, None], tl.arange(0, COUNT)
-    return l * 16 + column + h[None, None, :] * 256
+    i = tl.arange(0, 16)
+    return i[:, None, None] * 16 + i[None, :, None] + tl.arange(0, COUNT)[None, None, :] * 256
 
 
 @jit
@@ -259,15 +261,8 @@ def rotated_encode(
     }
     args = (x, old, new, payload, signed32(base), _codes_at(n), *scales)
     if full := n // TILE:
-        launch(
-            _encode,
-            full,
-            x,
-            *args,
-            num_warps=_WARPS,
-            ALIGNED=aligned(x, old, new) and _codes_aligned(payload, 0, n),
-            **how,
-        )
+        at_16 = aligned(x, old, new) and _codes_aligned(payload, 0, n)
+        launch(_encode, full, x, *args, ALIGNED=at_16, **how)
     if n % TILE:
         launch(encode_tail, 1, x, *args, n, *window(n), **how)
 
@@ -291,15 +286,8 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
     }
     args = (payloads, out, _codes_at(n), num_rows, stride, 1.0 / num_rows)
     if full := n // TILE:
-        launch(
-            _decode_mean,
-            full,
-            out,
-            *args,
-            num_warps=_WARPS,
-            ALIGNED=aligned(out) and _codes_aligned(payloads, stride, n),
-            **how,
-        )
+        at_16 = aligned(out) and _codes_aligned(payloads, stride, n)
+        launch(_decode_mean, full, out, *args, ALIGNED=at_16, **how)
     if n % TILE:
         launch(decode_tail, 1, out, *args, n, *window(n), **how)
 

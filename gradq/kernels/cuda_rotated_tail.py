@@ -28,7 +28,7 @@ def _stage(z: tl.tensor, size: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
     pairs = tl.permute(tl.reshape(z, [128 // DISTANCE, 2, 16 * DISTANCE]), [0, 2, 1])
     a, b = tl.split(pairs)
     after = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [4096])
-    return tl.where(DISTANCE < size, after, z)
+    return tl.where(size > DISTANCE, after, z)
 
 
 @jit

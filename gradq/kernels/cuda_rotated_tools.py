@@ -1,5 +1,9 @@
 """What the Triton kernels of the rotated codecs share; for the forms of a tile see `cuda_rotated`."""
 
+# Triton unrolls loops over tuples, and a tuple grows by a sum.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc,var-annotated"
+
 from __future__ import annotations
 
 import triton.language as tl

@@ -3,8 +3,9 @@
 Rounding. The reference rounds after every operation, so kernels are compiled without contraction to fused
 multiply-adds (`launch`), divide with `div_rn` and take roots with `sqrt_rn`: Triton's `/` and `sqrt` are
 approximations for fp32. Sums have an order that is written out. Then fp32 arithmetic is IEEE on the GPU as on
-the CPU, denormals included, and results are equal bit for bit. One thing is not: a NaN that a GPU computes has
-bits of its own. Those of scales are written as integers and are equal on the wire; a decoded NaN is a NaN.
+the CPU, denormals included, and results are equal bit for bit. One thing is not: a NaN that a GPU computes
+has bits of its own. Those of scales are written as integers and are equal on the wire; a decoded NaN is a
+NaN, whatever its bits.
 
 On a CPU the kernels run in Triton's interpreter only, for tests: TRITON_INTERPRET=1 must be set before triton
 is first imported. Not run on a GPU.
@@ -77,8 +78,8 @@ def check(tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device) 
     wrong_place = tensor.device != device
     if tensor.dtype is not dtype or tensor.numel() < numel or not tensor.is_contiguous() or wrong_place:
         raise KernelError(
-            f"a kernel needs a contiguous tensor of {numel} elements in {dtype} on {device}, got {tensor.dtype} "
-            f"of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+            f"a kernel needs a contiguous tensor of {numel} elements in {dtype} on {device}, got "
+            f"{tensor.dtype} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
         )
     return tensor
 

@@ -6,6 +6,10 @@ same place in different octants, and packing needs no exchange between threads. 
 blocks, M >= E a power of two. The last block, if it is shorter, has a program of its own.
 """
 
+# Triton unrolls loops over tuples, and a tuple grows by a sum.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc,var-annotated"
+
 from __future__ import annotations
 
 from typing import Any
@@ -41,15 +45,18 @@ _ELEMENTS = 4096  # of a program, about
 
 
 @jit
+def _nan_bits(KIND: tl.constexpr) -> tl.tensor:
+    return 0x7FC00000 if KIND == _FP32 else (0x7FC0 if KIND == _BF16 else 0x7E00)
+
+
+@jit
 def _scale_bits(scale: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     """As in the reference: rounded up, 0 for tiny scales, NaN for what is not finite."""
     bits = as_bits(scale)
     if KIND == _FP32:
         rounded = bits
-        nan = 0x7FC00000
     elif KIND == _BF16:
         rounded = (bits + 0xFFFF) >> 16
-        nan = 0x7FC0
         rounded = tl.where(rounded >= 0x7F80, 0x7FC0, rounded)
     else:
         exponent = (bits >> 23).to(tl.int32) - 112
@@ -59,9 +66,8 @@ def _scale_bits(scale: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
         drop = tl.minimum(tl.maximum(14 - exponent, 0), 25).to(tl.uint32)
         subnormal = (mantissa + (1 << drop).to(tl.uint32) - 1) >> drop
         rounded = tl.where(exponent >= 1, rounded, subnormal)
-        nan = 0x7E00
     rounded = tl.where(bits < 0x00800000, 0, rounded)
-    return tl.where(bits >= 0x7F800000, nan, rounded).to(tl.uint32)
+    return tl.where(bits >= 0x7F800000, _nan_bits(KIND), rounded).to(tl.uint32)
 
 
 @jit
@@ -137,10 +143,7 @@ def _encode_blocks(
     qmax = tl.full([N], QMAX, tl.float32)
     bits = _scale_bits(tl.div_rn(absmax, qmax), KIND)
     top = as_bits(_scale_value(bits, KIND) * qmax)  # rounded up, it could decode a finite value to Inf
-    bits = tl.where(
-        top < 0x7F800000, bits, 0x7FC00000 if KIND == _FP32 else (0x7FC0 if KIND == _BF16 else 0x7E00)
-    )
-    bits = bits.to(tl.uint32)
+    bits = tl.where(top < 0x7F800000, bits, _nan_bits(KIND)).to(tl.uint32)
     store_number(scales + block * SIZE, bits, there, SIZE)
     scale = _scale_value(bits, KIND)
     coded = scale > 0.0
@@ -276,12 +279,12 @@ def uniform_encode(
     old = x if residual is None else check(residual, torch.float32, n, device)
     new = x if new_residual is None else check(new_residual, torch.float32, n, device)
     programs, N, M = _shape(n, block_size)
+    can = aligned(x, old, new) and _can_align(payload, 0, n, block_size, scale_dtype)
     launch(
         _encode, programs, x, x, old, new, payload, n, signed32(key), signed32(key >> 32), shift,
         signed32(first_block), float(loss_scale), 1.0 / loss_scale,
-        N=N, M=M, BLOCK=block_size, BITS=num_bits, KIND=_KIND[scale_dtype],
-        ALIGNED=aligned(x, old, new) and _can_align(payload, 0, n, block_size, scale_dtype), STOCHASTIC=stochastic, READ=residual is not None,
-        WRITE=new_residual is not None,
+        N=N, M=M, BLOCK=block_size, BITS=num_bits, KIND=_KIND[scale_dtype], ALIGNED=can,
+        STOCHASTIC=stochastic, READ=residual is not None, WRITE=new_residual is not None,
     )  # fmt: skip
 
 
@@ -412,9 +415,9 @@ def uniform_decode_mean(
     nbytes = _payload_bytes(n, num_bits, block_size, scale_dtype)
     num_rows, stride = check_rows(payloads, nbytes, out.device)
     programs, N, M = _shape(n, block_size)
+    can = aligned(out) and _can_align(payloads, stride, n, block_size, scale_dtype)
     launch(
         _decode_mean, programs, out, payloads, out, n, num_rows, stride, 1.0 / num_rows,
-        N=N, M=M, BLOCK=block_size, BITS=num_bits, KIND=_KIND[scale_dtype],
-        ALIGNED=aligned(out) and _can_align(payloads, stride, n, block_size, scale_dtype),
+        N=N, M=M, BLOCK=block_size, BITS=num_bits, KIND=_KIND[scale_dtype], ALIGNED=can,
         EXACT_RECIPROCAL=num_rows & (num_rows - 1) == 0,
     )  # fmt: skip

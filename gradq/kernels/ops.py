@@ -1,8 +1,8 @@
 """What a kernel backend offers, and which one serves a device.
 
 A backend is a module with the functions of `Kernels`; `reference` (plain torch) is the truth, `cpu` (Numba)
-and `cuda` (Triton) equal it byte for byte. Segments are 1-D and contiguous: x, out and residuals are fp32 [n] (`exact_*`: fp32
-or fp64), payload is uint8 [nbytes], payloads is uint8 [W, nbytes] with contiguous rows.
+and `cuda` (Triton) equal it byte for byte. Segments are 1-D and contiguous: x, out and residuals are fp32 [n]
+(`exact_*`: fp32 or fp64), payload is uint8 [nbytes], payloads is uint8 [W, nbytes] with contiguous rows.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def backend_for(device: torch.device, modules: Mapping[str, str], what: str) -> 
     name = backend_name(device)
     if name not in modules:
         raise KernelError(
-            f"gradq has no {name} kernels for {what}, so it cannot be used with {device.type} tensors; choose "
-            "a codec that has: int2 to int8, rot3 to rot6, rot1(levels=scalar), rot2(levels=scalar), "
+            f"gradq has no {name} kernels for {what}, so it cannot be used with {device.type} tensors; "
+            "choose a codec that has: int2 to int8, rot3 to rot6, rot1(levels=scalar), rot2(levels=scalar), "
             "fp32, bf16, fp16, fp64"
         )
     try:

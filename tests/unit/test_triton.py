@@ -17,14 +17,8 @@ from gradq.kernels.ops import backend_name, kernels_for
 pytest.importorskip("triton", reason="Triton is for Linux")
 CASES = Path(__file__).parents[1] / "gpu" / "test_triton_kernels.py"
 SCALARS = {"loss_scale": "fp32", "inverse_loss_scale": "fp32", "reciprocal": "fp32", "factor": "fp32"}
-POINTERS = {
-    "payload": "*u8",
-    "payloads": "*u8",
-    "x": "*fp32",
-    "residual": "*fp32",
-    "new_residual": "*fp32",
-    "out": "*fp32",
-}
+POINTERS = {"payload": "*u8", "payloads": "*u8"}
+POINTERS |= dict.fromkeys(("x", "residual", "new_residual", "out"), "*fp32")
 
 
 def test_the_interpreter_equals_the_reference():
