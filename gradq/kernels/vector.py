@@ -29,6 +29,7 @@ __all__ = [
     "load_row",
     "load_words",
     "lookup",
+    "mask_at_least",
     "maximum",
     "maximum_words",
     "minimum",
@@ -42,6 +43,7 @@ __all__ = [
     "stream_row",
     "to_float",
     "to_int",
+    "trailing_zeros",
 ]
 
 HAS_LOOKUP = bool(binding.get_host_cpu_features().get("avx512f"))  # whether `lookup` is one instruction here
@@ -174,6 +176,15 @@ def _lookup(builder: Any, table: Any, index: Any) -> Any:
     return builder.call(_declare(builder.module, kind, name), [table, index])
 
 
+def _mask_at_least(builder: Any, a: Any, b: Any) -> Any:
+    ones = builder.bitcast(builder.icmp_unsigned(">=", a, b), ir.IntType(16))
+    return builder.zext(ones, ir.IntType(64))
+
+
+def _trailing_zeros(builder: Any, a: Any) -> Any:
+    return builder.cttz(a, ir.IntType(1)(0))
+
+
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
@@ -200,6 +211,9 @@ prefetch = _operation(types.int64, _prefetch(False), types.intp)
 prefetch_to_write = _operation(types.int64, _prefetch(True), types.intp)
 square_root = _operation(_row, _square_root, _row)
 lookup = _operation(_row, _lookup, _row, _words)  # table[index], index < 16; only where HAS_LOOKUP
+# bit j of the result: whether a[j] >= b[j]
+mask_at_least = _operation(types.int64, _mask_at_least, _words, _words)
+trailing_zeros = _operation(types.int64, _trailing_zeros, types.int64)  # zeros below the lowest one; 64 of 0
 minimum = _operation(_row, _smaller, _row, _row)
 maximum = _operation(_row, _larger, _row, _row)
 maximum_words = _operation(
