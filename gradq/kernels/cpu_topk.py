@@ -1,12 +1,13 @@
 """The top-k codec in Numba: byte for byte what `gradq.kernels.reference_topk` writes.
 
-The k-th largest magnitude is found by bisection on its bit pattern: how many of the block are at least this
-large? A count is a few hundred vector instructions while the block stays in the L1 cache, about twelve counts
-settle it, because the bisection ends as soon as a count is k, and nothing is sorted.
+The k-th largest magnitude is found by narrowing down its bit pattern: how many of the block are at least this
+large? A count is a few hundred vector instructions while the block stays in the L1 cache, a handful settle
+it, because the search ends as soon as a count is k, and nothing is sorted.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,32 @@ from gradq.kernels.numba_tools import (
     as_bits,
     as_float,
     f32_at,
+    fence,
     inline,
     jit,
+    keep,
     pack,
     row_addresses,
     u8_at,
+    u32_at,
     unpack,
 )
 from gradq.kernels.topk import SCALE_BYTES, Block, TopK, payload_bytes
+from gradq.kernels.vector import (
+    LANES,
+    constant_row,
+    constant_words,
+    load_row,
+    load_words,
+    mask_at_least,
+    prefetch,
+    stream_row,
+    trailing_zeros,
+)
 
 __all__ = ["topk_decode", "topk_decode_mean", "topk_encode"]
 
 _INFINITY = 0x7F800000
-_RUN = 32  # elements looked at together when the kept ones are collected
 
 
 @inline
@@ -57,77 +71,121 @@ def _count(magnitudes_L: Any, least: Any) -> Any:
 
 
 @inline
+def _logarithm(count: Any) -> Any:
+    """Nearly proportional to the logarithm: the bits of a float."""
+    return np.float32(np.int32(as_bits(np.float32(count))))
+
+
+@inline
 def _threshold(magnitudes_L: Any, most: Any, k: Any) -> Any:
-    """(t, ties): the k largest are all from t on, and the first `ties` of those that equal t - 1."""
-    low, high, above = np.uint32(0), np.uint32(most + np.uint32(1)), np.int32(0)
-    near = np.uint32(
-        most - min(most, np.uint32(8 << 23))
-    )  # 2**-8 of the largest: nearly always below the k-th
-    count = _count(magnitudes_L, near)
-    if count == k:
-        return near, np.int32(0)
-    if count > k:
-        low = near
-    else:
-        high, above = near, count
+    """(t, ties): the k largest are all from t on, and the first `ties` of those that equal t - 1.
+
+    Between two bounds the logarithm of the count is taken for a straight line, as it nearly is. Every third
+    step halves instead, so that it ends for any input.
+    """
+    L = len(magnitudes_L)
+    low, below = np.uint32(0), np.int32(L)
+    high, above = np.uint32(most + np.uint32(1)), np.int32(0)
+    middle = np.uint32(most - min(most, np.uint32(6 << 23)))  # 2**-6 of the largest: often below the k-th
+    step = 0
     while high - low > np.uint32(1):
-        middle = np.uint32(low + ((high - low) >> np.uint32(1)))
+        if middle <= low or middle >= high:
+            middle = np.uint32(low + ((high - low) >> np.uint32(1)))
         count = _count(magnitudes_L, middle)
         if count == k:
             return middle, np.int32(0)
         if count > k:
-            low = middle
+            low, below = middle, count
         else:
             high, above = middle, count
+        step += 1
+        part = np.float32(0.5)
+        if step % 3 != 0:
+            top, bottom = _logarithm(below), _logarithm(max(np.float32(above), np.float32(0.25)))
+            part = (top - _logarithm(np.float32(k))) / (top - bottom)
+        middle = np.uint32(low + np.uint32(np.float32(high - low) * part))
     return high, np.int32(k - above)
 
 
 @inline
-def _collect(magnitudes_L: Any, threshold: Any, ties: Any, indices: Any) -> None:
-    """The indices of the k largest, ascending."""
-    L, found, tie = len(magnitudes_L), 0, np.uint32(threshold - np.uint32(1))
-    least = tie if ties > 0 else threshold
-    for start in range(0, L, _RUN):
-        run = magnitudes_L[start : min(start + _RUN, L)]
-        if _count(run, least) == 0:
-            continue
-        for j in range(len(run)):
-            if run[j] >= threshold:
-                indices[found] = start + j
+def _collect(magnitudes_at: Any, L: Any, threshold: Any, ties: Any, indices: Any) -> None:
+    """The indices of the k largest, ascending; magnitudes are padded with zeros to a multiple of 16."""
+    found = 0
+    if ties == 0:
+        least = constant_words(threshold)
+        for row in range((L + LANES - 1) // LANES):
+            mask = mask_at_least(load_words(magnitudes_at + 4 * LANES * row), least)
+            while mask != 0:
+                indices[found] = LANES * row + trailing_zeros(mask)
                 found += 1
-            elif ties > 0 and run[j] == tie:
-                indices[found] = start + j
-                found += 1
-                ties -= 1
+                mask &= mask - 1
+        return
+    magnitudes, tie = u32_at(magnitudes_at, L), np.uint32(threshold - np.uint32(1))
+    for j in range(L):
+        if magnitudes[j] >= threshold:
+            indices[found] = j
+            found += 1
+        elif ties > 0 and magnitudes[j] == tie:
+            indices[found] = j
+            found += 1
+            ties -= 1
 
 
 @inline
 def _pack_indices(indices: Any, k: Any, low_bits: Any, high_bytes: Any, low_bytes: Any, data: Any) -> None:
-    for j in range(high_bytes + low_bytes):
+    for j in range(high_bytes):
         data[j] = np.uint8(0)
-    low = data[high_bytes:]
     for i in range(k):
         at = (indices[i] >> low_bits) + i
         data[at >> 3] |= np.uint8(1 << (at & 7))
-        at = i * low_bits
-        for b in range(low_bits):
-            low[(at + b) >> 3] |= np.uint8(((indices[i] >> b) & 1) << ((at + b) & 7))
+    low, held, num_held, at = data[high_bytes:], 0, 0, 0
+    for i in range(k):
+        held |= (np.int64(indices[i]) & ((1 << low_bits) - 1)) << num_held
+        num_held += low_bits
+        while num_held >= 8:
+            low[at] = np.uint8(held & 255)
+            held >>= 8
+            num_held -= 8
+            at += 1
+    if num_held > 0:
+        low[at] = np.uint8(held)
 
 
 @inline
 def _unpack_indices(data: Any, k: Any, low_bits: Any, high_bytes: Any, L: Any, indices: Any) -> None:
     """Whatever the bytes are, k indices below L."""
-    low, found, at = data[high_bytes:], 0, 0
-    while found < k and at < 8 * high_bytes:
-        if (data[at >> 3] >> (at & 7)) & 1:
-            index, bit = (at - found) << low_bits, found * low_bits
-            for b in range(low_bits):
-                index |= ((low[(bit + b) >> 3] >> ((bit + b) & 7)) & 1) << b
-            indices[found] = min(index, L - 1)
+    found = 0
+    for byte in range(high_bytes):
+        mask = np.int64(data[byte])
+        while mask != 0 and found < k:
+            indices[found] = 8 * byte + trailing_zeros(mask) - found
             found += 1
-        at += 1
+            mask &= mask - 1
     for i in range(found, k):
         indices[i] = 0
+    low, held, num_held, at = data[high_bytes:], 0, 0, 0
+    for i in range(k):
+        while num_held < low_bits:
+            held |= np.int64(low[at]) << num_held
+            num_held += 8
+            at += 1
+        index = (np.int64(indices[i]) << low_bits) | (held & ((1 << low_bits) - 1))
+        indices[i] = min(index, L - 1)
+        held >>= low_bits
+        num_held -= low_bits
+
+
+@inline
+def _write(value_at: Any, out_at: Any, L: Any, factor: Any) -> None:
+    """Value times factor to out, past the cache where whole lines can be written."""
+    done = 0
+    if out_at % 64 == 0:
+        done = L // LANES * LANES
+        for j in range(0, done, LANES):
+            stream_row(out_at + 4 * j, load_row(value_at + 4 * j) * constant_row(factor))
+    value, out = f32_at(value_at + 4 * done, L - done), f32_at(out_at + 4 * done, L - done)
+    for j in range(L - done):
+        out[j] = value[j] * factor
 
 
 @jit
@@ -146,7 +204,8 @@ def _encode(
 ) -> None:
     x, payload = f32_at(x_at, n), u8_at(payload_at, nbytes)
     residual, new_residual = f32_at(residual_at, n), f32_at(new_residual_at, n)
-    value_B, magnitudes_B = np.empty(block_size, np.float32), np.empty(block_size, np.uint32)
+    value_B, magnitudes_B = np.empty(block_size, np.float32), np.empty(block_size + 16, np.uint32)
+    value_at, magnitudes_at = value_B.ctypes.data, magnitudes_B.ctypes.data
     indices, codes_P = np.empty(block_size, np.int32), np.empty(block_size + 8, np.uint8)
     unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
     qmax = (1 << (num_bits - 1)) - 1
@@ -170,40 +229,45 @@ def _encode(
         for j in range(L):
             magnitudes[j] = np.uint32(as_bits(value[j]) & np.uint32(0x7FFFFFFF))
             most = np.uint32(max(most, magnitudes[j]))
+        for j in range(L, (L + 15) // 16 * 16):
+            magnitudes_B[j] = np.uint32(0)
+        for row in range(block_size // 16):  # of the next block
+            prefetch(x_at + 4 * (start + block_size) + 64 * row)
+            if residual_at != 0:
+                prefetch(residual_at + 4 * (start + block_size) + 64 * row)
         bits = _scale_bits(as_float(most), qmax)
         payload[number * SCALE_BYTES] = np.uint8(bits)
         payload[number * SCALE_BYTES + 1] = np.uint8(bits >> np.uint32(8))
         scale = as_float(np.uint32(bits << np.uint32(16)))
         data = payload[at : at + code_bytes + high_bytes + low_bytes]
         at += code_bytes + high_bytes + low_bytes
-        if new_residual_at != 0:
-            new_L, old_L = new_residual[start : start + L], residual[start : start + L]
-            if scale != scale:
-                for j in range(L):
-                    new_L[j] = old_L[j]
-            else:
-                for j in range(L):
-                    new_L[j] = value[j] * rescale
-        if not scale > np.float32(0):
+        if scale > np.float32(0):
+            threshold, ties = _threshold(magnitudes, most, k)
+            _collect(magnitudes_at, L, threshold, ties, indices)
+            inverse = np.float32(1) / scale
+            codes = codes_P[: code_bytes * 8 // num_bits]
+            for i in range(len(codes)):
+                codes[i] = np.uint8(qmax)
+            for i in range(k):
+                v = value[indices[i]]
+                code = np.int32(v * inverse + half)
+                code = min(max(code, np.int32(0)), np.int32(2 * qmax))
+                codes[i] = np.uint8(code)
+                value[indices[i]] = v - np.float32(np.int32(code - np.int32(qmax))) * scale
+            pack(codes, data[:code_bytes], num_bits)
+            _pack_indices(indices, k, low_bits, high_bytes, low_bytes, data[code_bytes:])
+        else:
             for j in range(len(data)):
                 data[j] = np.uint8(0)
-            continue
-        threshold, ties = _threshold(magnitudes, most, k)
-        _collect(magnitudes, threshold, ties, indices)
-        inverse = np.float32(1) / scale
-        codes = codes_P[: code_bytes * 8 // num_bits]
-        for i in range(len(codes)):
-            codes[i] = np.uint8(qmax)
-        for i in range(k):
-            v = value[indices[i]]
-            code = np.int32(v * inverse + half)
-            code = min(max(code, np.int32(0)), np.int32(2 * qmax))
-            codes[i] = np.uint8(code)
-            if new_residual_at != 0:
-                decoded = np.float32(np.int32(code - np.int32(qmax))) * scale
-                new_residual[start + indices[i]] = (v - decoded) * rescale
-        pack(codes, data[:code_bytes], num_bits)
-        _pack_indices(indices, k, low_bits, high_bytes, low_bytes, data[code_bytes:])
+        if new_residual_at != 0 and scale == scale:
+            _write(value_at, new_residual_at + 4 * start, L, rescale)
+        elif new_residual_at != 0:
+            old_L, new_L = residual[start : start + L], new_residual[start : start + L]
+            for j in range(L):
+                new_L[j] = old_L[j]
+    fence()
+    keep(value_B)
+    keep(magnitudes_B)
 
 
 @jit
@@ -252,15 +316,14 @@ def _decode_mean(
                 out_L[j] /= divisor
 
 
-def _shapes(n: int, topk: TopK) -> Any:
+@cache
+def _shapes(last: int, topk: TopK) -> Any:
     """Of a whole block and of the last one: k, low bits, and bytes of codes, high and low parts."""
 
     def numbers(block: Block) -> list[int]:
         return [block.kept, block.low_bits, block.code_bytes, block.high_bytes, block.low_bytes]
 
-    return np.array(
-        [numbers(topk.block(topk.block_size)), numbers(topk.block(n % topk.block_size or 1))], np.int64
-    )
+    return np.array([numbers(topk.block(topk.block_size)), numbers(topk.block(last))], np.int64)
 
 
 def topk_encode(
@@ -283,7 +346,7 @@ def topk_encode(
         nbytes,
         topk.num_bits,
         topk.block_size,
-        _shapes(n, topk),
+        _shapes(n % topk.block_size or 1, topk),
         0 if residual is None else address(residual, torch.float32, n),
         0 if new_residual is None else address(new_residual, torch.float32, n),
         float(loss_scale),
@@ -309,5 +372,5 @@ def topk_decode_mean(payloads: Tensor, out: Tensor, *, topk: TopK) -> None:
         n,
         topk.num_bits,
         topk.block_size,
-        _shapes(n, topk),
+        _shapes(n % topk.block_size or 1, topk),
     )

@@ -32,6 +32,7 @@ __all__ = [
     "load_row",
     "load_words",
     "lookup",
+    "mask_at_least",
     "maximum",
     "maximum_words",
     "minimum",
@@ -45,6 +46,7 @@ __all__ = [
     "stream_row",
     "to_float",
     "to_int",
+    "trailing_zeros",
 ]
 
 _FEATURES = binding.get_host_cpu_features()
@@ -196,6 +198,15 @@ def _lookup(builder: Any, low: Any, high: Any, index: Any) -> Any:
     )
 
 
+def _mask_at_least(builder: Any, a: Any, b: Any) -> Any:
+    ones = builder.bitcast(builder.icmp_unsigned(">=", a, b), ir.IntType(LANES))
+    return builder.zext(ones, ir.IntType(64))
+
+
+def _trailing_zeros(builder: Any, a: Any) -> Any:
+    return builder.cttz(a, ir.IntType(1)(0))
+
+
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
@@ -227,9 +238,12 @@ to_float = _operation(_row, lambda builder, a: builder.sitofp(a, _FLOATS), _word
 prefetch = _operation(types.int64, _prefetch(False), types.intp)
 prefetch_to_write = _operation(types.int64, _prefetch(True), types.intp)
 square_root = _operation(_row, _square_root, _row)
-# lookup(low, high, index): table[index], index < 16; only where HAS_LOOKUP. The table's first LANES entries are
-# low; high holds entries 8 to 15 where LANES is 8, and is not read where it is 16.
+# lookup(low, high, index): table[index], index < 16; only where HAS_LOOKUP. The table's first LANES
+# entries are low; high holds entries 8 to 15 where LANES is 8, and is not read where it is 16.
 lookup = _operation(_row, _lookup, _row, _row, _words)
+# bit j of the result: whether a[j] >= b[j]
+mask_at_least = _operation(types.int64, _mask_at_least, _words, _words)
+trailing_zeros = _operation(types.int64, _trailing_zeros, types.int64)  # zeros below the lowest one; 64 of 0
 minimum = _operation(_row, _smaller, _row, _row)
 maximum = _operation(_row, _larger, _row, _row)
 maximum_words = _operation(
