@@ -173,23 +173,26 @@ def _quantize(
     at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_table: Any, ahead: Any
 ) -> None:
     for first in range(16):
-        for line in range(1024 * first, 1024 * first + 1024, 64):
-            prefetch(ahead[0] + line)
-            prefetch(ahead[1] + line)
         for part in range(0, 16, LANES):
             z_at, to_at = at + 64 * first + 4 * part, codes_at + 16 * first + part
             hadamard_rows(z_at, 1024, at + NEAR, _STEP)
-            _quantize_block(at, to_at, part, pack_four, use_table)
+            _quantize_block(at, to_at, part, pack_four, use_table, ahead[part // 8] + 1024 * first)
+            if LANES == 16:
+                for line in range(0, 1024, 64):
+                    prefetch(ahead[1] + 1024 * first + line)
             if with_residual:
                 hadamard_rows(at + NEAR, _STEP, z_at, 1024)
 
 
 @inline
-def _quantize_block(at: Any, to_at: Any, part: Any, pack_four: Any, use_table: Any) -> None:
+def _quantize_block(
+    at: Any, to_at: Any, part: Any, pack_four: Any, use_table: Any, ahead_at: Any
+) -> None:
     """Two loops: of one the chains of operations are too long for the processor to overlap enough rows."""
     near_at, codes_at = at + NEAR, at + NEAR + 16 * _STEP
     inverse, quantizer = load_row(at + INVERSE + 4 * part), quantizer_of(at)
     for offset in range(0, 16 * _STEP, _STEP):
+        prefetch(ahead_at + offset * (64 // _STEP))
         store_words(codes_at + offset, quantize_value(load_row(near_at + offset), inverse, quantizer))
     sums_at, levels = at + SUMS + 4 * part, quantizer[7]
     i0, i1, i2, i3 = _four(sums_at)
