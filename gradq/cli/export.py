@@ -101,7 +101,10 @@ def _check(
     for row in report_rows(report):
         style = "red" if row[0] == "FAILED" else "yellow" if row[0] == "warning" else None
         table.add_row(*row, style=style)
-    rich.console.Console().print(table)
+    console = rich.console.Console()
+    if not console.is_terminal:
+        console.width = 160  # a file or a pipe has no edge to wrap at
+    console.print(table)
     if not report.ok:
         raise VerifyError(f"{path}: " + "; ".join(report.failures), report)
 

@@ -6,13 +6,14 @@ processor, drops what would be wrong or cannot run here, times the rest, and say
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,6 @@ class Bundle:
     timings_ms: dict[str, float]
     session: Any = field(repr=False)
     manifest: dict[str, Any] = field(repr=False)
-    _folder: Any = field(default=None, repr=False)  # keeps an unpacked zip alive
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Run the model.
@@ -201,21 +201,23 @@ def load(
         ConfigError: `choose` names no variant.
     """
     require("onnxruntime")
-    folder, keep = _open(Path(path))
-    manifest = _manifest(folder, path)
-    found = {v["name"]: v for v in manifest["variants"]}
-    if choose is not None and choose not in found:
-        raise ConfigError(f"choose is {choose!r}; the bundle has {', '.join(found)}")
-    here = processor or features()
-    names = [choose] if choose else [n for n in _SUITS.get(here, _SUITS["other"]) if n in found]
-    if not names:
-        raise ExportError(f"{path} has no variant for {here}; it has {', '.join(found)}")
-    sessions: dict[str, Any] = {}
-    for name in names:
-        file = folder / found[name]["file"]
-        if _digest(file) != found[name]["sha256"]:
-            raise ExportError(f"{file.name} in {path} is damaged: its checksum differs from the manifest's")
-        sessions[name] = session(file, threads=threads)
+    with _opened(Path(path)) as folder:  # a session keeps nothing of it
+        manifest = _manifest(folder, path)
+        found = {v["name"]: v for v in manifest["variants"]}
+        if choose is not None and choose not in found:
+            raise ConfigError(f"choose is {choose!r}; the bundle has {', '.join(found)}")
+        here = processor or features()
+        names = [choose] if choose else [n for n in _SUITS.get(here, _SUITS["other"]) if n in found]
+        if not names:
+            raise ExportError(f"{path} has no variant for {here}; it has {', '.join(found)}")
+        sessions: dict[str, Any] = {}
+        for name in names:
+            file = folder / found[name]["file"]
+            if _digest(file) != found[name]["sha256"]:
+                raise ExportError(
+                    f"{file.name} in {path} is damaged: its checksum differs from the manifest's"
+                )
+            sessions[name] = session(file, threads=threads)
     timings = {}
     if len(names) > 1 and seconds > 0:
         sample = _sample(manifest["inputs"], batch_size, sessions[names[0]])
@@ -231,25 +233,27 @@ def load(
         timings_ms=timings,
         session=sessions[chosen],
         manifest=manifest,
-        _folder=keep,
     )
 
 
-def _open(path: Path) -> tuple[Path, Any]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Path]:
+    """The bundle's folder; a zip file is unpacked for the time being."""
     if path.is_dir():
-        return path, None
+        yield path
+        return
     if not path.exists():
         raise ExportError(f"{path} does not exist")
-    keep = tempfile.TemporaryDirectory(prefix="gradq-bundle-")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if Path(name).name != name:
-                    raise ExportError(f"{path} is no bundle: it holds the path {name!r}")
-            archive.extractall(keep.name)
-    except zipfile.BadZipFile as error:
-        raise ExportError(f"{path} is neither a folder nor a zip file: {error}") from error
-    return Path(keep.name), keep
+    with tempfile.TemporaryDirectory(prefix="gradq-bundle-", ignore_cleanup_errors=True) as folder:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if Path(name).name != name:
+                        raise ExportError(f"{path} is no bundle: it holds the path {name!r}")
+                archive.extractall(folder)
+        except zipfile.BadZipFile as error:
+            raise ExportError(f"{path} is neither a folder nor a zip file: {error}") from error
+        yield Path(folder)
 
 
 def _manifest(folder: Path, path: str | os.PathLike[str]) -> dict[str, Any]:

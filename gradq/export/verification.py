@@ -100,6 +100,7 @@ def verify(
     *,
     example_inputs: Any = None,
     metric: Metric | None = None,
+    baseline: str | os.PathLike[str] | None = None,
     batch_sizes: Sequence[int] = (1,),
     seconds: float = 2.0,
     threads: int = 1,
@@ -122,6 +123,7 @@ def verify(
         example_inputs: for models with layers placed by hand; by default those of `prepare`.
         metric: (outputs, labels) → share or mean of what is right, higher is better; by default the share of
             labels that are the argmax of the last axis.
+        baseline: the fp32 file, from `gradq.export.float_onnx`; written to a temporary folder if None.
         batch_sizes: latencies are measured at these; none if empty.
         seconds: per batch size.
         threads: of the sessions.
@@ -152,19 +154,20 @@ def verify(
             break
         comparison.add(batch, len(first))
     with tempfile.TemporaryDirectory() as folder:
-        baseline_path = Path(folder) / "fp32.onnx"
         free = _is_dynamic(running)
-        float_onnx(plain, baseline_path, example_inputs=example_inputs, dynamic_batch=free)
+        baseline_path = Path(folder) / "fp32.onnx" if baseline is None else Path(baseline)
+        if baseline is None:
+            float_onnx(plain, baseline_path, example_inputs=example_inputs, dynamic_batch=free)
         sizes = {"fp32": _size(baseline_path), "int8": _size(Path(path))}
-        baseline = session(baseline_path, threads=threads)
+        plain_session = session(baseline_path, threads=threads)
         latency = {}
         for size in batch_sizes:
             feeds = {
                 name: feed(s, _resized(first, size) if free else first)
-                for name, s in (("fp32", baseline), ("int8", running))
+                for name, s in (("fp32", plain_session), ("int8", running))
             }
             calls = {
-                "fp32": lambda f=feeds["fp32"]: baseline.run(None, f),
+                "fp32": lambda f=feeds["fp32"]: plain_session.run(None, f),
                 "int8": lambda f=feeds["int8"]: running.run(None, f),
             }
             latency[size] = summarize(interleave(calls, seconds=seconds), "fp32")

@@ -35,14 +35,23 @@ def cnn(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checked(cnn):
+def fp32(cnn):
+    """The same model in fp32."""
+    path = cnn[0].with_name("fp32.onnx")
+    assert export.float_onnx(cnn[2], path) == path.stat().st_size
+    return path
+
+
+@pytest.fixture(scope="module")
+def checked(cnn, fp32):
     """The report of `verify`; labels are what the float model chooses."""
     path, _, qmodel, batches = cnn
     model, _ = models.build("cnn")
     loader = [(x, model(x).argmax(-1)) for x in batches]
     return export.verify(
-        path, qmodel, loader, seconds=0.02, batch_sizes=(1, 3), max_accuracy_loss=50, show_progress=False
-    )
+        path, qmodel, loader, seconds=0.02, batch_sizes=(1, 3), max_accuracy_loss=50, baseline=fp32,
+        show_progress=False,
+    )  # fmt: skip
 
 
 def test_operators_are_the_fused_ones(cnn):
@@ -130,10 +139,10 @@ def tampered(path, folder):
     return folder / "bent.onnx", conv.name
 
 
-def test_verify_names_a_float_convolution_and_a_wrong_result(cnn, tmp_path):
+def test_verify_names_a_float_convolution_and_a_wrong_result(cnn, fp32, tmp_path):
     bent, name = tampered(cnn[0], tmp_path)
     with pytest.raises(VerifyError, match=f"float instead of int8: {name}") as caught:
-        export.verify(bent, cnn[2], cnn[3], batch_sizes=(), show_progress=False)
+        export.verify(bent, cnn[2], cnn[3], batch_sizes=(), baseline=fp32, show_progress=False)
     report = caught.value.report
     assert any("integer reference" in failure for failure in report.failures)
     assert "FAILED" in str(report)
@@ -198,7 +207,7 @@ def test_a_model_without_quantized_layers_or_of_another_type(tmp_path):
     x = torch.rand(2, 3)
     refused(tmp_path, ExportError, "no quantized layer", nn.ReLU(), example_inputs=x)
     refused(tmp_path, ConfigError, "pass example_inputs", quant.QuantLinear(3, 3))
-    half = prepared(nn.Linear(3, 3), [x]).to(torch.bfloat16)
+    half = prepared(nn.Sequential(nn.Linear(3, 3)), [x]).to(torch.bfloat16)
     refused(tmp_path, ExportError, "bfloat16; ONNX export takes fp32", half)
 
 
@@ -206,7 +215,7 @@ def test_arguments_out_of_range(tmp_path, cnn):
     refused(tmp_path, ConfigError, "opset is 17", cnn[2], opset=17)
     refused(tmp_path, ConfigError, "names", cnn[2], dynamic_axes={"y": {1: "n"}})
     refused(tmp_path, ConfigError, "axis 7", cnn[2], dynamic_axes={"x": {7: "n"}})
-    narrow = prepared(nn.Linear(3, 3), [torch.rand(2, 3)], weights="int4")
+    narrow = prepared(nn.Sequential(nn.Linear(3, 3)), [torch.rand(2, 3)], weights="int4")
     refused(tmp_path, ConfigError, "21 or more", narrow, opset=20)
 
 
