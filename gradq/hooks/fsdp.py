@@ -96,6 +96,8 @@ class ShardedHookState(HookState):
             raise ConfigError("replicate_group= was given, but the model's mesh already has replicas")
         self._own_replicas = replicate_group is not None
         replicate_group = native or replicate_group
+        if replicate_group is not None and replicate_group.size() == 1:
+            replicate_group, self._own_replicas = None, False  # a mesh of 1 x S is plain FSDP
         self._exact = exact
         self._feedback = False if feedback == "auto" and replicate_group is None else feedback
         self._partial: dict[int, Tensor] = {}
@@ -146,6 +148,7 @@ class ShardedHookState(HookState):
         else:
             self.sync = self._shards
         try:
+            self._check_feedback(self._shards.plan)
             self._install(has_replicas=replicate_group is not None)
         except BaseException:
             self.close()
@@ -177,6 +180,14 @@ class ShardedHookState(HookState):
                 len(left_out),
                 left_out[0],
             )
+
+    def _check_feedback(self, plan: Plan) -> None:
+        """Residuals lie in the order of the parameter, and so do shards of its first dimension only."""
+        for shard in self._all():
+            if shard.dim != 0 and shard.name in plan and plan[shard.name].feedback1:
+                raise UnsupportedError(
+                    f"{shard.name!r} is sharded along dimension {shard.dim}; error feedback needs dimension 0"
+                )
 
     def _gather_plan(self, spec: str | Codec | Spec) -> Plan:
         parsed = Spec.parse(spec)
@@ -294,6 +305,8 @@ class ShardedHookState(HookState):
         asked, policy = self._policy(spec)
         if self.sync is not self._shards:
             policy = self._for_shards(policy)
+        elif policy is not None:
+            self._check_feedback(policy.plan(list(self.sync.parameters.values())))
         self.sync.set_policy(policy, _label(asked))
         self.spec = asked
 

@@ -15,7 +15,7 @@ import gradq
 from gradq.collectives import ranks_per_node
 from gradq.testing import run_ranks
 
-GRID = [(2, 2), (3, 1), (4, 2), (6, 2), (6, 3)]  # ranks, ranks a node
+GRID = [(2, 2), (3, 1), (4, 2), (6, 2), pytest.param(6, 3, marks=pytest.mark.slow)]  # ranks, ranks a node
 
 
 def layouts(rank: int, jobs: list[dict]) -> list:
@@ -100,7 +100,9 @@ def count(rank: int, spec: str, jobs: list[tuple[str, int | None]]):
     return totals
 
 
-@pytest.mark.parametrize(("world_size", "local_world_size"), [(4, 2), (6, 2), (6, 3)])
+@pytest.mark.parametrize(
+    ("world_size", "local_world_size"), [(4, 2), (6, 2), pytest.param(6, 3, marks=pytest.mark.slow)]
+)
 def test_between_nodes_travels_a_share_of_the_flat_form(world_size: int, local_world_size: int) -> None:
     jobs = [("two_phase", None), ("hierarchical", local_world_size)]
     results = run_ranks(count, world_size, "int8", jobs)
@@ -176,7 +178,7 @@ def train(rank: int, folder: str, resume: bool, world: dict):
     return kept, history
 
 
-@pytest.mark.parametrize("world_size", [4, 6])
+@pytest.mark.parametrize("world_size", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, world_size: int) -> None:
     """Two nodes keep local residuals only, three shard residuals as well."""
     before = run_ranks(train, world_size, str(tmp_path / "c"), False, OPTIONS)
