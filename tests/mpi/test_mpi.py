@@ -61,7 +61,7 @@ def results(library: str, world_size: int) -> dict[str, list]:
     return run_mpi(library, world_size, calls)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize(("library", "world_size"), RANKS)
 class TestOneLaunch:
     """All that one mpiexec ran; the first test pays for it."""
@@ -120,7 +120,7 @@ class TestOneLaunch:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_subgroups_with_gradq(library: str) -> None:
     first, second, outsider = results(library, 3)["subgroup"]
@@ -130,7 +130,7 @@ def test_subgroups_with_gradq(library: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_dtensor_and_fsdp(library: str, world_size: int) -> None:
@@ -138,7 +138,7 @@ def test_dtensor_and_fsdp(library: str, world_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_a_checkpoint_is_resumed_bit_for_bit(library: str, tmp_path) -> None:
     from test_checkpoint import equal, resume, save
