@@ -14,6 +14,8 @@ from oracle import Net, expected, plan_for, run
 from test_contracts import PLACES, VALUES, native_form, poison
 from test_local_sgd import JOBS, check_averages, check_steps, train
 
+from gradq.testing import RankError
+
 RANKS = [
     pytest.param("mpich", 2, id="mpich-2"),
     pytest.param("openmpi", 3, id="openmpi-3"),
@@ -53,12 +55,23 @@ GRADQ: dict[str, Call] = {
 
 
 @functools.cache
-def results(library: str, world_size: int) -> dict[str, list]:
-    """Everything that runs under one mpiexec."""
+def outcome(library: str, world_size: int) -> dict[str, list] | RankError:
+    """Everything that runs under one mpiexec, or why it failed: once, whatever the outcome."""
     calls = SMOKE | GRADQ
     if world_size == 3:
         calls = calls | {"subgroup": (native_form, ())}
-    return run_mpi(library, world_size, calls)
+    try:
+        return run_mpi(library, world_size, calls)
+    except RankError as error:
+        return error
+
+
+def results(library: str, world_size: int) -> dict[str, list]:
+    """What each rank returned, by case."""
+    got = outcome(library, world_size)
+    if isinstance(got, RankError):
+        raise got
+    return got
 
 
 @pytest.mark.timeout(320)
