@@ -71,7 +71,7 @@ def launch(
 
 
 def run_mpi(
-    library: str, world_size: int, calls: Mapping[str, Call], timeout: float = 100.0
+    library: str, world_size: int, calls: Mapping[str, Call], timeout: float = 280.0
 ) -> dict[str, list]:
     """Run function(rank, *args) of every call on all ranks, one call after another.
 

@@ -14,6 +14,8 @@ from oracle import Net, expected, plan_for, run
 from test_contracts import PLACES, VALUES, native_form, poison
 from test_local_sgd import JOBS, check_averages, check_steps, train
 
+from gradq.testing import RankError
+
 RANKS = [
     pytest.param("mpich", 2, id="mpich-2"),
     pytest.param("openmpi", 3, id="openmpi-3"),
@@ -53,15 +55,26 @@ GRADQ: dict[str, Call] = {
 
 
 @functools.cache
-def results(library: str, world_size: int) -> dict[str, list]:
-    """Everything that runs under one mpiexec."""
+def outcome(library: str, world_size: int) -> dict[str, list] | RankError:
+    """Everything that runs under one mpiexec, or why it failed: once, whatever the outcome."""
     calls = SMOKE | GRADQ
     if world_size == 3:
         calls = calls | {"subgroup": (native_form, ())}
-    return run_mpi(library, world_size, calls)
+    try:
+        return run_mpi(library, world_size, calls)
+    except RankError as error:
+        return error
 
 
-@pytest.mark.timeout(300)
+def results(library: str, world_size: int) -> dict[str, list]:
+    """What each rank returned, by case."""
+    got = outcome(library, world_size)
+    if isinstance(got, RankError):
+        raise got
+    return got
+
+
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize(("library", "world_size"), RANKS)
 class TestOneLaunch:
     """All that one mpiexec ran; the first test pays for it."""
@@ -120,7 +133,7 @@ class TestOneLaunch:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_subgroups_with_gradq(library: str) -> None:
     first, second, outsider = results(library, 3)["subgroup"]
@@ -130,7 +143,7 @@ def test_subgroups_with_gradq(library: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_dtensor_and_fsdp(library: str, world_size: int) -> None:
@@ -138,7 +151,7 @@ def test_dtensor_and_fsdp(library: str, world_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_a_checkpoint_is_resumed_bit_for_bit(library: str, tmp_path) -> None:
     from test_checkpoint import equal, resume, save
