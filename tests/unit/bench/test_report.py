@@ -124,7 +124,11 @@ def test_the_page_in_a_browser(report, tmp_path, width, dark):
     matplotlib_image = pytest.importorskip("matplotlib.image")
     picture = tmp_path / "page.png"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},1600", f"--screenshot={picture}"]
+    command += [
+        f"--user-data-dir={tmp_path}/profile",
+        f"--window-size={width},1600",
+        f"--screenshot={picture}",
+    ]
     # 0 is dark, 1 is light
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", report.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=90)
