@@ -118,8 +118,15 @@ def test_no_matplotlib(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the page with")
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [420, 1200])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (420, True),
+        (1200, False),
+        pytest.param(420, False, marks=pytest.mark.slow),
+        pytest.param(1200, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_page_in_a_browser(report, tmp_path, width, dark):
     matplotlib_image = pytest.importorskip("matplotlib.image")
     picture = tmp_path / "page.png"
