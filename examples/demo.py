@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +28,8 @@ try:
 except ImportError as error:
     raise SystemExit(f"the demo needs {error.name}: pip install 'gradq[plot]'") from None
 
+from gradq.bench.follow import follow_torchrun
+from gradq.errors import BenchError
 from gradq.policy.cost import expected_step_ms
 
 CODECS = ("none", "bf16", "int8", "int4")
@@ -47,43 +47,26 @@ def train(codec: str, args: argparse.Namespace, progress: Progress) -> list[Reco
     Raises:
         SystemExit: the training failed; its last words are in the message.
     """
-    log, errors = args.out / f"{codec}.jsonl", args.out / f"{codec}.stderr"
-    log.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(NUM_RANKS), str(Path(__file__).with_name("train_gpt.py"))]
-    options = {"codec": codec, "steps": args.steps, "seed": args.seed, "log-file": log}
-    options |= {"eval-every": max(1, args.steps // 16), "time-compute": 25}
-    command += ["--quiet", *(f"--{name}={value}" for name, value in options.items())]
-    environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ
+    options = {"codec": codec, "steps": args.steps, "seed": args.seed, "time_compute": 25}
+    options |= {"eval_every": max(1, args.steps // 16)}
     task = progress.add_task(codec, total=args.steps, news="starting")
-    with (
-        errors.open("w") as stderr,
-        subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr) as process,
-    ):
-        try:
-            while process.poll() is None:
-                time.sleep(0.25)
-                if steps := [record for record in read(log) if record["record"] == "step"]:
-                    step = steps[-1]
-                    news = f"loss {step['loss']:.2f}  {1e3 * step['seconds'] / step['step']:.0f} ms/step"
-                    progress.update(task, completed=step["step"], news=news)
-        finally:
-            process.terminate()
-    if process.returncode:
-        raise SystemExit(f"training with {codec} failed:\n{errors.read_text()[-3000:]}")
-    errors.unlink()
-    records = read(log)
+
+    def show(lines: list[Record]) -> None:
+        if steps := [line for line in lines if line["record"] == "step"]:
+            step = steps[-1]
+            news = f"loss {step['loss']:.2f}  {1e3 * step['seconds'] / step['step']:.0f} ms/step"
+            progress.update(task, completed=step["step"], news=news)
+
+    script, log = Path(__file__).with_name("train_gpt.py"), args.out / f"{codec}.jsonl"
+    try:
+        records = follow_torchrun(script, options, num_ranks=NUM_RANKS, log=log, flags=["--quiet"], show=show)
+    except BenchError as error:
+        raise SystemExit(str(error)) from None
     news = f"validation loss {records[-1]['val_loss']:.3f}"
     progress.update(task, completed=args.steps, news=news)
     if not progress.console.is_terminal:
         progress.console.print(f"{codec}: {args.steps} steps, {news}")
     return records
-
-
-def read(log: Path) -> list[Record]:
-    """The complete lines of a log that may still grow."""
-    text = log.read_text() if log.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def measure(records: list[Record]) -> Record:

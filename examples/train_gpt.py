@@ -17,7 +17,6 @@ import math
 import os
 import statistics
 import sys
-import sysconfig
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -35,6 +34,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import gradq
+from gradq.bench.data import standard_library_text
 from gradq.bench.records import environment
 
 # about as many parameters as the name says: width, layers, heads
@@ -110,18 +110,7 @@ def build(params: str = "1m", seq_len: int = 64, seed: int = 0) -> GPT:
 
 def load_text() -> tuple[Tensor, Tensor]:
     """The standard library's source as bytes: for training, and every 16th file for validation."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"test", "tests", "site-packages", "dist-packages"}
-    files = [f for f in sorted(root.rglob("*.py")) if not skip.intersection(f.relative_to(root).parts)]
-    parts, room = ([], []), TEXT_BYTES
-    for index, file in enumerate(files):
-        if file.stat().st_size <= room:
-            parts[index % 16 == 15].append(file.read_bytes())
-            room -= file.stat().st_size
-    train, val = (torch.frombuffer(bytearray(b"\n".join(part) + b"\n"), dtype=torch.uint8) for part in parts)
-    if len(val) < 50_000:
-        raise gradq.ConfigError(f"no text to train on: the standard library has {len(files)} .py files here")
-    return train, val
+    return standard_library_text(TEXT_BYTES)
 
 
 # --- training ----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["SCHEMA_VERSION", "cpu_name", "environment", "git_commit", "percentile", "write_record"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "cpu_name",
+    "environment",
+    "git_commit",
+    "hardware_slug",
+    "percentile",
+    "write_record",
+]
 
 SCHEMA_VERSION = 1
 
@@ -58,6 +66,11 @@ def git_commit(folder: Path) -> str:
     return done.stdout.strip() or "unknown"
 
 
+def hardware_slug(facts: Mapping[str, Any]) -> str:
+    """Processor and cores for a file name: "amd-epyc-2c"."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {facts['cores']}c".lower()).strip("-")
+
+
 def percentile(values: Sequence[float], fraction: float) -> float:
     """The nearest-rank percentile of some values; fraction 0.5 is the median."""
     ordered = sorted(values)
@@ -86,8 +99,7 @@ def write_record(folder: Path, benchmark: str, **fields: Any) -> Path:
         "environment": facts,
         **fields,
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {facts['cores']}c".lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}_{slug}_{today}.json"
+    path = folder / f"{benchmark}_{hardware_slug(facts)}_{today}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path

@@ -186,7 +186,7 @@ class Scenario:
         if self.timeout_s <= 0:
             raise ConfigError(f"timeout_s={self.timeout_s}: more than 0")
         for codec in self.codecs:
-            check_codec(codec)
+            _check_codec(codec)
 
     @property
     def world_size(self) -> int:
@@ -273,7 +273,7 @@ def _is_gradq(codec: str) -> bool:
     return not codec.startswith(("torch-", "free:", "hivemind:")) and ".py:" not in codec
 
 
-def check_codec(codec: str) -> None:
+def _check_codec(codec: str) -> None:
     """Refuse what no contender can be made of.
 
     Raises:

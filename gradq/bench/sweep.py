@@ -52,9 +52,8 @@ class Group:
             below = break_even(ratios.get(codec, [])) if codec != COMPUTE else ""
             lines.append(f"| {label(codec)} | {' | '.join(texts)} | {below} | {self._loss(codec)} |")
         plain = [summary.row(PLAIN) for summary in self.summaries]
-        lines.append(
-            f"| plain DDP, ms | {' | '.join(f'{row.step_ms.median:.0f}' if row else '' for row in plain)} | | |"
-        )
+        times = [f"{row.step_ms.median:.0f}" if row else "" for row in plain]
+        lines.append(f"| plain DDP, ms | {' | '.join(times)} | | |")
         return "\n".join(lines)
 
     def _loss(self, codec: str) -> str:

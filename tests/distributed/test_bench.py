@@ -1,4 +1,4 @@
-"""`gradq bench` as a user runs it: real ranks, records, errors that end cleanly. Cluster and shaped links: beside."""
+"""`gradq bench` as a user runs it: real ranks, records, errors that end cleanly. Clusters and links: beside."""
 
 from __future__ import annotations
 
@@ -75,7 +75,18 @@ def test_a_run_is_recorded_and_reported(tmp_path, capsys):
         "def attach(model):\n    model.register_comm_hook(None, allreduce_hook)\n"
     )
     codecs = f"int8,int4,torch-fp16,torch-bf16,{peer}:attach"
-    options = [*TINY, "--steps", "8", "--accumulate", "2", "--codecs", codecs, "--out", str(tmp_path), "--json"]
+    options = [
+        *TINY,
+        "--steps",
+        "8",
+        "--accumulate",
+        "2",
+        "--codecs",
+        codecs,
+        "--out",
+        str(tmp_path),
+        "--json",
+    ]
     assert run(options) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
@@ -106,7 +117,9 @@ def test_a_run_is_recorded_and_reported(tmp_path, capsys):
     assert rows["compute"]["wire_bytes"] == 0
     assert rows["free:int4"]["losses"] is None
     assert rows["none"]["losses"]["values"][0] == pytest.approx(rows["int8"]["losses"]["values"][0], abs=0.01)
-    assert rows[f"{peer}:attach"]["losses"]["values"] == pytest.approx(rows["none"]["losses"]["values"], abs=1e-4)
+    assert rows[f"{peer}:attach"]["losses"]["values"] == pytest.approx(
+        rows["none"]["losses"]["values"], abs=1e-4
+    )
 
     record = tmp_path / "bench.jsonl"
     before = record.read_bytes()
@@ -232,7 +245,18 @@ def test_a_full_disk_keeps_what_was_measured(tmp_path):
 
 
 def test_collectives(tmp_path, capsys):
-    options = ["bench", "collectives", "--codecs", "none,int8", "--to", "64KB", "--from", "64B", "--factor", "1024"]
+    options = [
+        "bench",
+        "collectives",
+        "--codecs",
+        "none,int8",
+        "--to",
+        "64KB",
+        "--from",
+        "64B",
+        "--factor",
+        "1024",
+    ]
     assert run([*options, "--out", str(tmp_path), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["size_bytes"], row["codec"]) for row in rows] == [

@@ -94,7 +94,19 @@ def test_a_host_that_cannot_be_made_leaves_nothing(monkeypatch):
 
 def test_bytes_on_the_interface_are_the_transports(tmp_path):
     """Within 3 % plus the protocol: 66 bytes of headers a packet of 1448, most of them not counted (GSO)."""
-    options = ["bench", "--hosts", "2", "--link", "500mbit", "--model", "gpt-1m", "--steps", "8", "--block", "1"]
+    options = [
+        "bench",
+        "--hosts",
+        "2",
+        "--link",
+        "500mbit",
+        "--model",
+        "gpt-1m",
+        "--steps",
+        "8",
+        "--block",
+        "1",
+    ]
     assert run([*options, "--codecs", "int8,int4", "--out", str(tmp_path)]) == 0
     summary = summarise(tmp_path / "bench.jsonl")
     assert summary.header["link"]["verified"] is True

@@ -1,4 +1,4 @@
-"""The Ray runner on real clusters: one node always; three nodes that lose a worker, and Ray Train, when asked."""
+"""The Ray runner on real clusters: one node always; three that lose a worker, and Ray Train, when asked."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def command(*arguments: str, timeout: float, check: bool = True) -> subprocess.C
 
 
 def bench(*options: str, timeout: float = 100, check: bool = True) -> subprocess.CompletedProcess:
-    return command("-c", "from gradq.cli import main; main()", "bench", *options, timeout=timeout, check=check)
+    return command(
+        "-c", "from gradq.cli import main; main()", "bench", *options, timeout=timeout, check=check
+    )
 
 
 @pytest.mark.timeout(240)
 def test_one_node(tmp_path):
     options = ["--cluster", "local", "--nodes", "1", "--ranks-per-node", "2", "--model", "mlp-tiny"]
-    done = bench(
-        *options, "--steps", "8", "--codecs", "int4", "--out", str(tmp_path), "--json", timeout=200
-    )
+    done = bench(*options, "--steps", "8", "--codecs", "int4", "--out", str(tmp_path), "--json", timeout=200)
     result = json.loads(done.stdout.strip().splitlines()[-1])
     rows = {row["codec"]: row for row in result["rows"]}
     assert rows.keys() == {"none", "bf16", "int4", "torch-powersgd:1", "free:int4", "compute"}

@@ -114,6 +114,6 @@ def test_bad_options_are_explained(train_gpt, monkeypatch, capsys, options, mess
 
 
 def test_no_text_is_an_error(train_gpt, monkeypatch, tmp_path):
-    monkeypatch.setattr(train_gpt.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr("gradq.bench.data.sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(ValueError, match="no text to train on"):
         train_gpt.load_text()

@@ -61,8 +61,15 @@ HEAVY = {
     "onnxscript": set(),
     "executorch": set(),
     "matplotlib": set(),
-    "rich": {"gradq.cli.app", "gradq.cli.doctor", "gradq.cli.export"},
-    "typer": {"gradq.cli.app", "gradq.cli.export"},
+    "rich": {"gradq.cli.app", "gradq.cli.bench_run", "gradq.cli.doctor", "gradq.cli.export"},
+    "typer": {
+        "gradq.cli.app",
+        "gradq.cli.bench",
+        "gradq.cli.bench_collectives",
+        "gradq.cli.bench_run",
+        "gradq.cli.export",
+        "gradq.cli.report",
+    },
     "fastapi": set(),
 }
 MAX_LINES, MAX_LINES_OF_SYNC = 600, 300

@@ -118,13 +118,24 @@ def test_no_matplotlib(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the page with")
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [420, 1200])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (420, True),
+        (1200, False),
+        pytest.param(420, False, marks=pytest.mark.slow),
+        pytest.param(1200, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_page_in_a_browser(report, tmp_path, width, dark):
     matplotlib_image = pytest.importorskip("matplotlib.image")
     picture = tmp_path / "page.png"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    command += [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},1600", f"--screenshot={picture}"]
+    command += [
+        f"--user-data-dir={tmp_path}/profile",
+        f"--window-size={width},1600",
+        f"--screenshot={picture}",
+    ]
     # 0 is dark, 1 is light
     command += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", report.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=90)

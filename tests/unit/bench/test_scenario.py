@@ -105,7 +105,15 @@ def test_a_missing_file_is_explained(tmp_path):
 
 def test_baselines_are_always_there():
     contenders = Scenario(codecs=("int8", "int4+int4")).contenders
-    assert contenders == ("none", "bf16", "int8", "int4+int4", "torch-powersgd:1", "free:int4+int4", "compute")
+    assert contenders == (
+        "none",
+        "bf16",
+        "int8",
+        "int4+int4",
+        "torch-powersgd:1",
+        "free:int4+int4",
+        "compute",
+    )
     asked = Scenario(codecs=("int4", "torch-powersgd:4", "free:int8")).contenders
     assert asked == ("none", "bf16", "int4", "torch-powersgd:4", "free:int8", "compute")
     assert Scenario(codecs=("none",)).contenders == ("none", "bf16", "torch-powersgd:1", "compute")

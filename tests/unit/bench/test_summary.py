@@ -32,7 +32,10 @@ def write(path, step_ms=STEP_MS, losses=LOSSES, seeds=(0, 1, 2), turns=4, scenar
                 for rank in range(2):
                     block = {"record": "block", "turn": turn, "codec": codec, "steps": 2, "warmup": turn == 0}
                     block |= {"step_ms": (ms + rank) * slow, "cpu_ms": 5.0, "busy": 0.5}
-                    block |= {"loss": None if codec == "compute" else 5.0 - turn, "wire_bytes": 1000.0 * (rank + 1)}
+                    block |= {
+                        "loss": None if codec == "compute" else 5.0 - turn,
+                        "wire_bytes": 1000.0 * (rank + 1),
+                    }
                     block |= {"interface_bytes": 3150.0}
                     recorder.take(seed, rank, block)
         for codec, loss in losses.items():
