@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gradq.errors import ConfigError
 
-__all__ = ["DTYPES", "Feedback", "Residuals"]
+__all__ = ["DTYPES", "Feedback", "Residuals", "still_finite"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,11 +48,15 @@ class Residuals:
     Args:
         dtype: "fp32" or "bf16".
 
+    Attributes:
+        device: where residuals are made; the CPU unless it is set before the first one.
+
     Raises:
         ConfigError: another dtype.
     """
 
     def __init__(self, dtype: str = "fp32") -> None:
+        self.device = torch.device("cpu")
         if dtype not in DTYPES:
             raise ConfigError(f"residual dtype {dtype!r}: choose from {', '.join(DTYPES)}")
         self._dtype = DTYPES[dtype]
@@ -81,7 +85,10 @@ class Residuals:
             yield old, new
             return
         if self._scratch[0].numel() < stop - start:
-            self._scratch = (torch.empty(stop - start), torch.empty(stop - start))
+            self._scratch = (
+                torch.empty(stop - start, device=self.device),
+                torch.empty(stop - start, device=self.device),
+            )
         old_fp32, new_fp32 = (scratch[: stop - start] for scratch in self._scratch)
         old_fp32.copy_(old)
         yield old_fp32, new_fp32
@@ -98,7 +105,7 @@ class Residuals:
 
     def replace(self, name: str, value: Tensor) -> None:
         """Replace the residual of a parameter by value [numel]."""
-        buffer = value.detach().reshape(-1).to(self._dtype).clone()
+        buffer = value.detach().reshape(-1).to(self.device, self._dtype).clone()
         self._pairs[name] = _Pair((buffer, torch.zeros_like(buffer)))
 
     def commit(self) -> None:
@@ -112,6 +119,16 @@ class Residuals:
         """Forget what this step wrote."""
         for pair in self._pairs.values():
             pair.written = False
+
+    def select(self, finite: Tensor) -> None:
+        """Where finite, a tensor of one bool, is false, replace what this step wrote by what it read.
+
+        So a step that the host does not know to be finite can be committed without asking the device.
+        """
+        for pair in self._pairs.values():
+            if pair.written:
+                old, new = pair.buffers[pair.current], pair.buffers[1 - pair.current]
+                torch.where(finite, new, old, out=new)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -129,7 +146,7 @@ class Residuals:
         return sum(2 * pair.buffers[0].nbytes for pair in self._pairs.values())
 
     def _zeros(self, numel: int) -> Tensor:
-        return torch.zeros(numel, dtype=self._dtype)
+        return torch.zeros(numel, dtype=self._dtype, device=self.device)
 
 
 @dataclass
@@ -157,3 +174,38 @@ class Feedback:
                 residuals.commit()
             else:
                 residuals.discard()
+
+    def settle(self, finite: bool | Tensor) -> bool:
+        """What to tell `finish`. If only the device knows, it is told to take back what must not count."""
+        if isinstance(finite, bool):
+            return finite
+        for residuals in self._all():
+            residuals.select(finite)
+        return True
+
+    def to(self, device: torch.device) -> None:
+        """Make residuals on a device from now on."""
+        for residuals in self._all():
+            residuals.device = device
+
+    def _all(self) -> list[Residuals]:
+        return [value for value in vars(self).values() if isinstance(value, Residuals)]
+
+
+def still_finite(finite: bool | Tensor, flat: Tensor) -> bool | Tensor:
+    """Whether it was finite before and nothing in flat is NaN or Inf.
+
+    Returns:
+        For CPU tensors a bool. For CUDA tensors a tensor of one bool on the device: nobody waits for it.
+    """
+    if not flat.is_cuda:
+        return bool(finite) and bool(_all_finite(flat))
+    own = _all_finite(flat)
+    return own if finite is True else own & finite
+
+
+def _all_finite(flat: Tensor) -> Tensor:
+    """One pass that allocates nothing large for fp32 and fp64."""
+    if flat.dtype in (torch.float32, torch.float64):
+        return torch.isfinite(flat.sum())
+    return torch.isfinite(flat).all()

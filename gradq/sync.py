@@ -12,7 +12,6 @@ The life of a gradient:
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +24,8 @@ from gradq import wire
 from gradq.adaptive import Learner
 from gradq.collectives import Collective, Executor, Segment, Setting, Step, choose, join, open_channels
 from gradq.collectives.base import Pending
-from gradq.feedback import Feedback
+from gradq.collectives.streams import done
+from gradq.feedback import Feedback, still_finite
 from gradq.handshake import agree
 from gradq.metrics import Event, Metrics, ParameterStats, Stats
 from gradq.policy import ParameterInfo, Plan, Policy, check_plan
@@ -53,6 +53,7 @@ class GradientSync:
         label: what the policy is called when ranks compare notes.
         group: the ranks. All must construct together: process groups are made.
         config: see `SyncConfig`.
+        device: of the gradients; the CPU by default.
     """
 
     def __init__(
@@ -62,22 +63,28 @@ class GradientSync:
         label: str,
         group: dist.ProcessGroup,
         config: SyncConfig,
+        device: torch.device | None = None,
     ) -> None:
         self.group, self.config = group, config
         self.rank, self.world_size = group.rank(), group.size()
+        self.device = device or torch.device("cpu")
         self.parameters = {p.name: replace(p, world_size=self.world_size) for p in parameters}
         self.metrics = Metrics()
         self.feedback = Feedback(config.residual_dtype)
+        self.feedback.to(self.device)
         self.step = 0
         self.sample_next = False
-        self._finite, self._sample, self._loss_scale = True, False, 1.0
+        self._finite: bool | Tensor = True
+        self._sample, self._loss_scale = False, 1.0
         self._buckets: dict[int, _Bucket] = {}
-        self._executor = Executor()
+        self._executor = Executor.on(self.device)
         self.plan: Plan = {}
         self.learner = Learner(group, self.metrics, config.seed)
         self.set_policy(policy, label)
         count = max(2, self._collective.num_channels)
-        self._channels, self._close_channels = open_channels(group, count, self.metrics, config.timeout)
+        self._channels, self._close_channels = open_channels(
+            group, count, self.metrics, config.timeout, self.device
+        )
 
     def set_policy(self, policy: Policy | None, label: str) -> None:
         """Use another policy from the next step on. Call it between steps, on all ranks: they compare notes.
@@ -113,7 +120,7 @@ class GradientSync:
             _log.info("new plan: dropped the residuals of %d parameters (%s, ...)", len(dropped), dropped[0])
         if self.world_size > 1:
             for codec in {codec for entry in plan.values() for codec in (entry.phase1, entry.phase2)}:
-                codec.warm_up()
+                codec.warm_up(self.device, self.world_size)
             for collective in set(self._collectives.values()):
                 collective.warm_up()
 
@@ -240,13 +247,13 @@ class GradientSync:
         if work is not flat:
             flat.copy_(work)
         if self._has_feedback:
-            self._finite = self._finite and _all_finite(flat)
+            self._finite = still_finite(self._finite, flat)
         if last:
             self.finish()
 
     def finish(self) -> None:
         """End a step."""
-        self.feedback.finish(self._finite)
+        self.feedback.finish(self.feedback.settle(self._finite))
         self.metrics.record(Event("step", 1, self.step))
         self.step += 1
 
@@ -254,9 +261,7 @@ class GradientSync:
         """World size 1: the mean is the gradient."""
         if last:
             self.finish()
-        future: Future[Tensor] = Future()
-        future.set_result(flat)
-        return future
+        return done(flat)
 
     def _all_reduce(self, flat: Tensor, dense_bytes: int, index: int, last: bool) -> Future[Tensor]:
         """The spec "none": what DDP does without a hook, counted."""
@@ -287,10 +292,3 @@ class GradientSync:
         self._executor.close()
         self._close_channels()
         self._close_channels = lambda: None
-
-
-def _all_finite(flat: Tensor) -> bool:
-    """Whether nothing in flat is NaN or Inf; one pass that allocates nothing for fp32 and fp64."""
-    if flat.dtype in (torch.float32, torch.float64):
-        return math.isfinite(float(flat.sum()))
-    return bool(torch.isfinite(flat).all())

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradq import wire
+from gradq.collectives.base import Channel
 from gradq.errors import PeerError, UnsupportedError
 from gradq.metrics import Event, Metrics
 
@@ -103,8 +104,12 @@ class PeerChannel:
 
 
 def open_channels(
-    group: dist.ProcessGroup, count: int, metrics: Metrics, timeout: timedelta | None = None
-) -> tuple[list[PeerChannel], Callable[[], None]]:
+    group: dist.ProcessGroup,
+    count: int,
+    metrics: Metrics,
+    timeout: timedelta | None = None,
+    device: torch.device | None = None,
+) -> tuple[Sequence[Channel], Callable[[], None]]:
     """Make process groups over the ranks of a group, one a channel. All its ranks must call this together.
 
     Args:
@@ -112,6 +117,7 @@ def open_channels(
         count: number of channels.
         metrics: takes the exchange times.
         timeout: of every exchange; the group's own by default.
+        device: of the messages; the CPU by default.
 
     Returns:
         The channels, and a function that gives their process groups back.
@@ -121,6 +127,10 @@ def open_channels(
     """
     if group.size() == 1:
         return [], lambda: None
+    if device is not None and device.type != "cpu":
+        from gradq.collectives.streams import open_stream_channels
+
+        return open_stream_channels(group, count, metrics, timeout, device)
     backend = _cpu_backend(group)
     if timeout is None:
         timeout = getattr(group._get_backend(torch.device("cpu")).options, "_timeout", None)

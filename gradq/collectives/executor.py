@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch.futures import Future
 
 from gradq.collectives.base import Pending
 from gradq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradq.collectives.streams import StreamExecutor
 
 __all__ = ["Executor"]
 
@@ -43,6 +47,13 @@ class Executor:
         self._threads: list[threading.Thread] = []
         self.failure: BaseException | None = None
         self._closed = False
+
+    @staticmethod
+    def on(device: torch.device) -> Executor | StreamExecutor:
+        """What drives collectives of a device: threads for CPU tensors, a side stream for CUDA tensors."""
+        from gradq.collectives.streams import StreamExecutor
+
+        return Executor() if device.type == "cpu" else StreamExecutor(device)
 
     def submit(self, steps: Iterator[Pending], result: Tensor) -> Future[Tensor]:
         """Run steps to the end; the future then holds result, or raises what a stage raised.

@@ -99,7 +99,8 @@ class HookState:
             )
             parameters = _describe(inner, self._names)
             self.spec, policy = self._policy(spec)
-            self.sync = GradientSync(parameters, policy, _label(self.spec), group, config)
+            device = _device(self._names)
+            self.sync = GradientSync(parameters, policy, _label(self.spec), group, config, device)
         except MismatchError:
             raise
         except GradqError as error:  # the other ranks are waiting in the handshake: tell them
@@ -245,8 +246,9 @@ def compress(
     All ranks call it with the same arguments, once, after wrapping the model and before the first step.
 
     Args:
-        model: a DistributedDataParallel model, or one that `fully_shard` was applied to (FSDP2, HSDP; see
-            `gradq.hooks.fsdp`), on CPU tensors over Gloo.
+        model: a DistributedDataParallel model on CPU tensors over Gloo or MPI, or on CUDA over NCCL (or
+            over Gloo, through host memory); or one on CPU tensors that `fully_shard` was applied to (FSDP2,
+            HSDP; see `gradq.hooks.fsdp`).
         spec: see `HookState`, like all that follow.
         group: process group; the model's own by default.
         feedback: "auto", True or False.
@@ -342,9 +344,9 @@ def _describe(module: nn.Module, names: dict[Tensor, str]) -> list[ParameterInfo
             raise UnsupportedError(
                 f"parameter {name!r} is {parameter.dtype}; gradq averages fp32, bf16, fp16 and fp64 gradients"
             )
-        if parameter.device.type != "cpu":
+        if parameter.device.type not in ("cpu", "cuda"):
             raise UnsupportedError(
-                f"parameter {name!r} is on {parameter.device}; this version of gradq runs on CPU tensors"
+                f"parameter {name!r} is on {parameter.device}; gradq runs on CPU and CUDA tensors"
             )
         parameters.append(
             ParameterInfo(
@@ -360,3 +362,18 @@ def _describe(module: nn.Module, names: dict[Tensor, str]) -> list[ParameterInfo
             "the model has no parameters that require gradients; there is nothing to average"
         )
     return parameters
+
+
+def _device(names: dict[Tensor, str]) -> torch.device:
+    """The device of all parameters.
+
+    Raises:
+        UnsupportedError: there are several, naming a parameter on each.
+    """
+    devices = {parameter.device: name for parameter, name in names.items()}
+    if len(devices) > 1:
+        found = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        raise UnsupportedError(
+            f"the parameters of a model must be on one device of a rank, not {found}; give each rank its own"
+        )
+    return next(iter(devices))

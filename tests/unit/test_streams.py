@@ -1,0 +1,100 @@
+"""The thread-free executor: results, failures and an end, on CPU tensors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from gradq.collectives import Executor
+from gradq.collectives.streams import StreamExecutor, done
+from gradq.errors import ConfigError
+from gradq.feedback import Feedback, still_finite
+
+CPU = torch.device("cpu")
+
+
+class Ready:
+    def __init__(self, seen=None, error=None):
+        self.seen, self.error = seen, error
+
+    def wait(self):
+        if self.error is not None:
+            raise self.error
+        if self.seen is not None:
+            self.seen.append(threading.get_ident())
+
+
+def test_everything_runs_on_the_calling_thread_before_submit_returns():
+    executor, seen, result = StreamExecutor(CPU), [], torch.ones(2, requires_grad=True)
+
+    def steps():
+        yield Ready(seen)
+        result.mul_(3)  # grad mode is off
+        yield Ready(seen)
+        seen.append("end")
+
+    future = executor.submit(steps(), result)
+    assert seen == [threading.get_ident()] * 2 + ["end"]
+    assert future.done()
+    assert future.wait() is result
+    assert result.tolist() == [3.0, 3.0]
+    executor.close()
+    with pytest.raises(ConfigError, match="closed"):
+        executor.submit(steps(), result)
+
+
+def test_after_a_failure_every_future_raises_its_cause():
+    executor, cause, later = StreamExecutor(CPU), RuntimeError("the link broke"), []
+
+    def failing():
+        yield Ready(error=cause)
+
+    def never():
+        later.append(1)
+        yield Ready()
+
+    for steps in (failing(), never()):
+        with pytest.raises(RuntimeError, match="the link broke"):
+            executor.submit(steps, torch.zeros(1)).wait()
+    assert executor.failure is cause
+    assert not later
+
+
+def test_the_device_chooses_the_executor():
+    executor = Executor.on(CPU)
+    assert isinstance(executor, Executor)
+    executor.close()
+    assert done(torch.ones(1)).wait().item() == 1.0
+
+
+def test_residuals_of_a_step_that_only_the_device_knows_to_be_bad_are_taken_back():
+    for finite in (True, False):
+        feedback = Feedback()
+        feedback.local.replace("a", torch.full((4,), 2.0))
+        with feedback.local.piece("a", 4, 0, 4) as (old, new):
+            new.copy_(old + 1)
+        feedback.finish(feedback.settle(torch.tensor(finite)))
+        assert feedback.local.current("a").tolist() == [3.0 if finite else 2.0] * 4
+        with feedback.local.piece("a", 4, 2, 4) as (old, _):
+            assert old.tolist() == [3.0 if finite else 2.0] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_finiteness_on_the_host(dtype):
+    good, bad = torch.ones(9, dtype=dtype), torch.tensor([1.0, torch.inf], dtype=dtype)
+    assert still_finite(True, good) is True
+    assert still_finite(True, bad) is False
+    assert still_finite(False, good) is False
+
+
+@pytest.mark.gpu
+def test_finiteness_on_the_device():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        good, bad = torch.ones(9, device="cuda"), torch.full((2,), torch.inf, device="cuda")
+        flags = [still_finite(still_finite(True, a), b) for a in (good, bad) for b in (good, bad)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [bool(flag) for flag in flags] == [True, False, False, False]
