@@ -152,6 +152,12 @@ class ShardedSync(GradientSync):
         work_dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
         if layout is None:
             segments = self._segments(self.plan, names, flat)
+            for name in names:
+                if self.parameters[name].dtype != flat.dtype:
+                    raise UnsupportedError(
+                        f"the gradient of {name!r} is reduced in {flat.dtype}, but was to be in "
+                        f"{self.parameters[name].dtype} when gradq.compress was called; call it afterwards"
+                    )
             setting = self._setting_with_scratch(flat.device, 0, "wire_bytes")
             layout = self._layouts[key] = ReduceScatter(segments, work_dtype, setting)
         work = flat

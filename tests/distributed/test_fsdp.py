@@ -613,6 +613,10 @@ def wrong(rank: int, cases: list[str]) -> list[str]:
                 handle = gradq.compress(model)
                 handle._units[0].shards.pop()
                 backward(model, rank, 0, {})
+            elif case == "another dtype":
+                handle = gradq.compress(model)
+                model.to(torch.bfloat16)
+                backward(model, rank, 0, {"dtype": torch.bfloat16})
             messages.append("no error")
         except gradq.GradqError as error:
             messages.append(f"{type(error).__name__}: {error}")
@@ -629,6 +633,7 @@ WRONG = {
     "two meshes": ["UnsupportedError", "other ranks"],
     "ranks disagree": ["MismatchError", "'int8'", "'int4'", "rank 1"],
     "one rank is wrong": ["int9"],
+    "another dtype": ["UnsupportedError", "bfloat16", "float32", "second.weight"],
     "layout": ["UnsupportedError", "elements"],
 }
 
