@@ -3,9 +3,9 @@
     python benchmarks/diloco.py
 
 Every run trains `examples/diloco.py` on real ranks: the same data, schedule and tokens as the synchronous
-runs of `benchmarks/accuracy_ddp.py`, whose record is the yardstick (--synchronous; run that first). The
-criterion: the mean validation loss within 1 % of synchronous training, with at least 100 times fewer bytes.
-Bytes are compared with dense all-reduces in every step, in fp32 (the gradients' own dtype) and in bf16.
+runs of `benchmarks/accuracy_ddp.py`, whose record is the yardstick (--synchronous; what it does not have is
+run here). The criterion: the mean validation loss within 1 % of synchronous training, with at least 100 times
+fewer bytes than dense all-reduces in every step, in fp32 (the gradients' own dtype) and in bf16.
 
 The losses do not depend on timing. Finished runs are kept in --partial and not repeated, so an interrupted
 benchmark continues where it was. The outer learning rate and momentum, and the inner learning rate, were
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def run(settings: Record, ranks: int) -> Record:
-    """One training run.
+def start(script: str, settings: Record, ranks: int) -> list[Record]:
+    """Run an example on ranks of this machine; returns its log.
 
     Raises:
         SystemExit: it failed; its last words are in the message.
@@ -58,15 +59,18 @@ def run(settings: Record, ranks: int) -> Record:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), str(ROOT / "examples" / "diloco.py")]
+        command += ["--nproc-per-node", str(ranks), str(ROOT / "examples" / script), f"--log-file={log}"]
         command += [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
         environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ
-        done = subprocess.run(
-            [*command, f"--log-file={log}"], env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"{settings} failed:\n{done.stderr[-3000:]}")
-        outcome = json.loads(log.read_text())
+            raise SystemExit(f"{script} {settings} failed:\n{done.stderr[-3000:]}")
+        return read(log)
+
+
+def run(settings: Record, ranks: int) -> Record:
+    """One DiLoCo run."""
+    (outcome,) = start("diloco.py", settings, ranks)
     stats = outcome["stats"]
     return settings | {
         "ranks": ranks,
@@ -79,21 +83,23 @@ def run(settings: Record, ranks: int) -> Record:
     }
 
 
-def yardstick(path: Path, args: argparse.Namespace) -> dict[int, float]:
-    """The synchronous losses by seed.
+def run_synchronous(settings: Record, ranks: int) -> Record:
+    """One run of train_gpt.py with plain DDP, at its default learning rate."""
+    header, *_, summary = start("train_gpt.py", settings | {"eval-every": 0}, ranks)
+    return settings | {
+        "ranks": ranks,
+        "val_loss": summary["val_loss"],
+        "lr": header["config"]["lr"],
+        "environment": header["environment"],
+        "commit": git_commit(ROOT),
+    }
 
-    Raises:
-        SystemExit: the record is of other runs.
-    """
-    record = json.loads(path.read_text())
-    runs = [r for r in record["runs"] if r["codec"] == "none"]
-    for name in ("steps", "params", "ranks", "batch_size"):
-        if any(r[name] != getattr(args, name) for r in runs):
-            raise SystemExit(f"{path} has {name}={runs[0][name]}, this run {getattr(args, name)}")
-    losses = {r["seed"]: r["val_loss"] for r in runs}
-    if missing := set(args.seeds) - losses.keys():
-        raise SystemExit(f"{path} has no synchronous run of the seeds {sorted(missing)}")
-    return losses
+
+def recorded(path: Path, args: argparse.Namespace) -> dict[int, float]:
+    """The synchronous losses of a record by seed; none if it is of other runs."""
+    runs = [r for r in json.loads(path.read_text())["runs"] if r["codec"] == "none"] if path.exists() else []
+    names = ("steps", "params", "ranks", "batch_size")
+    return {r["seed"]: r["val_loss"] for r in runs if all(r[name] == getattr(args, name) for name in names)}
 
 
 def compare(name: str, runs: list[Record], synchronous: dict[int, float]) -> Record:
@@ -143,21 +149,30 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the benchmark."""
     args = parse_args()
-    synchronous = yardstick(args.synchronous, args)
+    synchronous = recorded(args.synchronous, args)
     args.partial.parent.mkdir(parents=True, exist_ok=True)
-    names = ("steps", "params", "batch_size", "lr", "outer_lr", "outer_momentum")
-    fixed = {name: getattr(args, name) for name in names}
     finished = read(args.partial)
-    rows, runs = [], []
+
+    def once(key: Record, train: Callable[[Record, int], Record]) -> Record:
+        """A run, unless it was finished before."""
+        for record in finished:
+            if all(record.get(name) == value for name, value in (key | {"ranks": args.ranks}).items()):
+                return record
+        record = train(key, args.ranks)
+        with args.partial.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        return record
+
+    common = {name: getattr(args, name) for name in ("steps", "params", "batch_size")}
+    fixed = common | {name: getattr(args, name) for name in ("lr", "outer_lr", "outer_momentum")}
+    rows, runs, baselines = [], [], []
     for seed in args.seeds:
+        if seed not in synchronous:
+            baselines.append(once(common | {"codec": "none", "seed": seed}, run_synchronous))
+            synchronous[seed] = baselines[-1]["val_loss"]
+            print(f"seed {seed} synchronous: loss {synchronous[seed]:.4f}", flush=True)
         for variant in args.variants:
-            settings = fixed | DEFAULTS | VARIANTS[variant] | {"seed": seed}
-            key = settings | {"ranks": args.ranks}
-            record = next((r for r in finished if all(r[k] == v for k, v in key.items())), None)
-            if record is None:
-                record = run(settings, args.ranks)
-                with args.partial.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+            record = once(fixed | DEFAULTS | VARIANTS[variant] | {"seed": seed}, run)
             runs.append(record | {"variant": variant})
             excess = record["val_loss"] / synchronous[seed] - 1
             print(f"seed {seed} {variant}: loss {record['val_loss']:.4f}, {excess:+.2%}", flush=True)
@@ -172,11 +187,12 @@ def main() -> None:
     commits = sorted({r["commit"] for r in runs})
     path = write_record(
         args.out,
-        "diloco",
+        "diloco" if args.steps == 750 else f"diloco_{args.steps}_steps",
         environment=runs[0]["environment"],
         commit=commits[0] if len(commits) == 1 else commits,
         settings=fixed | DEFAULTS | {"ranks": args.ranks, "seeds": args.seeds},
-        synchronous=args.synchronous.name,
+        synchronous={seed: synchronous[seed] for seed in args.seeds},
+        synchronous_from="runs of this benchmark" if baselines else args.synchronous.name,
         tuning=json.loads(args.tuning.read_text()) if args.tuning else None,
         results=rows,
         runs=[{k: v for k, v in r.items() if k != "environment"} for r in runs],

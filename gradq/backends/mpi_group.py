@@ -135,7 +135,7 @@ class MPIProcessGroup(dist.ProcessGroup):
                 self._collectives.Free()
 
     def abort(self) -> None:
-        """Give up all operations under way."""
+        """Refuse all later operations; those under way end when they are done or their time is up."""
         self._fail(PeerError("the process group was aborted"))
 
     # --- collectives ---------------------------------------------------------------------------------------

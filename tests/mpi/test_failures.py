@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from harness import launch
 
+import gradq
+from gradq.backends import mpi
+
 LIBRARIES = [pytest.param("mpich"), pytest.param("openmpi", marks=pytest.mark.slow)]
 START = """
 import os, signal, sys, time
@@ -177,3 +180,23 @@ def test_a_missing_library_is_named(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "ConfigError: mpi4py finds no MPI library" in done.stderr
     assert "MPI4PY_LIBMPI" in done.stderr
+
+
+def test_a_missing_package_is_named(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(gradq.ConfigError, match=r"pip install 'gradq\[mpi\]'"):
+        mpi.init()
+
+
+def test_the_address_that_other_nodes_are_told(monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert mpi._own_address() == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope0")
+    with pytest.raises(gradq.ConfigError, match="GLOO_SOCKET_IFNAME=nope0"):
+        mpi._own_address()
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(mpi.socket, "gethostbyname", lambda host: "10.1.2.3")
+    assert mpi._own_address() == "10.1.2.3"
+    monkeypatch.setattr(mpi.socket, "gethostbyname", lambda host: "127.0.1.1")  # Debian's /etc/hosts
+    with pytest.raises(gradq.ConfigError, match="MASTER_ADDR"):
+        mpi._own_address()
