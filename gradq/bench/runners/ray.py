@@ -312,7 +312,7 @@ def _check_reachable(cluster: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, ValueError) as error:
         raise BenchError(
-            f"cannot reach the Ray cluster {cluster}: {error}; `ray start --head` on the head prints its address"
+            f"cannot reach the Ray cluster {cluster}: {error}; `ray start --head` prints the address"
         ) from None
 
 
