@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=list(RATES), help="(default %(default)s)")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), help="(default %(default)s)")
     parser.add_argument("--losses", action="store_true", help="final losses instead of times")
-    parser.add_argument("--loss-steps", type=int, default=60, help="(default 60)")
+    parser.add_argument("--loss-steps", type=int, default=40, help="(default 40)")
     parser.add_argument("--plan", action="store_true", help="show the plan only")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
     args = parser.parse_args()

@@ -103,7 +103,7 @@ def register_hivemind(model: DistributedDataParallel, name: str) -> Callable[[],
         Payload bytes this rank has sent so far.
 
     Raises:
-        ConfigError: hivemind is not installed or has no such class.
+        ConfigError: hivemind is not installed or has no such class. UnsupportedError: it does not work here.
     """
     try:
         from hivemind import compression  # type: ignore[import-not-found,unused-ignore]
@@ -112,12 +112,19 @@ def register_hivemind(model: DistributedDataParallel, name: str) -> Callable[[],
     if not hasattr(compression, name):
         known = [entry for entry in dir(compression) if entry.endswith(("Quantization", "Compression"))]
         raise ConfigError(f"hivemind has no compression {name!r}; it has {', '.join(known)}")
-    codec = getattr(compression, name)()
+    try:
+        codec = getattr(compression, name)()
+        sample = torch.randn(4096)
+        codec.extract(codec.compress(sample, compression.CompressionInfo.from_tensor(sample)))
+    except Exception as error:  # of any kind: it is another's code and its dependencies
+        raise UnsupportedError(
+            f"hivemind's {name} does not work here: {type(error).__name__}: {error}"
+        ) from error
     world_size, sent = dist.get_world_size(), [0.0]
 
     def average(state: object, bucket: GradBucket) -> Future[Tensor]:
         flat = bucket.buffer()
-        message = codec.compress(flat)
+        message = codec.compress(flat, compression.CompressionInfo.from_tensor(flat))
         own = torch.frombuffer(bytearray(message.SerializeToString()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
         dist.all_gather(sizes, torch.tensor([own.numel()]))

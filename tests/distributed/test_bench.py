@@ -1,4 +1,4 @@
-"""`gradq bench` as a user runs it: real ranks, records, errors that end cleanly. Clusters and links: beside."""
+"""`gradq bench` as a user runs it: real ranks, records, errors that end cleanly."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_no_cluster_is_explained(tmp_path):
     done = bench(*options, timeout=200, check=False)
     assert done.returncode == 2
     assert "cannot reach the Ray cluster 127.0.0.1:1" in done.stderr
-    assert "Traceback" not in done.stderr.rpartition("error:")[2]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -80,6 +81,7 @@ class RayRunner(Runner):
         Raises:
             BenchError: there is no such cluster, or it has not enough nodes, CPUs or GPUs.
         """
+        _check_reachable(self.cluster)
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self.cluster == "local":
             options |= {
@@ -295,6 +297,23 @@ class RayRunner(Runner):
         ]
         done = [cleaner.clean.remote(self._folder) for cleaner in cleaners]
         self._ray.wait(done, num_returns=len(done), timeout=60.0)
+
+
+def _check_reachable(cluster: str) -> None:
+    """Knock at the address first: Ray itself goes on trying for minutes.
+
+    Raises:
+        BenchError: nobody answers.
+    """
+    host, colon, port = cluster.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise BenchError(
+            f"cannot reach the Ray cluster {cluster}: {error}; `ray start --head` prints the address"
+        ) from None
 
 
 def _make_token() -> Path | None:
