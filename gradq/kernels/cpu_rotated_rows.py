@@ -200,7 +200,7 @@ def quantize_value(z: Any, inverse: Any, quantizer: Any) -> Any:
 
 @jit
 def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, to_unit: float) -> None:
-    """x + residual with its signs, times to_unit, to the tile; sums of squares, the largest magnitude."""
+    """X + residual with its signs, times to_unit, to the tile; sums of squares, the largest magnitude."""
     clear_sums(at)
     loss, unit = constant_row(np.float32(unscale)), constant_row(np.float32(to_unit))
     for row in range(rows):

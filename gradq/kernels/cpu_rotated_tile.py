@@ -87,7 +87,7 @@ def _sign(word: Any) -> Any:
 
 @jit
 def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
-    """x + unscale * residual with signs to SIGNED; transformed at distances 1 to 8 to the tile; sums."""
+    """X + unscale * residual with signs to SIGNED; transformed at distances 1 to 8 to the tile; sums."""
     clear_sums(at)
     if residual_at != 0:
         _start(x_at, residual_at, at, np.float32(unscale), True)
