@@ -17,8 +17,8 @@ rot2         6     6  7(6)     7     8
 rot4         7     8     8    >8    >8
 ======== ===== ===== ===== ===== =====
 
-That is at most num_bits + 2 + ½ log2(W), rounded up, for uniform codecs, and one bit more for codecs that err as
-if they had one more. With feedback the error of phase 1 is larger and one bit less would do. Of the widths
+That is at most num_bits + 2 + ½ log2(W), rounded up, for uniform codecs, and one bit more for codecs that err
+as if they had one more. With feedback the error of phase 1 is larger and one bit less would do. Of the widths
 only 6 and 8 are used: 5 and 7 take twice as long to decode. Where 8 are not enough (int4 at 64 ranks: + 13 %;
 rot4: + 38 %, + 19 % with feedback) the next is bf16, at twice the bytes: for that the spec must ask.
 """
