@@ -40,9 +40,9 @@ class BitAllocation:
         every: steps between plans. The first comes after so many.
         samples: steps of them in which the candidates are measured; the last one, and others evenly before.
             One costs as much as encoding and decoding the gradients once for every candidate.
-        weighting: "energy": a parameter counts by the size of its error, as it does in the gradient vector
-            and in SGD; "relative": by the error's share of its gradient times its elements, as it does in
-            Adam, which divides the size of a gradient out.
+        weighting: "energy": a parameter counts by the size of its error, as in the gradient vector;
+            "relative": by the error's share of its gradient times its elements, so that loud parameters get
+            no more than quiet ones. See docs/bits.md for what was measured.
         exact: see `FixedPolicy`.
         feedback: see `FixedPolicy`. A parameter that moves to a codec without feedback loses its residual.
 
@@ -62,7 +62,7 @@ class BitAllocation:
         candidates: Sequence[str | Codec] = CANDIDATES,
         every: int = 100,
         samples: int = 2,
-        weighting: str = "relative",
+        weighting: str = "energy",
         exact: ExactRule = (),
         feedback: bool | str = "auto",
     ) -> None:

@@ -195,7 +195,7 @@ def test_the_label_has_every_setting():
             {},
             {"every": 50},
             {"samples": 1},
-            {"weighting": "energy"},
+            {"weighting": "relative"},
             {"candidates": ["int4", "int8"]},
             {"bytes_of": "int3"},
         )
