@@ -11,6 +11,7 @@ the 20th and 80th percentile. A ratio of 1 means: as fast as copying the gradien
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import re
@@ -25,7 +26,9 @@ from llvmlite import binding
 from torch import Tensor
 
 from gradq.bench.records import environment, write_record
-from gradq.kernels import cpu
+from gradq.kernels import cpu, cpu_low_rank, cpu_topk
+from gradq.kernels.topk import TopK
+from gradq.kernels.topk import payload_bytes as topk_bytes
 
 SCALE_DTYPE = torch.bfloat16
 MAX_ROWS = 8
@@ -165,6 +168,53 @@ def exact_rows(x: Tensor, out: Tensor) -> list[Row]:
     return rows
 
 
+def topk_rows(x: Tensor, residual: Tensor, new_residual: Tensor, out: Tensor) -> list[Row]:
+    """Top-k at several densities."""
+    rows: list[Row] = []
+    for percent in (0.1, 1.0, 10.0):
+        form = TopK(percent, num_bits=4, block_size=4096)
+        payloads = torch.empty(4, topk_bytes(x.numel(), form), dtype=torch.uint8)
+        for row in payloads:
+            cpu_topk.topk_encode(x, row, topk=form, residual=None, new_residual=None, loss_scale=1.0)
+        calls: dict[str, Callable[[], object]] = {
+            "encode": lambda p=payloads, f=form: cpu_topk.topk_encode(
+                x, p[0], topk=f, residual=residual, new_residual=new_residual, loss_scale=1.0
+            ),
+            "decode": lambda p=payloads, f=form: cpu_topk.topk_decode(p[0], out, topk=f),
+            "mean of 4": lambda p=payloads, f=form: cpu_topk.topk_decode_mean(p, out, topk=f),
+        }
+        for operation, call in calls.items():
+            facts = {"operation": operation, "percent": percent}
+            feedback = ", feedback" if operation == "encode" else ""
+            rows.append((f"topk {operation} {percent:g} %{feedback}", facts, call))
+    return rows
+
+
+def low_rank_rows(x: Tensor, residual: Tensor, new_residual: Tensor, out: Tensor) -> list[Row]:
+    """Low rank on a square matrix."""
+    rows: list[Row] = []
+    side = math.isqrt(x.numel())
+    x, residual, value, out = (t[: side * side] for t in (x, residual, new_residual, out))
+    for rank in (1, 4, 16):
+        basis, factor = torch.randn(rank, side), torch.empty(rank, side)
+        lost = torch.zeros(side * side)
+        calls: dict[str, Callable[[], object]] = {
+            "project right": lambda b=basis, f=factor: cpu_low_rank.project(
+                x, residual, value, b, f, left=False, loss_scale=1.0
+            ),
+            "project left": lambda b=basis, f=factor: cpu_low_rank.project(
+                x, residual, value, b, f, left=True, loss_scale=1.0
+            ),
+            "residual": lambda b=basis, f=factor, v=lost: cpu_low_rank.remove(b, f, v, loss_scale=1.0),
+            "reconstruct": lambda b=basis, f=factor: cpu_low_rank.reconstruct(b, f, out),
+            "orthonormalize": lambda b=basis, f=factor: cpu_low_rank.orthonormalize(b, f, key=0),
+        }
+        for operation, call in calls.items():
+            facts = {"operation": operation, "low_rank": rank, "side": side}
+            rows.append((f"low rank {rank} {operation}", facts, call))
+    return rows
+
+
 def measure(
     memcpy: Callable[[], object], rows: list[Row], rounds: int, clock: Callable[[], float]
 ) -> list[dict[str, object]]:
@@ -213,6 +263,7 @@ def main() -> None:
     facts, clock = environment() | {"cpu_target": binding.get_host_cpu_name()}, CLOCKS[arguments.clock]
     copy_name, memcpy = faster_copy(x, out, clock)
     rows = encode_rows(x, widest, residual, new_residual) + decode_rows(x, payloads, out) + exact_rows(x, out)
+    rows += topk_rows(x, residual, new_residual, out) + low_rank_rows(x, residual, new_residual, out)
     rows = [row for row in rows if re.search(arguments.only, row[0])]
     records = measure(memcpy, rows, arguments.rounds, clock)
     facts["load_average_after"] = os.getloadavg()[0]

@@ -302,7 +302,7 @@ def parse_args() -> argparse.Namespace:
             text, options = f"{text} (default {default})", {"type": type(default)} | options
         parser.add_argument(name, default=default, help=text, **options)
 
-    add("--codec", "int4", "gradq spec: none, fp32, bf16, fp16, int8 ... int2, int4+int4")
+    add("--codec", "int4", "gradq spec: none, bf16, int8, int4+int4, rot4, topk, powersgd:4, ...")
     add("--feedback", "auto", "error feedback", choices=FEEDBACK)
     add("--collective", "auto", "how it is averaged: auto, direct, two_phase, ...")
     add("--params", "1m", "model size", choices=PRESETS)

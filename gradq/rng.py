@@ -57,7 +57,8 @@ def dither_key(seed: int, step: int, parameter: int, phase: int) -> int:
         seed: the run's seed.
         step: optimizer step, from 0.
         parameter: `name_id` of the parameter.
-        phase: 1 for a rank's own gradient, 2 for the mean that a shard's owner sends.
+        phase: 1 for a rank's own gradient, 2 for the mean that a shard's owner sends, 3 for the random
+            vectors of `collectives.low_rank`.
 
     Returns:
         An integer in [0, 2**64). The kernels use its two 32-bit halves.

@@ -41,19 +41,30 @@ class HookState:
 
     Args:
         module: the model, wrapped in DistributedDataParallel or not.
-        spec: how gradients travel: "none", "fp32", "bf16", "fp16", "int8" ... "int2", two of them as
-            "phase1+phase2", a codec or a `Spec`; a mapping of rules such as {"wte*": "int8", "*": "int4"}
-            (see `MixedPolicy`); or a policy object, such as `BitAllocation`. "int4" sends gradients in 4 bits
-            and their means in more, by the number of ranks.
+        spec: how gradients travel; a string, a codec, a `Spec`, a mapping of rules such as {"wte*": "int8",
+            "*": "int4"} (see `MixedPolicy`), or a policy object such as `BitAllocation`. The strings:
+            "none": DDP's own all-reduce, counted.
+            "fp32", "bf16", "fp16": a cast, of everything.
+            "int8" ... "int2", "rot4", "nf4", "sign" or any of `gradq.codecs.names()`: quantized. "int4" sends
+            gradients in 4 bits and their means in more, by the number of ranks; "int4+int4" names the codec
+            of both.
+            "topk": the 1 % of largest magnitude in each block; "topk(percent=0.1)" fewer. Always with error
+            feedback. Up to 4 ranks everyone sends to everyone; beyond, owners average and send on the largest
+            2 % of the means (see `gradq.collectives.sparse`).
+            "powersgd:4": matrices as a product of rank 4, one average a step, always with error feedback (see
+            `gradq.collectives.low_rank`); all else exact. "powersgd:4+int8" sends what is left in that codec.
         group: the process group DDP averages over; DDP's own, or the default group.
-        feedback: error feedback: "auto" (at 4 bits and below), True or False. It keeps two fp32 copies of
-            the compressed gradients.
+        feedback: error feedback: "auto" (at 4 bits and below, top-k and low rank), True or False. It keeps
+            two fp32 copies of the compressed gradients. Top-k and low rank do not converge without it, so
+            False is an error there.
         exact: names or shell patterns of parameters that travel exact besides those with fewer than 1024
             elements or one dimension; or a predicate over `ParameterInfo` that decides alone. See
             `FixedPolicy` for casts such as "bf16".
         seed: of the stochastic rounding. Same seed, same bytes.
-        collective: "auto" (direct at two ranks, else two_phase), "direct", "two_phase" or "hierarchical"
-            (exact inside a node, compressed between nodes; see `gradq.collectives.hierarchical`).
+        collective: "auto" (direct at two ranks, else two_phase; sparse for top-k), "direct", "two_phase" or
+            "hierarchical" (exact inside a node, compressed between nodes; see
+            `gradq.collectives.hierarchical`). Low rank averages its factors by it. A policy may choose for
+            each parameter (`Assignment`).
         residual_dtype: "fp32", or "bf16" for half the memory at an unrecovered rounding of 2**-9.
         grad_scaler: a `torch.amp.GradScaler`: residuals are then kept in unscaled units.
         timeout: of an exchange; the group's by default.

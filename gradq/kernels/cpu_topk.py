@@ -32,12 +32,16 @@ from gradq.kernels.numba_tools import (
 from gradq.kernels.topk import SCALE_BYTES, Block, TopK, payload_bytes
 from gradq.kernels.vector import (
     LANES,
+    as_words,
     constant_row,
     constant_words,
     load_row,
     load_words,
     mask_at_least,
+    maximum_words,
     prefetch,
+    store_row,
+    store_words,
     stream_row,
     trailing_zeros,
 )
@@ -188,6 +192,46 @@ def _write(value_at: Any, out_at: Any, L: Any, factor: Any) -> None:
         out[j] = value[j] * factor
 
 
+@inline
+def _load(
+    x_at: Any, residual_at: Any, value_at: Any, magnitudes_at: Any, L: Any, block_size: Any, unscale: Any
+) -> Any:
+    """Store x + residual * unscale and its magnitudes, padded with zeros; return the bits of the largest."""
+    most_W, mask, factor = (
+        constant_words(np.uint32(0)),
+        constant_words(np.uint32(0x7FFFFFFF)),
+        constant_row(unscale),
+    )
+    for row in range(L // LANES):
+        at = 4 * LANES * row
+        prefetch(x_at + 4 * block_size + at)  # of the next block
+        value_R = load_row(x_at + at)
+        if residual_at != 0:
+            prefetch(residual_at + 4 * block_size + at)
+            value_R = value_R + load_row(residual_at + at) * factor
+        store_row(value_at + at, value_R)
+        magnitudes_W = as_words(value_R) & mask
+        store_words(magnitudes_at + at, magnitudes_W)
+        most_W = maximum_words(most_W, magnitudes_W)
+    most, done = np.uint32(0), L // LANES * LANES
+    largest = np.empty(LANES, np.uint32)
+    store_words(largest.ctypes.data, most_W)
+    for j in range(LANES):
+        most = np.uint32(max(most, largest[j]))
+    keep(largest)
+    x, residual = f32_at(x_at + 4 * done, L - done), f32_at(residual_at + 4 * done, L - done)
+    value, magnitudes = f32_at(value_at + 4 * done, L - done), u32_at(magnitudes_at + 4 * done, 16)
+    for j in range(L - done):
+        value[j] = x[j]
+        if residual_at != 0:
+            value[j] += residual[j] * unscale
+        magnitudes[j] = np.uint32(as_bits(value[j]) & np.uint32(0x7FFFFFFF))
+        most = np.uint32(max(most, magnitudes[j]))
+    for j in range(L - done, 16):
+        magnitudes[j] = np.uint32(0)
+    return most
+
+
 @jit
 def _encode(
     x_at: int,
@@ -202,7 +246,7 @@ def _encode(
     loss_scale: float,
     inverse_loss_scale: float,
 ) -> None:
-    x, payload = f32_at(x_at, n), u8_at(payload_at, nbytes)
+    payload = u8_at(payload_at, nbytes)
     residual, new_residual = f32_at(residual_at, n), f32_at(new_residual_at, n)
     value_B, magnitudes_B = np.empty(block_size, np.float32), np.empty(block_size + 16, np.uint32)
     value_at, magnitudes_at = value_B.ctypes.data, magnitudes_B.ctypes.data
@@ -217,24 +261,9 @@ def _encode(
         L = min(block_size, n - start)
         shape = shapes[1 if block_size > L else 0]
         k, low_bits, code_bytes, high_bytes, low_bytes = shape[0], shape[1], shape[2], shape[3], shape[4]
-        value, magnitudes, x_L = value_B[:L], magnitudes_B[:L], x[start : start + L]
-        most = np.uint32(0)
-        if residual_at != 0:
-            residual_L = residual[start : start + L]
-            for j in range(L):
-                value[j] = x_L[j] + residual_L[j] * unscale
-        else:
-            for j in range(L):
-                value[j] = x_L[j]
-        for j in range(L):
-            magnitudes[j] = np.uint32(as_bits(value[j]) & np.uint32(0x7FFFFFFF))
-            most = np.uint32(max(most, magnitudes[j]))
-        for j in range(L, (L + 15) // 16 * 16):
-            magnitudes_B[j] = np.uint32(0)
-        for row in range(block_size // 16):  # of the next block
-            prefetch(x_at + 4 * (start + block_size) + 64 * row)
-            if residual_at != 0:
-                prefetch(residual_at + 4 * (start + block_size) + 64 * row)
+        value, magnitudes = value_B[:L], magnitudes_B[:L]
+        old_at = 0 if residual_at == 0 else residual_at + 4 * start
+        most = _load(x_at + 4 * start, old_at, value_at, magnitudes_at, L, block_size, unscale)
         bits = _scale_bits(as_float(most), qmax)
         payload[number * SCALE_BYTES] = np.uint8(bits)
         payload[number * SCALE_BYTES + 1] = np.uint8(bits >> np.uint32(8))

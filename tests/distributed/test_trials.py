@@ -16,6 +16,7 @@ from gradq.sync_config import SyncConfig
 from gradq.testing import run_ranks
 
 SPECS = ["int8", "int4", "int4+int4", "int3+int8", "int5", "int6+int2", "bf16", "fp32", "int4(block_size=64)"]
+SPECS += ["topk(percent=5,block_size=256)", "powersgd:2", "powersgd:3+int4+int4"]
 
 
 def trial(rng: random.Random) -> dict:
