@@ -29,6 +29,7 @@ from gradq.kernels.cpu_rotated_rows import (
     clear_sums,
     finish_rows,
     fold,
+    is_ordinary,
     largest_of,
     levels_of_rows,
     quantize_rows,
@@ -96,13 +97,15 @@ def _start(x_at: Any, residual_at: Any, at: Any, rows: Any, groups: Any, unscale
     Of a full tile the transform's high stages are still to come.
 
     Returns:
-        The largest exponent, and the factor the tile was multiplied by.
+        The largest exponent (127 for any that needs no care), and the factor the tile was multiplied by.
     """
+    exponent, to_unit, done = np.int32(127), np.float32(1), False
     if rows == 256:
         start_tile(x_at, residual_at, at, unscale)
-    else:
+        done = is_ordinary(at)
+    if not done:
         start_rows(x_at, residual_at, at, rows, unscale, 1.0)
-    exponent, to_unit = np.int32(largest_of(at) >> np.uint32(23)), np.float32(1)
+        exponent = np.int32(largest_of(at) >> np.uint32(23))
     if exponent == 0 or exponent == 255:
         for z_at in range(at, at + 64 * rows, 4 * LANES):
             store_row(z_at, constant_row(np.float32(0)))
@@ -110,8 +113,8 @@ def _start(x_at: Any, residual_at: Any, at: Any, rows: Any, groups: Any, unscale
     elif exponent < 87 or exponent >= 167:
         to_unit = as_float(np.uint32(min(max(254 - exponent, 1), 253)) << np.uint32(23))
         start_rows(x_at, residual_at, at, rows, unscale, float(to_unit))
-        if rows == 256:
-            low_stages(at, 256)
+    if rows == 256 and not done:
+        low_stages(at, 256)
     fold(at + SUMS, groups, at + ENERGY)
     if rows != 256:
         rotate(at, rows, at + WORDS)
