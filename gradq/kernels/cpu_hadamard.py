@@ -78,7 +78,7 @@ def low_stages(at: int, size: int) -> None:
     if size >= 16:
         for row in range(0, size, 16):
             for part in range(0, 64, 4 * LANES):
-                hadamard_rows(at + 64 * row + part, 64, at + 64 * row + part, 64)
+                hadamard_rows(at + 64 * row + part, 64, at + 64 * row + part, 64, constant_row(np.float32(1)))
     else:
         distance = 1
         while distance < size:
@@ -91,7 +91,7 @@ def high_stages(at: int, size: int) -> None:
     """Distances 16, 32, ... of `size` rows, a power of two, in place."""
     if size == 256:
         for first in range(at, at + 1024, 4 * LANES):
-            hadamard_rows(first, 1024, first, 1024)
+            hadamard_rows(first, 1024, first, 1024, constant_row(np.float32(1)))
     else:
         distance = 16
         while distance < size:

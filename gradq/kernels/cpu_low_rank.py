@@ -13,15 +13,14 @@ from torch import Tensor
 
 from gradq.kernels.low_rank import ATTEMPTS, INDEPENDENT, vector_seed
 from gradq.kernels.numba_tools import address, as_bits, as_float, f32_at, inline, jit, keep, mix32
-from gradq.kernels.vector import constant_row, load_row, store_row
+from gradq.kernels.vector import LANES, constant_row, load_row, store_row
 
 __all__ = ["orthonormalize", "project", "reconstruct", "remove"]
 
 
 @inline
-def _tail(sums: Any, a_at: Any, b_at: Any, length: Any, scratch: Any) -> Any:
-    """Add the last, incomplete row of an inner product, and its 16 sums."""
-    store_row(scratch.ctypes.data, sums)
+def _tail(a_at: Any, b_at: Any, length: Any, scratch: Any) -> Any:
+    """Add to the 16 sums in scratch what whole rows of 16 leave, and add the sums."""
     whole = length // 16 * 16
     a, b = f32_at(a_at + 4 * whole, length - whole), f32_at(b_at + 4 * whole, length - whole)
     for j in range(length - whole):
@@ -34,27 +33,33 @@ def _tail(sums: Any, a_at: Any, b_at: Any, length: Any, scratch: Any) -> Any:
 
 @inline
 def _inner(a_at: Any, b_at: Any, length: Any, scratch: Any) -> Any:
-    sums = constant_row(np.float32(0))
-    for j in range(length // 16):
-        sums = sums + load_row(a_at + 64 * j) * load_row(b_at + 64 * j)
-    return _tail(sums, a_at, b_at, length, scratch)
+    for part in range(0, 64, 4 * LANES):
+        sums = constant_row(np.float32(0))
+        for at in range(part, length // 16 * 64, 64):
+            sums = sums + load_row(a_at + at) * load_row(b_at + at)
+        store_row(scratch.ctypes.data + part, sums)
+    return _tail(a_at, b_at, length, scratch)
 
 
 @inline
-def _inner_4(a_at: Any, b_at: Any, stride: Any, length: Any, scratch: Any, out: Any) -> None:
+def _inner_4(a_at: Any, b_at: Any, stride: Any, length: Any, scratch_4: Any, out: Any) -> None:
     """Inner products of one vector with four: their additions overlap."""
-    zero = constant_row(np.float32(0))
-    s0, s1, s2, s3 = zero, zero, zero, zero
-    for j in range(length // 16):
-        a, at = load_row(a_at + 64 * j), b_at + 64 * j
-        s0 = s0 + a * load_row(at)
-        s1 = s1 + a * load_row(at + stride)
-        s2 = s2 + a * load_row(at + 2 * stride)
-        s3 = s3 + a * load_row(at + 3 * stride)
-    out[0] = _tail(s0, a_at, b_at, length, scratch)
-    out[1] = _tail(s1, a_at, b_at + stride, length, scratch)
-    out[2] = _tail(s2, a_at, b_at + 2 * stride, length, scratch)
-    out[3] = _tail(s3, a_at, b_at + 3 * stride, length, scratch)
+    for part in range(0, 64, 4 * LANES):
+        zero = constant_row(np.float32(0))
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for at in range(part, length // 16 * 64, 64):
+            a, there = load_row(a_at + at), b_at + at
+            s0 = s0 + a * load_row(there)
+            s1 = s1 + a * load_row(there + stride)
+            s2 = s2 + a * load_row(there + 2 * stride)
+            s3 = s3 + a * load_row(there + 3 * stride)
+        to = scratch_4.ctypes.data + part
+        store_row(to, s0)
+        store_row(to + 64, s1)
+        store_row(to + 128, s2)
+        store_row(to + 192, s3)
+    for k in range(4):
+        out[k] = _tail(a_at, b_at + k * stride, length, scratch_4[16 * k : 16 * k + 16])
 
 
 @jit
@@ -126,7 +131,7 @@ def _project_right(
     loss_scale: float,
 ) -> None:
     factor = f32_at(factor_at, r * m)
-    scratch_C, four = np.empty(16, np.float32), np.empty(4, np.float32)
+    scratch_C, four = np.empty(64, np.float32), np.empty(4, np.float32)
     unscale = np.float32(loss_scale)
     for i in range(m):
         row = 4 * i * n

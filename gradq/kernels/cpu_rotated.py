@@ -21,14 +21,15 @@ from gradq.kernels.cpu_rotated_rows import (
     INVERSE,
     NEAR,
     NORMS,
+    PADDED,
     SCALE,
     SCRATCH_BYTES,
-    SIGNED,
     SUMS,
     WORDS,
     clear_sums,
     finish_rows,
     fold,
+    is_ordinary,
     largest_of,
     levels_of_rows,
     quantize_rows,
@@ -96,13 +97,15 @@ def _start(x_at: Any, residual_at: Any, at: Any, rows: Any, groups: Any, unscale
     Of a full tile the transform's high stages are still to come.
 
     Returns:
-        The largest exponent, and the factor the tile was multiplied by.
+        The largest exponent (127 for any that needs no care), and the factor the tile was multiplied by.
     """
+    exponent, to_unit, done = np.int32(127), np.float32(1), False
     if rows == 256:
         start_tile(x_at, residual_at, at, unscale)
-    else:
+        done = is_ordinary(at)
+    if not done:
         start_rows(x_at, residual_at, at, rows, unscale, 1.0)
-    exponent, to_unit = np.int32(largest_of(at) >> np.uint32(23)), np.float32(1)
+        exponent = np.int32(largest_of(at) >> np.uint32(23))
     if exponent == 0 or exponent == 255:
         for z_at in range(at, at + 64 * rows, 4 * LANES):
             store_row(z_at, constant_row(np.float32(0)))
@@ -110,8 +113,8 @@ def _start(x_at: Any, residual_at: Any, at: Any, rows: Any, groups: Any, unscale
     elif exponent < 87 or exponent >= 167:
         to_unit = as_float(np.uint32(min(max(254 - exponent, 1), 253)) << np.uint32(23))
         start_rows(x_at, residual_at, at, rows, unscale, float(to_unit))
-        if rows == 256:
-            low_stages(at, 256)
+    if rows == 256 and not done:
+        low_stages(at, 256)
     fold(at + SUMS, groups, at + ENERGY)
     if rows != 256:
         rotate(at, rows, at + WORDS)
@@ -137,7 +140,9 @@ def _invert(at: Any, rows: Any, groups: Any, gain: Any) -> None:
     least, none = constant_row(np.float32(2.0**-120)), constant_row(np.float32(0))
     for inverse_at in range(at + INVERSE, at + INVERSE + 64, 4 * LANES):
         energy = load_row(inverse_at + ENERGY - INVERSE)
-        inverse = constant_row(np.float32(1)) / square_root(energy * constant_row(gain) / load_row(inverse_at))
+        inverse = constant_row(np.float32(1)) / square_root(
+            energy * constant_row(gain) / load_row(inverse_at)
+        )
         store_row(inverse_at, select_less(energy, least, none, inverse))
 
 
@@ -166,7 +171,7 @@ def _round_scales(at: Any, groups: Any, to_unit: Any, gain: Any, unbiased: Any, 
     least, none = constant_row(np.float32(2.0**-120)), constant_row(np.float32(0))
     for part in range(0, 64, 4 * LANES):
         energy, inner = load_row(at + ENERGY + part), load_row(at + SCALE + part)
-        if unbiased:
+        if unbiased:  # noqa: SIM108 (Numba drops the branch)
             scale = energy / inner
         else:
             scale = (inner / load_row(at + NEAR + part)) / constant_row(gain)
@@ -239,12 +244,12 @@ def _encode(
         sign_words(tile_key, rows, at + WORDS)
         from_at, add_at = x_at + start, residual_at + start if residual_at != 0 else 0
         if L & 15:  # the last row would be read past its end
-            x_L, residual_L, padded = f32_at(from_at, L), f32_at(add_at, L), f32_at(at + SIGNED, 4096)
+            x_L, residual_L, padded = f32_at(from_at, L), f32_at(add_at, L), f32_at(at + PADDED, 4096)
             for j in range(16 * rows):
                 padded[j] = np.float32(0)
                 if j < L:
                     padded[j] = x_L[j] + residual_L[j] * unscale if add_at != 0 else x_L[j]
-            from_at, add_at = at + SIGNED, 0
+            from_at, add_at = at + PADDED, 0
         exponent, to_unit = _start(from_at, add_at, at, rows, groups, unscale)
         _invert(at, rows, groups, gain)
         if trellis:
@@ -270,7 +275,7 @@ def _encode(
                 new_L, residual_L = f32_at(new_at, L), f32_at(residual_at + start, L)
                 for j in range(L):
                     new_L[j] = residual_L[j]
-            elif rows == 256 and to_unit == np.float32(1):
+            elif L == 4096 and to_unit == np.float32(1):
                 finish_tile(at, float(factor), new_at, stream)
             else:
                 _finish(from_at, add_at, at, rows, unscale, factor, new_at, L)
@@ -347,7 +352,7 @@ def _decode_mean(
             if not lost:
                 sign_words(mix32(np.uint32(base + np.uint32(tile))), rows, at + WORDS)
                 _levels(at, payloads_at + rank * row_stride + codes_at, rows, num_bits, trellis)
-                if rows == 256:
+                if L == 4096:  # the last row may be incomplete
                     decode_tile(at, out_at + 16384 * tile, rank > 0, float(divisor), stream)
                     continue
                 finish_rows(at, rows)

@@ -38,10 +38,10 @@ __all__ = [
     "CODES",
     "ENERGY",
     "INVERSE",
-    "LARGEST",
-    "MAGNITUDE",
     "NEAR",
     "NORMS",
+    "ONES",
+    "PADDED",
     "SCALE",
     "SCRATCH_BYTES",
     "SIGNED",
@@ -50,6 +50,7 @@ __all__ = [
     "clear_sums",
     "finish_rows",
     "fold",
+    "is_ordinary",
     "largest_of",
     "level_of",
     "levels_of_rows",
@@ -60,15 +61,16 @@ __all__ = [
     "store_quantizer",
 ]
 
-# Offsets in scratch, in bytes, after the tile itself: its signed values (or a last tile whose end is no whole
-# row), codes, choices of the trellis, words of signs, 32 rows.
+# Offsets in scratch, in bytes, after the tile itself: its signed values, codes, choices of the trellis, words
+# of signs, 32 rows.
 SIGNED, CODES, CHOICES, WORDS, NEAR = 16384, 32768, 36864, 40960, 41984
 # Sums over rows: four accumulators of 16 columns, then the bits of the largest magnitude or four more.
-SUMS, LARGEST, NORMS = 44032, 44032 + 256, 44032 + 256
-# 16 numbers each: energies, 1 / σ, scales; then the constants of `_store_quantizer` as rows.
-ENERGY, INVERSE, SCALE, _QUANTIZER = 44544, 44608, 44672, 44736
-SCRATCH_BYTES = _QUANTIZER + 14 * 64
-MAGNITUDE = np.uint32(0x7FFFFFFF)
+SUMS, _LARGEST, NORMS = 44032, 44032 + 256, 44032 + 256
+# 16 numbers each: energies, 1 / σ, scales, ones; then the constants of `store_quantizer` as rows.
+ENERGY, INVERSE, SCALE, ONES, _QUANTIZER = 44544, 44608, 44672, 44736, 44800
+PADDED = _QUANTIZER + 14 * 64  # the values of a last tile whose end is no whole row
+SCRATCH_BYTES = PADDED + 16384
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 # --- sums ----------------------------------------------------------------------------------------------
@@ -100,11 +102,20 @@ def fold(sums_at: Any, groups: Any, folded_at: Any) -> None:
 
 @inline
 def largest_of(at: Any) -> Any:
-    """The bits of the largest magnitude."""
-    bits, largest = u32_at(at + LARGEST, 16), np.uint32(0)
+    """The bits of the largest magnitude that `start_rows` met."""
+    bits, largest = u32_at(at + _LARGEST, 16), np.uint32(0)
     for c in range(16):
         largest = max(largest, bits[c])
     return largest
+
+
+@inline
+def is_ordinary(at: Any) -> Any:
+    """Whether the sums of squares show that the largest magnitude is within 2**-40 ... 2**40."""
+    sums, total = f32_at(at + SUMS, 64), np.float32(0)
+    for k in range(64):
+        total += sums[k]
+    return np.float32(2.0**-60) < total < np.float32(2.0**76)
 
 
 @inline
@@ -122,15 +133,17 @@ def _store_constant(at: Any, k: Any, value: Any) -> None:
 
 @jit
 def store_quantizer(at: int, constants: Any) -> None:
-    """Constants as rows, for `quantizer_of`: -top, top, `to_index`, half the codes; middle, `to_level`; table.
+    """Constants as rows for `quantizer_of`: -top, top, `to_index`, half the codes; middle, `to_level`, table.
 
     Args:
         at: scratch.
-        constants: top, four of `to_index`, four of `to_level`, half the number of codes (levels, in a trellis).
+        constants: top, four of `to_index`, four of `to_level`, half the number of codes (of levels).
     """
     _store_constant(at, 0, -constants[0])
     for k in range(5):
         _store_constant(at, 1 + k, constants[k])
+    store_row(at + ONES, constant_row(np.float32(1)))
+    store_row(at + ONES + 64 - 4 * LANES, constant_row(np.float32(1)))
     _store_constant(at, 6, constants[9])
     _store_constant(at, 7, constants[9] - np.float32(0.5))
     for k in range(4):
@@ -212,8 +225,8 @@ def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, 
             z = as_row(as_words(value) ^ sign_bits(at + WORDS + 4 * part, row)) * unit
             store_row(at + offset, z)
             _add(to + SUMS + 64 * (row & 3), z * z)
-            bits = as_words(value) & constant_words(MAGNITUDE)
-            store_words(to + LARGEST, maximum_words(load_words(to + LARGEST), bits))
+            bits = as_words(value) & constant_words(_MAGNITUDE)
+            store_words(to + _LARGEST, maximum_words(load_words(to + _LARGEST), bits))
 
 
 @jit

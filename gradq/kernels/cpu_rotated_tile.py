@@ -1,6 +1,6 @@
 """Full tiles of the rotated codecs in Numba, in as few passes as fit the registers.
 
-A tile of 256 rows is transformed in two passes of 16 rows, in registers: distances 1 to 8 of consecutive rows,
+A tile of 256 rows is transformed in two passes of 16 rows, in registers: distances 1 to 8 of rows in turn,
 then 16 to 128 of rows 16 apart; the inverse the other way round. The work on either side of a pass is done
 with the 16 rows while they are near::
 
@@ -20,10 +20,9 @@ import numpy as np
 from gradq.kernels.cpu_rotated_rows import (
     CODES,
     INVERSE,
-    LARGEST,
-    MAGNITUDE,
     NEAR,
     NORMS,
+    ONES,
     SCALE,
     SIGNED,
     SUMS,
@@ -44,7 +43,6 @@ from gradq.kernels.vector import (
     load_bytes,
     load_row,
     load_words,
-    maximum_words,
     prefetch,
     store_bytes,
     store_row,
@@ -87,7 +85,7 @@ def _sign(word: Any) -> Any:
 
 @jit
 def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
-    """X + unscale * residual with signs to SIGNED; transformed at distances 1 to 8 to the tile; sums."""
+    """Signed x + unscale * residual to SIGNED; transformed (distances 1 to 8) to the tile; sums."""
     clear_sums(at)
     if residual_at != 0:
         _start(x_at, residual_at, at, np.float32(unscale), True)
@@ -104,7 +102,7 @@ def _start(x_at: Any, residual_at: Any, at: Any, unscale: Any, with_residual: An
             _start_block(
                 x_at + offset, residual_at + offset, signed_at, word, unscale, at + 4 * part, with_residual
             )
-            hadamard_rows(signed_at, 64, at + offset, 64)
+            hadamard_rows(signed_at, 64, at + offset, 64, load_row(at + ONES))
 
 
 @inline
@@ -112,32 +110,28 @@ def _start_block(
     x_at: Any, residual_at: Any, signed_at: Any, word: Any, unscale: Any, at: Any, with_residual: Any
 ) -> None:
     s0, s1, s2, s3 = _four(at + SUMS)
-    bits, loss = load_words(at + LARGEST), constant_row(unscale)
-    one = constant_words(np.uint32(1))
+    loss, one = constant_row(unscale), constant_words(np.uint32(1))
     for offset in range(0, 1024, 256):
         from_at, add_at, to = x_at + offset, residual_at + offset, signed_at + offset
-        z, bits = _start_row(from_at, add_at, to, word, loss, bits, with_residual)
+        z = _start_row(from_at, add_at, to, word, loss, with_residual)
         s0, word = s0 + z * z, word >> one
-        z, bits = _start_row(from_at + 64, add_at + 64, to + 64, word, loss, bits, with_residual)
+        z = _start_row(from_at + 64, add_at + 64, to + 64, word, loss, with_residual)
         s1, word = s1 + z * z, word >> one
-        z, bits = _start_row(from_at + 128, add_at + 128, to + 128, word, loss, bits, with_residual)
+        z = _start_row(from_at + 128, add_at + 128, to + 128, word, loss, with_residual)
         s2, word = s2 + z * z, word >> one
-        z, bits = _start_row(from_at + 192, add_at + 192, to + 192, word, loss, bits, with_residual)
+        z = _start_row(from_at + 192, add_at + 192, to + 192, word, loss, with_residual)
         s3, word = s3 + z * z, word >> one
     _store_four(at + SUMS, s0, s1, s2, s3)
-    store_words(at + LARGEST, bits)
 
 
 @inline
-def _start_row(
-    x_at: Any, residual_at: Any, signed_at: Any, word: Any, loss: Any, bits: Any, with_residual: Any
-) -> Any:
+def _start_row(x_at: Any, residual_at: Any, signed_at: Any, word: Any, loss: Any, with_residual: Any) -> Any:
     value = load_row(x_at)
     if with_residual:
         value = value + load_row(residual_at) * loss
     z = as_row(as_words(value) ^ _sign(word))
     store_row(signed_at, z)
-    return z, maximum_words(bits, as_words(value) & constant_words(MAGNITUDE))
+    return z
 
 
 # --- quantize ------------------------------------------------------------------------------------------
@@ -169,25 +163,21 @@ def quantize_tile(
 
 
 @inline
-def _quantize(
-    at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_table: Any, ahead: Any
-) -> None:
+def _quantize(at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_table: Any, ahead: Any) -> None:
     for first in range(16):
         for part in range(0, 16, LANES):
             z_at, to_at = at + 64 * first + 4 * part, codes_at + 16 * first + part
-            hadamard_rows(z_at, 1024, at + NEAR, _STEP)
+            hadamard_rows(z_at, 1024, at + NEAR, _STEP, load_row(at + ONES))
             _quantize_block(at, to_at, part, pack_four, use_table, ahead[part // 8] + 1024 * first)
             if LANES == 16:
                 for line in range(0, 1024, 64):
                     prefetch(ahead[1] + 1024 * first + line)
             if with_residual:
-                hadamard_rows(at + NEAR, _STEP, z_at, 1024)
+                hadamard_rows(at + NEAR, _STEP, z_at, 1024, load_row(at + ONES))
 
 
 @inline
-def _quantize_block(
-    at: Any, to_at: Any, part: Any, pack_four: Any, use_table: Any, ahead_at: Any
-) -> None:
+def _quantize_block(at: Any, to_at: Any, part: Any, pack_four: Any, use_table: Any, ahead_at: Any) -> None:
     """Two loops: of one the chains of operations are too long for the processor to overlap enough rows."""
     near_at, codes_at = at + NEAR, at + NEAR + 16 * _STEP
     inverse, quantizer = load_row(at + INVERSE + 4 * part), quantizer_of(at)
@@ -253,7 +243,7 @@ def _levels(at: Any, codes_at: Any, packed_four: Any, use_table: Any) -> None:
                 for k in range(16):
                     level = level_of(load_bytes(from_at + 256 * k), levels, use_table)
                     store_row(near_at + _STEP * k, level)
-            hadamard_rows(near_at, _STEP, at + 64 * first + 4 * part, 1024)
+            hadamard_rows(near_at, _STEP, at + 64 * first + 4 * part, 1024, load_row(at + ONES))
 
 
 # --- finish --------------------------------------------------------------------------------------------
@@ -271,7 +261,7 @@ def finish_tile(at: int, factor: float, new_at: int, stream: bool) -> None:
 @inline
 def _low_stages_near(at: Any, block: Any) -> None:
     for part in range(0, 64, 4 * LANES):
-        hadamard_rows(at + 1024 * block + part, 64, at + NEAR + part, 64)
+        hadamard_rows(at + 1024 * block + part, 64, at + NEAR + part, 64, load_row(at + ONES))
 
 
 @inline

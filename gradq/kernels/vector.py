@@ -52,6 +52,7 @@ __all__ = [
 _FEATURES = binding.get_host_cpu_features()
 LANES = 16 if _FEATURES.get("avx512f") else 8
 HAS_LOOKUP = bool(_FEATURES.get("avx512f") or _FEATURES.get("avx2"))  # whether there is `lookup`
+_HAS_FMA = bool(_FEATURES.get("fma"))
 
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _INTS = ir.VectorType(ir.IntType(32), LANES)
@@ -104,7 +105,10 @@ def _operation(result: Any, emit: Callable[..., Any], *operands: Any) -> Any:
     def four(_typing: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         return result(*operands), generate
 
-    return intrinsic(cast(Any, (one, two, three, four)[len(operands) - 1]))
+    def five(_typing: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+        return result(*operands), generate
+
+    return intrinsic(cast(Any, (one, two, three, four, five)[len(operands) - 1]))
 
 
 def _loader(kind: Any, result: Any, widen: bool = False) -> Any:
@@ -139,12 +143,20 @@ def _splat(kind: Any) -> Callable[..., Any]:
     return emit
 
 
-def _hadamard(builder: Any, source: Any, stride: Any, target: Any, target_stride: Any) -> Any:
-    """Halves before the whole, and a store as soon as there is something to store: few rows are alive."""
+def _hadamard(builder: Any, source: Any, stride: Any, target: Any, target_stride: Any, one: Any) -> Any:
+    """Halves before the whole, and a store as soon as there is something to store: few rows are alive.
+
+    a - b is a - 1 * b, rounded once: the same number, from the units that multiply, which would be idle.
+    """
 
     def pointer(base: Any, step: Any, k: int) -> Any:
         offset = builder.mul(step, ir.Constant(step.type, k))
         return builder.inttoptr(builder.add(base, offset), _FLOATS.as_pointer())
+
+    def fused(b: Any, a: Any) -> Any:
+        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+        function = _declare(builder.module, kind, f"llvm.fma.v{LANES}f32")
+        return builder.call(function, [builder.fneg(b), one, a])
 
     def transform(first: int, count: int) -> list[Any]:
         if count == 1:
@@ -155,7 +167,7 @@ def _hadamard(builder: Any, source: Any, stride: Any, target: Any, target_stride
         sums, differences = [], []
         for k, (a, b) in enumerate(pairs):
             sums.append(builder.fadd(a, b))
-            differences.append(builder.fsub(a, b))
+            differences.append(fused(b, a) if _HAS_FMA else builder.fsub(a, b))
             if count == 16:
                 builder.store(sums[k], pointer(target, target_stride, k), align=4)
                 builder.store(differences[k], pointer(target, target_stride, k + half), align=4)
@@ -258,8 +270,9 @@ select_less = _operation(
     _row,
     _row,
 )
-# the unnormalized transform of 16 rows, distances 1, 2, 4, 8: (from, its stride in bytes, to, its stride)
-hadamard_rows = _operation(types.int64, _hadamard, types.intp, types.intp, types.intp, types.intp)
+# the unnormalized transform of 16 rows, distances 1, 2, 4, 8: (from, its stride in bytes, to, its stride,
+# a row of ones: loaded ones make it faster, see `_hadamard`; the compiler sees through constant ones)
+hadamard_rows = _operation(types.int64, _hadamard, *[types.intp] * 4, _row)
 
 
 def _operator(symbol: Any, kind: Any, method: str) -> None:

@@ -32,6 +32,7 @@ from gradq.errors import ConfigError
 __all__ = ["Allocation", "GradientStatistics", "allocate_bits", "solve"]
 
 _MAX_STATES = 200_000
+_LARGEST_PRICE = 1e300  # a step of a denormal weight would have an infinite one
 _Vector = npt.NDArray[np.float64]
 
 
@@ -195,7 +196,7 @@ def _greedy(rows: Sequence[tuple[_Vector, _Vector]], budget: float) -> tuple[flo
         hull = _hull(weight, cost)
         picks.append(hull[0])
         for place, (a, b) in enumerate(itertools.pairwise(hull)):
-            gain = float((cost[a] - cost[b]) / (weight[b] - weight[a]))
+            gain = min(float(cost[a] - cost[b]) / float(weight[b] - weight[a]), _LARGEST_PRICE)
             steps.append((gain, index, place, b))
     steps.sort(key=lambda step: (-step[0], step[1], step[2]))
     used, price, full = _total(rows, picks, 0), 0.0, False
