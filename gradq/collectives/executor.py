@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.futures import Future
 
 from gradq.collectives.base import Pending
-from gradq.errors import ConfigError
+from gradq.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from gradq.collectives.streams import StreamExecutor
@@ -63,9 +63,14 @@ class Executor:
 
         Raises:
             ConfigError: the executor is closed.
+            UnsupportedError: the result is not in this machine's memory: threads know nothing of streams.
         """
         if self._closed:
             raise ConfigError("this executor is closed")
+        if not result.is_cpu:
+            raise UnsupportedError(
+                f"a gradient on {result.device} came to a GradientSync made for CPU tensors; give it device="
+            )
         done: Future[Tensor | BaseException] = Future()
         self._stage(0).put(_Job(steps, done, result))
         return done.then(_value)

@@ -9,7 +9,7 @@ import torch
 
 from gradq.collectives import Executor
 from gradq.collectives.streams import StreamExecutor, done
-from gradq.errors import ConfigError
+from gradq.errors import ConfigError, UnsupportedError
 from gradq.feedback import Feedback, still_finite
 
 CPU = torch.device("cpu")
@@ -65,6 +65,8 @@ def test_after_a_failure_every_future_raises_its_cause():
 def test_the_device_chooses_the_executor():
     executor = Executor.on(CPU)
     assert isinstance(executor, Executor)
+    with pytest.raises(UnsupportedError, match="a gradient on meta"):
+        executor.submit(iter(()), torch.zeros(1, device="meta"))
     executor.close()
     assert done(torch.ones(1)).wait().item() == 1.0
 
