@@ -211,6 +211,41 @@ def save_bases(rank: int, folder: str):
     return kept
 
 
+# --- switching and measuring -----------------------------------------------------------------------------
+
+
+def switching(rank: int):
+    model = make()
+    handle = gradq.compress(model, "powersgd:3")
+    kept, step = [], 0
+    for spec in ("powersgd:3", "powersgd:3+int8", "powersgd:2", "int8"):
+        handle.set_spec(spec)
+        kept.append(memory(handle))
+        for _ in range(3):
+            backward(model, rank, step := step + 1)
+    handle.set_spec("powersgd:3")
+    nmse = []
+    for _ in range(12):
+        handle.sample_nmse()
+        backward(model, rank, step := step + 1)
+    nmse = handle.stats(parameters=True)
+    final = gradients(model)
+    handle.close()
+    return kept, nmse, final
+
+
+def test_bases_are_kept_while_a_parameter_travels_as_before() -> None:
+    results = run_ranks(switching, 2)
+    for kept, stats, final in results:
+        names = [{name for name in one if name.startswith("basis")} for one in kept]
+        assert [len(one) for one in names] == [0, 2, 0, 0]
+        assert [len([n for n in one if n.startswith("local")]) for one in kept] == [0, 2, 2, 0]
+        assert 0.01 < stats.nmse < 1.0
+        assert stats.parameters["0.bias"].nmse == 0.0
+        assert 0.01 < stats.parameters["2.weight"].nmse < 1.0
+        assert all(torch.equal(gradient, results[0][2][name]) for name, gradient in final.items())
+
+
 # --- bytes, and errors where it starts -------------------------------------------------------------------
 
 
