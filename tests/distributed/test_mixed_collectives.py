@@ -26,7 +26,15 @@ class Mixed:
         }
 
 
-@pytest.mark.parametrize(("world_size", "bucket_cap_mb"), [(2, 0.001), (3, 0.001), (3, 25), (4, 0.02)])
+@pytest.mark.parametrize(
+    ("world_size", "bucket_cap_mb"),
+    [
+        (3, 0.001),
+        pytest.param(2, 0.001, marks=pytest.mark.slow),
+        pytest.param(3, 25, marks=pytest.mark.slow),
+        (4, 0.02),
+    ],
+)
 def test_every_parameter_takes_its_own_collective(world_size: int, bucket_cap_mb: float) -> None:
     """Every layout gives what the oracle says, which knows of no buckets; a skew shuffles the timing."""
     collective = "two_phase" if world_size == 3 else "direct"
