@@ -81,8 +81,8 @@ class Row:
         exposed_ms: step - compute-only step, block by block.
         wire_bytes: payload, as the transport counts it; mean over ranks.
         busiest_wire_bytes: of the rank that sends most.
-        interface_bytes: of the interface, protocol overhead included; mean over ranks. None on loopback, which
-            everything on the machine shares.
+        interface_bytes: of the interface, protocol overhead included; mean over ranks. None on loopback,
+            which everything on the machine shares.
         codec_ms: encoding and decoding, on the worker thread.
         cpu_ms: processor time of a rank.
         busy: fraction of all cores in use.
