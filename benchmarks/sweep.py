@@ -51,7 +51,7 @@ FIRST = ("100mbit", "500mbit", "1gbit", "10gbit")
 
 # for the plan only: MB a step of plain DDP's ring at 2 ranks, seconds of a step without a link
 DENSE_MB = {"mlp": 100.7, "gpt": 43.7}
-STEP_S = {("mlp", 2): 0.25, ("mlp", 4): 0.6, ("gpt", 2): 0.5, ("gpt", 4): 1.0}
+STEP_S = {("mlp", 2): 0.25, ("mlp", 4): 0.6, ("gpt", 2): 0.8, ("gpt", 4): 1.7}
 # bytes relative to plain DDP's, at 2 and at 4 ranks
 RELATIVE = {
     "none": (1.0, 1.0),

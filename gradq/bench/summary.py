@@ -27,6 +27,7 @@ Blocks = dict[tuple[int, int, int, str], Record]  # by attempt, seed, turn, code
 
 BASELINE = "bf16"
 WORTH_IT = 0.97  # a codec must save 3 % of a step before we recommend it
+LEAST_SAMPLES = 3  # for a verdict
 _SMOOTH = 5
 
 
@@ -80,7 +81,8 @@ class Row:
         exposed_ms: step - compute-only step, block by block.
         wire_bytes: payload, as the transport counts it; mean over ranks.
         busiest_wire_bytes: of the rank that sends most.
-        interface_bytes: of the interface, protocol overhead included; mean over ranks.
+        interface_bytes: of the interface, protocol overhead included; mean over ranks. None on loopback,
+            which everything on the machine shares.
         codec_ms: encoding and decoding, on the worker thread.
         cpu_ms: processor time of a rank.
         busy: fraction of all cores in use.
@@ -166,8 +168,10 @@ class Summary:
     def verdict(self) -> str:
         """What to do, in one sentence."""
         plain = self.row(PLAIN)
-        if plain is None or not plain.step_ms.samples:
+        if plain is None:
             return "No verdict: plain DDP was not measured."
+        if plain.step_ms.samples < LEAST_SAMPLES:
+            return f"No verdict: {plain.step_ms.samples} samples, at least {LEAST_SAMPLES} are needed."
         harmful = []
         for row in self.candidates():
             if row.codec == PLAIN or row.ratio is None:
@@ -248,6 +252,8 @@ def summarise(path: Path) -> Summary:
     finals = {(r["seed"], r["codec"]): r["val_loss"] for r in lines if r["record"] == "final"}
     starts = [r for r in lines if r["record"] == "start"]
     shared = starts[0].get("interface_ranks", 1) if starts else 1
+    if starts and starts[0]["interface"] == "lo":
+        shared = 0  # everyone's on this machine: it says nothing
     known = {codec for *_, codec in blocks}
     rows = [_row(codec, blocks, shared) for codec in scenario.contenders if codec in known]
     rows = [row for row in rows if row.step_ms.samples]
@@ -295,7 +301,7 @@ def _row(codec: str, blocks: Blocks, shared: int) -> Row:
     timings = [
         statistics.mean(r["encode_ms"]) + statistics.mean(r["decode_ms"]) for r in own if "encode_ms" in r
     ]
-    interface = median("interface_bytes")
+    interface = median("interface_bytes") if shared else None
     if interface is not None:  # every rank of a host reads the sum of them
         interface /= shared
     return Row(

@@ -8,6 +8,7 @@ from typing import Any
 from gradq.bench.network import Network
 from gradq.bench.runners.processes import ProcessRunner
 from gradq.bench.scenario import Scenario
+from gradq.errors import ConfigError
 
 __all__ = ["NamespacesRunner", "SweepRunner"]
 
@@ -60,10 +61,15 @@ class SweepRunner(NamespacesRunner):
     Args:
         scenarios: measured one after another; the phase of a record is an index of this list.
         budgets_s: of each; see `Scenario.budget_s`.
+
+    Raises:
+        ConfigError: the links differ in more than their rates.
     """
 
     def __init__(self, scenarios: Sequence[Scenario], budgets_s: Sequence[float | None]) -> None:
         super().__init__(scenarios[0])
+        if len({(scenario.link.delay_ms, scenario.link.loss) for scenario in scenarios}) > 1:
+            raise ConfigError("the links of a sweep may differ in their rates only, not in delay and loss")
         self.scenarios = scenarios
         self.facts: dict[int, dict[str, Any]] = {}
         self.phases = tuple(

@@ -57,7 +57,7 @@ class RayRunner(Runner):
         *,
         link: Mapping[str, Any] | None = None,
         max_restarts: int = 3,
-        patience_s: float = 60.0,
+        patience_s: float = 180.0,
     ) -> None:
         super().__init__(scenario)
         self._token = _make_token() if cluster == "local" else None

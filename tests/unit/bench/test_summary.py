@@ -21,10 +21,12 @@ STEP_MS = {"none": 100.0, "bf16": 60.0, "int8": 40.0, "int4": 30.0, "torch-power
 LOSSES = {"none": 2.0, "bf16": 2.0, "int8": 2.001, "int4": 2.002, "torch-powersgd:1": 3.0}
 
 
-def write(path, step_ms=STEP_MS, losses=LOSSES, seeds=(0, 1, 2), turns=4, scenario=SCENARIO):
+def write(
+    path, step_ms=STEP_MS, losses=LOSSES, seeds=(0, 1, 2), turns=4, scenario=SCENARIO, interface="eth0"
+):
     recorder = Recorder(path, scenario, {"runner": "local", "link": {"asked": "loopback"}})
     for seed in seeds:
-        start = {"record": "start", "parameters": 10, "interface": "lo", "interface_ranks": 2}
+        start = {"record": "start", "parameters": 10, "interface": interface, "interface_ranks": 2}
         recorder.take(seed, 0, start)
         for turn in range(turns):
             for codec, ms in step_ms.items():
@@ -61,6 +63,10 @@ def test_medians_pairs_and_bytes(tmp_path):
     assert row.overhead == pytest.approx(0.05)
     assert summary.row("compute").exposed_ms is None
     assert summary.row("compute").losses is None
+
+
+def test_loopback_counts_for_nothing(tmp_path):
+    assert write(tmp_path / "made.jsonl", interface="lo").row("int4").interface_bytes is None
 
 
 def test_losses_over_seeds(tmp_path):
@@ -100,6 +106,9 @@ def test_verdicts(tmp_path):
 
     found = write(tmp_path / "d.jsonl", seeds=(0,)).verdict()
     assert "takes at least 3 seeds to say" in found
+
+    found = write(tmp_path / "e.jsonl", seeds=(0,), turns=3).verdict()
+    assert found == "No verdict: 2 samples, at least 3 are needed."
 
 
 def test_the_table_shows_losing_rows_too(tmp_path):
