@@ -59,18 +59,23 @@ class Row:
     float_products: int
 
 
-def configs(kind: str, target: str) -> dict[str, quant.Config]:
-    """What gradq exports of a kind of model: name → configuration."""
+def configs(kind: str, target: str, *, large: bool) -> dict[str, quant.Config]:
+    """What gradq exports of a kind of model: name → configuration.
+
+    Large models have random weights: how ranges are chosen does not matter there, so the quickest way will do.
+    """
+    how: dict[str, Any] = {"observer": "minmax", "weight_observer": "minmax"} if large else {}
     wide = "int8" if target != "x86-avx2" else "int7"  # without VNNI products of 8-bit weights overflow
-    out = {f"gradq w{wide[3:]}a8": quant.Config(weights=wide, observer="minmax")}
+    out = {f"gradq w{wide[3:]}a8": quant.Config(weights=wide, **how)}
     if kind in ("cnn", "mobile"):
-        out["gradq w4a8"] = quant.Config(weights="int4", observer="minmax")
-    if kind == "cnn":
-        out["gradq codebook4"] = quant.Config(weights="codebook4", observer="minmax")
+        out["gradq w4a8"] = quant.Config(weights="int4", **how)
+    if kind == "cnn" and not large:
+        out["gradq codebook4"] = quant.Config(weights="codebook4", **how)
     if kind in ("transformer", "mlp"):
-        out["gradq dynamic"] = quant.Config(weights=wide, activations="int8-batch")
+        out["gradq dynamic"] = quant.Config(weights=wide, activations="int8-batch", **how)
     if kind == "mlp":
-        out["gradq w4g128 (MatMulNBits)"] = quant.Config(weights="int4-g128", activations="int8-token")
+        groups = "int4-g128" if large else "int4-g32"
+        out["gradq w4 MatMulNBits"] = quant.Config(weights=groups, activations="int8-token", **how)
     return out
 
 
@@ -80,7 +85,7 @@ def contenders(kind: str, smoke: bool, folder: Path, torchao: str | None) -> tup
     calibration = [inputs(4) for _ in range(2)]
     target = quant.detect_target()
     files: dict[str, Path] = {}
-    for name, config in configs(kind, target).items():
+    for name, config in configs(kind, target, large=True).items():
         started = time.perf_counter()
         qmodel = quant.prepare(model, inputs(2), config)
         quant.calibrate(qmodel, calibration, show_progress=False)
@@ -138,9 +143,7 @@ def accuracies(kind: str, seeds: int, smoke: bool, folder: Path) -> list[dict[st
     out = []
     for seed in range(seeds):
         model, calibration, images, labels = zoo.trained(kind, seed, smoke)
-        for name, config in configs(kind, quant.detect_target()).items():
-            if "g128" in name:
-                config = quant.Config(weights="int4-g32", activations="int8-token")
+        for name, config in configs(kind, quant.detect_target(), large=False).items():
             qmodel = quant.prepare(model, images[:2], config)
             quant.calibrate(qmodel, calibration, show_progress=False)
             quant.correct_bias(qmodel, calibration, show_progress=False)

@@ -115,7 +115,8 @@ class _Lowering:
                 self.readers.setdefault(name, []).append(node)
         for output in self.graph.output:  # a reader that is no quantizer
             self.readers.setdefault(output.name, []).append(onnx.NodeProto())
-        self.shapes = {v.name: _dims(v) for v in [*self.graph.value_info, *self.graph.output]}
+        known = [*self.graph.input, *self.graph.value_info, *self.graph.output]
+        self.shapes = {v.name: _dims(v) for v in known}
 
     def run(self) -> Lowered:
         import onnx
@@ -135,6 +136,8 @@ class _Lowering:
                     self._layer(node, entry)
             elif node.input and node.input[0] in self.quantized and self._is_move(node):
                 self._move(node)
+            elif node.input and node.input[0] in self.quantized and self._is_global_mean(node):
+                self._global_mean(node)
             else:
                 self._note(node)
                 self.builder.nodes.append(node)
@@ -251,6 +254,25 @@ class _Lowering:
         )
         for moved, out in zip(codes, node.output, strict=True):
             self._offer(replace(value, codes=moved, moved=True), out)
+
+    def _is_global_mean(self, node: Any) -> bool:
+        """True for a mean over both axes of images between quantizers, which has an integer operator."""
+        dims = self.shapes.get(node.input[0])
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or dims is None or len(dims) != 4:
+            return False
+        axes = self.constants.get(node.input[1], np.zeros(0))
+        is_static = not self._is_dynamic(self.quantized[node.input[0]])
+        return is_static and {int(a) % 4 for a in axes} == {2, 3} and self._is_quantized_next(node.output[0])
+
+    def _global_mean(self, node: Any) -> None:
+        x, out = self._float_view(self.quantized[node.input[0]], node.name), node.output[0]
+        if _attributes(node).get("keepdims", 1):
+            self.builder.node("GlobalAveragePool", [x], node.name, output=out)
+            return
+        y = self.builder.node("GlobalAveragePool", [x], node.name)
+        shape = self.builder.constant(f"{node.name}.shape", np.array([0, -1], np.int64))
+        self.builder.node("Reshape", [y, shape], f"{node.name}.reshape", output=out)
+        self.reshaped[out] = (y, shape)
 
     # --- layers -----------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Integer arithmetic of the layers: codes in, 32-bit accumulators out, one fp32 multiplier to requantize.
 
-This is what ONNX Runtime's ``QLinearConv``, ``QGemm``, ``MatMulInteger`` and ``QLinearAdd`` compute, in plain
-torch. Sums of products are taken in fp64, where integers below 2**53 are exact.
+This is what ONNX Runtime's ``QLinearConv``, ``QGemm``, ``MatMulInteger``, ``QLinearAdd`` and
+``QLinearGlobalAveragePool`` compute, in plain torch. Sums of products are taken in fp64, where integers below
+2**53 are exact.
 
 Shapes: activations (B, …, I) for linear layers and (B, I, *spatial) for convolutions; O output channels.
 """
@@ -63,22 +64,24 @@ class Accumulator:
         multiplier: fp32, input scale times weight scale, broadcasts against `total`.
         low: values below are raised to it (0 after ReLU).
         high: values above are lowered to it (6 after ReLU6).
+        divisor: how many elements a mean was taken of (``QLinearGlobalAveragePool``).
     """
 
     total: Tensor
     multiplier: Tensor
     low: float | None = None
     high: float | None = None
+    divisor: int = 1
 
     def dequantize(self) -> Tensor:
         """fp32 values."""
-        return _clip(self.total.to(torch.float32) * self.multiplier, self.low, self.high)
+        return _clip(self.total.to(torch.float32) * self.multiplier / self.divisor, self.low, self.high)
 
     def requantize(self, quantizer: ActQuant) -> Codes:
-        """Codes: ``saturate(round(fp32(total)·fp32(multiplier / scale)) + zero_point)``."""
+        """Codes: ``saturate(round(fp32(total)·fp32(multiplier / (scale·divisor))) + zero_point)``."""
         scale, zero_point = quantizer.scale.detach(), quantizer.zero_point
         low, high = saturation(quantizer, self.low, self.high)
-        v = self.total.to(torch.float32) * (self.multiplier / scale)
+        v = self.total.to(torch.float32) * (self.multiplier / (scale * self.divisor))
         return Codes((v.round() + zero_point).clamp(low, high).to(torch.int32), scale, zero_point)
 
 

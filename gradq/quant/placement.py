@@ -28,7 +28,16 @@ from gradq.quant.formats import Format
 from gradq.quant.modules import QuantLayer
 from gradq.quant.recurrent import _QuantCell
 
-__all__ = ["CLIPS", "MOVES", "has_attention", "matches", "place_activations", "source_of", "weight_layer"]
+__all__ = [
+    "CLIPS",
+    "MOVES",
+    "global_mean",
+    "has_attention",
+    "matches",
+    "place_activations",
+    "source_of",
+    "weight_layer",
+]
 
 MOVES: tuple[Any, ...] = (
     nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d,
@@ -72,6 +81,22 @@ def matches(node: fx.Node, traced: fx.GraphModule, table: tuple[Any, ...]) -> bo
     if node.op in ("call_function", "call_method"):
         return any(node.target is t or (isinstance(t, str) and node.target == t) for t in table)
     return False
+
+
+def global_mean(node: fx.Node, traced: fx.GraphModule) -> bool | None:
+    """Whether a node keeps the axes of the mean it takes over both axes of images; None if it does not."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        is_mean = isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1])
+        return True if is_mean else None
+    arguments = [*node.args[1:], *[None] * 2]
+    if node.target is functional.adaptive_avg_pool2d:
+        return True if node.kwargs.get("output_size", arguments[0]) in (1, (1, 1), [1, 1]) else None
+    if node.target is torch.mean or node.target == "mean":
+        axes = node.kwargs.get("dim", arguments[0])
+        if isinstance(axes, (tuple, list)) and {int(a) % 4 for a in axes} == {2, 3}:
+            return bool(node.kwargs.get("keepdim", arguments[1]))
+    return None
 
 
 def has_attention(traced: fx.GraphModule) -> bool:

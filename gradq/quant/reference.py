@@ -5,7 +5,8 @@ output quantizer 32-bit accumulators; floats appear only where the INT8 runtime 
 simulation (fake quantization) differs from it by one code in a small share of elements; the reference does
 not.
 
-What runs on codes: convolutions, linear layers, ReLU and its like, additions, pooling and moving of elements;
+What runs on codes: convolutions, linear layers, ReLU and its like, additions, max and global average pooling
+and moving of elements;
 the projections of attention and of recurrent cells. What runs in float: everything else (softmax, layer norm,
 GELU, layers left in float, weights in groups), on dequantized values.
 """
@@ -25,7 +26,7 @@ from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant
 from gradq.quant.integer import Accumulator, Codes, PendingSum, quantize_activation
 from gradq.quant.modules import QuantLayer
-from gradq.quant.placement import ADDS, CLIPS, MOVES, matches, weight_layer
+from gradq.quant.placement import ADDS, CLIPS, MOVES, global_mean, matches, weight_layer
 from gradq.quant.prepare import finalize
 
 __all__ = ["IntegerReference", "integer_reference"]
@@ -112,6 +113,9 @@ class _Executor(fx.Interpreter):
             return _clip(self.traced, n, first)
         if matches(n, self.traced, ADDS) and len(args) == 2 and not kwargs and _addable(args[0], args[1]):
             return PendingSum(args[0], args[1])
+        keep = global_mean(n, self.traced)
+        if keep is not None and isinstance(first, Codes) and first.codes.ndim == 4:
+            return _mean(first, keep)
         if isinstance(first, Codes) and self._moves(n):
             return self._move(n, args, kwargs)
         args, kwargs = fx.node.map_aggregate((args, kwargs), _to_float)
@@ -149,6 +153,12 @@ def _to_float(value: Any) -> Any:
     if isinstance(value, (Codes, *Pending)):
         return value.dequantize()
     return value
+
+
+def _mean(codes: Codes, keep: bool) -> Accumulator:
+    """The mean over both axes of images: a sum that waits for its quantizer."""
+    total = (codes.codes - codes.zero_point).double().sum((2, 3), keepdim=keep)
+    return Accumulator(total, codes.scale, divisor=codes.codes.shape[2] * codes.codes.shape[3])
 
 
 def _addable(a: Any, b: Any) -> bool:

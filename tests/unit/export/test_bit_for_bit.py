@@ -37,7 +37,9 @@ def test_onnx_runtime_equals_the_integer_reference_on_450_inputs(spec, tmp_path)
     found = export.operators(path)
     assert found.counts["QLinearConv"] == 6
     assert found.counts["QLinearAdd"] == 2
+    assert found.counts["QLinearGlobalAveragePool"] == 1
     assert found.counts["QGemm"] == 1
+    assert not found.inexact
     assert not found.float_products
     one = torch.from_numpy(running.run(None, {"x": data[:1].numpy()})[0])
     assert torch.equal(one, theirs[:1])  # the batch is free
