@@ -62,7 +62,7 @@ class Row:
 def configs(kind: str, target: str, *, large: bool) -> dict[str, quant.Config]:
     """What gradq exports of a kind of model: name → configuration.
 
-    Large models have random weights: how their ranges are chosen does not matter, so the quickest way will do.
+    Large models have random weights: how ranges are chosen does not matter, so the quickest way will do.
     """
     how: dict[str, Any] = {"observer": "minmax", "weight_observer": "minmax"} if large else {}
     wide = "int8" if target != "x86-avx2" else "int7"  # without VNNI products of 8-bit weights overflow
