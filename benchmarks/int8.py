@@ -62,7 +62,7 @@ class Row:
 def configs(kind: str, target: str, *, large: bool) -> dict[str, quant.Config]:
     """What gradq exports of a kind of model: name → configuration.
 
-    Large models have random weights: how ranges are chosen does not matter there, so the quickest way will do.
+    Large models have random weights: how ranges are chosen does not matter, so the quickest way will do.
     """
     how: dict[str, Any] = {"observer": "minmax", "weight_observer": "minmax"} if large else {}
     wide = "int8" if target != "x86-avx2" else "int7"  # without VNNI products of 8-bit weights overflow
@@ -97,7 +97,7 @@ def contenders(kind: str, smoke: bool, folder: Path, torchao: str | None) -> tup
         print(f"{report} ({time.perf_counter() - started:.0f} s)", flush=True)
     files |= peers.onnxruntime_files(kind, files["fp32"], [x.numpy() for x in calibration], folder, target)
     if torchao is not None:
-        files |= peers.torchao_files(kind, torchao, folder, smoke)
+        files |= peers.torchao_files(kind, torchao, folder, smoke, target)
     return files, inputs
 
 
