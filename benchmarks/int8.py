@@ -97,7 +97,7 @@ def contenders(kind: str, smoke: bool, folder: Path, torchao: str | None) -> tup
         print(f"{report} ({time.perf_counter() - started:.0f} s)", flush=True)
     files |= peers.onnxruntime_files(kind, files["fp32"], [x.numpy() for x in calibration], folder, target)
     if torchao is not None:
-        files |= peers.torchao_files(kind, torchao, folder, smoke)
+        files |= peers.torchao_files(kind, torchao, folder, smoke, target)
     return files, inputs
 
 

@@ -126,6 +126,9 @@ class Transformer(nn.Module):
             norm_first=True,
         )  # fmt: skip
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        for parameter in self.encoder.parameters():
+            if parameter.ndim > 1:  # torch starts all layers equal; equal weights would be stored once
+                nn.init.xavier_uniform_(parameter)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 1000)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -61,10 +61,11 @@ def onnxruntime_files(
     return files
 
 
-def torchao_files(kind: str, python: str, folder: Path, smoke: bool) -> dict[str, Path]:
+def torchao_files(kind: str, python: str, folder: Path, smoke: bool, target: str) -> dict[str, Path]:
     """What torchao PT2E makes of the same model, in another interpreter; nothing where it fails."""
     path = folder / f"{kind}-torchao.onnx"
     command = [python, str(HERE / "int8_torchao.py"), kind, str(path), *(["--smoke"] if smoke else [])]
+    command += ["--reduce-range"] if target == "x86-avx2" else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not path.exists():
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
