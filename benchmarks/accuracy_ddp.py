@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -180,6 +181,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the benchmark."""
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and with it the run under way
     console = Console(width=None if sys.stdout.isatty() else 110)
     fixed = {name: getattr(args, name) for name in ("steps", "params", "ranks", "batch_size", "lr")}
     keys = []
