@@ -200,7 +200,7 @@ class LocalSGD:
         assert group is not None
         self.model, self.inner_optimizer = model, inner_optimizer
         self.every, self.delay = every, delay
-        self.inner_step = 0
+        self.inner_step = self._steps_here = 0
         self.pending: _Pending | None = None
         config = SyncConfig(seed=seed, collective=collective, residual_dtype=residual_dtype, timeout=timeout)
         try:
@@ -278,6 +278,7 @@ class LocalSGD:
             PeerError, WireError: the average failed.
         """
         self.inner_step += 1
+        self._steps_here += 1
         if self.pending is not None and self.inner_step >= self.pending.due:
             self._apply()
         for index, fragment in enumerate(self.fragments):
@@ -362,7 +363,7 @@ class LocalSGD:
         self.pending = _Pending(fragment, due, means, sent)
 
     def stats(self, *, parameters: bool = False) -> Stats:
-        """Totals of this rank since the start.
+        """Totals of this rank since this object was made.
 
         `steps` are inner steps, and `dense_bytes` what a ring all-reduce of the gradients in every one of
         them would have sent, in the parameters' own dtype: `ratio` compares with synchronous training.
@@ -371,7 +372,7 @@ class LocalSGD:
             parameters: fill `Stats.parameters` too.
         """
         stats = self.sync.stats(parameters)
-        return replace(stats, steps=self.inner_step, dense_bytes=self.inner_step * self._dense_bytes)
+        return replace(stats, steps=self._steps_here, dense_bytes=self._steps_here * self._dense_bytes)
 
     def add_sink(self, sink: Callable[[Event], None]) -> None:
         """Call sink(event) for every measurement, from the thread that made it; it must be quick."""

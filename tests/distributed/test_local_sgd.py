@@ -234,7 +234,10 @@ def poisoned(rank: int, spec: str, value: float) -> tuple[bool, bool, list[bool]
     return finite[2], same.get("2.weight", True), finite
 
 
-@pytest.mark.parametrize("spec", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param("fp32", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow), "int4"],
+)
 def test_non_finite_is_seen_everywhere_and_never_remembered(spec: str) -> None:
     for value in (float("nan"), float("inf")) if spec == "int4" else (float("nan"),):
         for weight_is_finite, same, finite in run_ranks(poisoned, 3, spec, value):
@@ -308,7 +311,9 @@ def resume_exactly(rank: int, folder: str, job: tuple, steps: int) -> tuple:
     return before, snapshot(model)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_ranks_join_and_leave_between_runs(tmp_path: Path, world_size: int) -> None:
     job, steps = RESUMED["streaming, with an average under way"]
     saved = run_ranks(save, 3, str(tmp_path / "c"), job, steps)
