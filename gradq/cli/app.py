@@ -9,7 +9,7 @@ import rich.console
 import typer
 
 import gradq
-from gradq.cli import doctor
+from gradq.cli import bench, doctor
 from gradq.errors import GradqError
 
 __all__ = ["app", "run"]
@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("doctor")(doctor.doctor)
+app.add_typer(bench.app, name="bench")
 
 
 def _show_version(asked: bool) -> None:

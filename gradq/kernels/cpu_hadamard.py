@@ -13,7 +13,6 @@ import numpy as np
 from gradq.kernels.numba_tools import inline, jit
 from gradq.kernels.vector import (
     LANES,
-    as_row,
     as_words,
     constant_row,
     constant_words,

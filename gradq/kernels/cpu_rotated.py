@@ -140,7 +140,9 @@ def _invert(at: Any, rows: Any, groups: Any, gain: Any) -> None:
     least, none = constant_row(np.float32(2.0**-120)), constant_row(np.float32(0))
     for inverse_at in range(at + INVERSE, at + INVERSE + 64, 4 * LANES):
         energy = load_row(inverse_at + ENERGY - INVERSE)
-        inverse = constant_row(np.float32(1)) / square_root(energy * constant_row(gain) / load_row(inverse_at))
+        inverse = constant_row(np.float32(1)) / square_root(
+            energy * constant_row(gain) / load_row(inverse_at)
+        )
         store_row(inverse_at, select_less(energy, least, none, inverse))
 
 
@@ -169,10 +171,7 @@ def _round_scales(at: Any, groups: Any, to_unit: Any, gain: Any, unbiased: Any, 
     least, none = constant_row(np.float32(2.0**-120)), constant_row(np.float32(0))
     for part in range(0, 64, 4 * LANES):
         energy, inner = load_row(at + ENERGY + part), load_row(at + SCALE + part)
-        if unbiased:
-            scale = energy / inner
-        else:
-            scale = (inner / load_row(at + NEAR + part)) / constant_row(gain)
+        scale = energy / inner if unbiased else (inner / load_row(at + NEAR + part)) / constant_row(gain)
         store_row(at + SCALE + part, select_less(energy, least, none, scale / constant_row(to_unit)))
     scale_C, lost = f32_at(at + SCALE, 16), False
     for c in range(16):

@@ -131,11 +131,11 @@ def _store_constant(at: Any, k: Any, value: Any) -> None:
 
 @jit
 def store_quantizer(at: int, constants: Any) -> None:
-    """Constants as rows, for `quantizer_of`: -top, top, `to_index`, half the codes; middle, `to_level`; table.
+    """Constants as rows: -top, top, `to_index`, half the codes; middle, `to_level`; the table of levels.
 
     Args:
         at: scratch.
-        constants: top, four of `to_index`, four of `to_level`, half the number of codes (levels, in a trellis).
+        constants: top, four of `to_index`, four of `to_level`, half the number of codes (a trellis: levels).
     """
     _store_constant(at, 0, -constants[0])
     for k in range(5):
@@ -211,7 +211,7 @@ def quantize_value(z: Any, inverse: Any, quantizer: Any) -> Any:
 
 @jit
 def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, to_unit: float) -> None:
-    """x + residual with its signs, times to_unit, to the tile; sums of squares, the largest magnitude."""
+    """X + residual with its signs, times to_unit, to the tile; sums of squares, the largest magnitude."""
     clear_sums(at)
     loss, unit = constant_row(np.float32(unscale)), constant_row(np.float32(to_unit))
     for row in range(rows):

@@ -1,8 +1,8 @@
 """Full tiles of the rotated codecs in Numba, in as few passes as fit the registers.
 
-A tile of 256 rows is transformed in two passes of 16 rows, in registers: distances 1 to 8 of consecutive rows,
-then 16 to 128 of rows 16 apart; the inverse the other way round. The work on either side of a pass is done
-with the 16 rows while they are near::
+A tile of 256 rows is transformed in two passes of 16 rows, in registers: distances 1 to 8 of consecutive
+rows, then 16 to 128 of rows 16 apart; the inverse the other way round. The work on either side of a pass is
+done with the 16 rows while they are near::
 
     start      load, add the residual, signs | distances 1 to 8
     quantize   distances 16 to 128 | codes, levels, sums | distances 16 to 128
@@ -85,7 +85,7 @@ def _sign(word: Any) -> Any:
 
 @jit
 def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
-    """x + unscale * residual with signs to SIGNED; transformed at distances 1 to 8 to the tile; sums of squares."""
+    """X + unscale * residual with signs to SIGNED, transformed at distances 1 to 8 to the tile; squares."""
     clear_sums(at)
     if residual_at != 0:
         _start(x_at, residual_at, at, np.float32(unscale), True)
@@ -125,9 +125,7 @@ def _start_block(
 
 
 @inline
-def _start_row(
-    x_at: Any, residual_at: Any, signed_at: Any, word: Any, loss: Any, with_residual: Any
-) -> Any:
+def _start_row(x_at: Any, residual_at: Any, signed_at: Any, word: Any, loss: Any, with_residual: Any) -> Any:
     value = load_row(x_at)
     if with_residual:
         value = value + load_row(residual_at) * loss
@@ -165,9 +163,7 @@ def quantize_tile(
 
 
 @inline
-def _quantize(
-    at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_table: Any, ahead: Any
-) -> None:
+def _quantize(at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_table: Any, ahead: Any) -> None:
     for first in range(16):
         for part in range(0, 16, LANES):
             z_at, to_at = at + 64 * first + 4 * part, codes_at + 16 * first + part
@@ -181,9 +177,7 @@ def _quantize(
 
 
 @inline
-def _quantize_block(
-    at: Any, to_at: Any, part: Any, pack_four: Any, use_table: Any, ahead_at: Any
-) -> None:
+def _quantize_block(at: Any, to_at: Any, part: Any, pack_four: Any, use_table: Any, ahead_at: Any) -> None:
     """Two loops: of one the chains of operations are too long for the processor to overlap enough rows."""
     near_at, codes_at = at + NEAR, at + NEAR + 16 * _STEP
     inverse, quantizer = load_row(at + INVERSE + 4 * part), quantizer_of(at)

@@ -239,8 +239,8 @@ to_float = _operation(_row, lambda builder, a: builder.sitofp(a, _FLOATS), _word
 prefetch = _operation(types.int64, _prefetch(False), types.intp)
 prefetch_to_write = _operation(types.int64, _prefetch(True), types.intp)
 square_root = _operation(_row, _square_root, _row)
-# lookup(low, high, index): table[index], index < 16; only where HAS_LOOKUP. The table's first LANES entries are
-# low; high holds entries 8 to 15 where LANES is 8, and is not read where it is 16.
+# lookup(low, high, index): table[index], index < 16; only where HAS_LOOKUP. The table's first LANES entries
+# are low; high holds entries 8 to 15 where LANES is 8, and is not read where it is 16.
 lookup = _operation(_row, _lookup, _row, _row, _words)
 minimum = _operation(_row, _smaller, _row, _row)
 maximum = _operation(_row, _larger, _row, _row)
@@ -256,8 +256,8 @@ select_less = _operation(
     _row,
     _row,
 )
-# the unnormalized transform of 16 rows, distances 1, 2, 4, 8: (from, its stride in bytes, to, its stride, a row
-# of ones: loaded ones make it faster, see `_hadamard`; the compiler sees through constant ones)
+# the unnormalized transform of 16 rows, distances 1, 2, 4, 8: (from, its stride in bytes, to, its stride, a
+# row of ones: loaded ones make it faster, see `_hadamard`; the compiler sees through constant ones)
 hadamard_rows = _operation(types.int64, _hadamard, *[types.intp] * 4, _row)
 
 

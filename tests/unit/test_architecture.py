@@ -53,8 +53,8 @@ HEAVY = {
     "onnxscript": set(),
     "executorch": set(),
     "matplotlib": set(),
-    "rich": {"gradq.cli.app", "gradq.cli.doctor"},
-    "typer": {"gradq.cli.app"},
+    "rich": {"gradq.cli.app", "gradq.cli.bench_codecs", "gradq.cli.doctor"},
+    "typer": {"gradq.cli.app", "gradq.cli.bench", "gradq.cli.bench_codecs"},
     "fastapi": set(),
 }
 MAX_LINES, MAX_LINES_OF_SYNC = 600, 300
