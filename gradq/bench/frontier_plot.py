@@ -19,13 +19,17 @@ _FAMILIES = (
     ("floating and block formats", r"fp8|mxfp|nvfp", "#8c6d31"),
     ("tables", r"nf4|lloyd|exp|power", "#9467bd"),
     ("classics: ternary, sign, QSGD, top-k", r"ternary|sign|qsgd|topk", "#d62728"),
-    ("uniform, stochastic", r"int\d+(\(rounding=stochastic\))?$", "#6baed6"),
-    ("uniform, nearest", r"int", "#1f4e9c"),
+    ("uniform", r"int", "#1f6fb4"),
     ("rotated", r"rot", "#ff7f0e"),
     ("trellis", r"trellis", "#2ca02c"),
 )
 _OTHER = ("other", r"", "#17becf")
 _INK, _FAINT = "#222222", "#d9d9d9"
+
+
+def _is_random(codec: str) -> bool:
+    """Whether a spec says that its rounding or its scale makes it unbiased."""
+    return "stochastic" in codec or "unbiased" in codec
 
 
 def _family(codec: str) -> tuple[str, str, str]:
@@ -51,7 +55,7 @@ def plot_frontier(rows: Sequence[Row], path: Path, *, title: str) -> None:
     means = sorted({ranks for row in rows for ranks in row.means})
     shown = 8 if 8 in means else means[-1] if means else 0
     panels = 1 + bool(shown) + bool(timed)
-    height = max(6.5, 0.17 * len(timed) + 1.5)
+    height = max(6.5, 0.155 * len(timed) + 1.5)
     figure = Figure(figsize=(6.6 * panels, height), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     name = list(rows[0].errors)[-1]
@@ -65,6 +69,7 @@ def plot_frontier(rows: Sequence[Row], path: Path, *, title: str) -> None:
     families = [f for f in (*_FAMILIES, _OTHER) if any(_family(row.codec) == f for row in rows)]
     for label, _, color in families:
         axes[0].plot([], [], "o", color=color, label=label, markersize=6)
+    axes[0].plot([], [], "o", color=_INK, markerfacecolor="white", label="hollow: unbiased", markersize=6)
     axes[0].legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none", loc="lower left")
     figure.suptitle(title, fontsize=11, color=_INK)
     figure.draw_without_rendering()  # now the panels have their places, and labels can be put into them
@@ -86,11 +91,13 @@ def _draw_errors(
             line = [(bits, error) for bits, error, codec in own if _series(codec) == key]
             style = "-" if len(line) > 1 else ""
             axes.plot(*zip(*line, strict=True), style, color=family[2], linewidth=1, alpha=0.45)
-        axes.plot([p[0] for p in own], [p[1] for p in own], "o", color=family[2], markersize=5)
+        for bits, error, codec in own:
+            face = "white" if _is_random(codec) else family[2]
+            axes.plot(bits, error, "o", color=family[2], markersize=5.5, markerfacecolor=face)
     least = min(error for _, _, error in points if error > 0)
     most = max(bits for _, bits, _ in points)
     axes.set(yscale="log", xscale="log", xlabel="bits an element on the wire", ylabel=label)
-    limits = min(0.85 * min(bits for _, bits, _ in points), 0.95), most * 1.35
+    limits = min(0.8 * min(bits for _, bits, _ in points), 0.95), most * 1.35
     ticks = [t for t in (0.125, 0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 16, 32) if limits[0] <= t <= limits[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
@@ -122,19 +129,22 @@ def _label(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
     taken: list[tuple[float, float, float, float]] = []
     pixels = [axes.transData.transform((bits, error)) for _, bits, error in points]
     for x, y in pixels:
-        taken.append((x - 3, y - 3, x + 3, y + 3))
+        taken.append((x - 5, y - 5, x + 5, y + 5))
     order = sorted(range(len(points)), key=lambda k: points[k][2] / floor(points[k][1]))
-    size, seen = 6.5, set()
+    size, seen = 7.0, set()
+    frame = axes.get_window_extent()
+    inside = (frame.x0 + 2, frame.y0 + 2, frame.x1 - 2, frame.y1 - 2)
     for k in order:
         codec = points[k][0]
-        text = codec.replace("rounding=", "").replace("scale=", "")
+        text = re.sub(r"\((rounding|scale)=\w+\)$", "", codec)
         if text in seen:
             continue
         width, high = 0.56 * size * len(text) * axes.figure.dpi / 72, 1.15 * size * axes.figure.dpi / 72
         x, y = pixels[k]
-        for dx, dy in ((6, -high / 2), (-width - 6, -high / 2), (-width / 2, 5), (-width / 2, -high - 5)):
+        for dx, dy in ((8, -high / 2), (-width - 8, -high / 2), (-width / 2, 7), (-width / 2, -high - 7)):
             box = (x + dx, y + dy, x + dx + width, y + dy + high)
-            if not any(_overlap(box, other) for other in taken):
+            within = inside[0] < box[0] and box[2] < inside[2] and inside[1] < box[1] and box[3] < inside[3]
+            if within and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 seen.add(text)
                 offset = (72 * dx / axes.figure.dpi, 72 * dy / axes.figure.dpi)
