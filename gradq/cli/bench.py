@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from gradq.cli import bench_collectives, bench_run
+from gradq.cli import bench_codecs, bench_collectives, bench_run
 
 __all__ = ["app"]
 
@@ -14,4 +14,5 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.callback(invoke_without_command=True)(bench_run.bench)
+app.command("codecs")(bench_codecs.codecs)
 app.command("collectives")(bench_collectives.collectives)

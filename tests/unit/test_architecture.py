@@ -61,10 +61,17 @@ HEAVY = {
     "onnxscript": set(),
     "executorch": set(),
     "matplotlib": set(),
-    "rich": {"gradq.cli.app", "gradq.cli.bench_run", "gradq.cli.doctor", "gradq.cli.export"},
+    "rich": {
+        "gradq.cli.app",
+        "gradq.cli.bench_codecs",
+        "gradq.cli.bench_run",
+        "gradq.cli.doctor",
+        "gradq.cli.export",
+    },
     "typer": {
         "gradq.cli.app",
         "gradq.cli.bench",
+        "gradq.cli.bench_codecs",
         "gradq.cli.bench_collectives",
         "gradq.cli.bench_run",
         "gradq.cli.export",
