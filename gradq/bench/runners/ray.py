@@ -7,6 +7,7 @@ checkpoint that all of them find on their nodes' disks. Restarts are counted and
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -129,20 +130,15 @@ class RayRunner(Runner):
 
     def _make_actors(self) -> list[Record]:
         """New actors on their bundles; returns where they are."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
         scenario = self.scenario
         # fetch and facts are answered while a job runs in its thread
-        actor_class = self._ray.remote(max_restarts=0, max_concurrency=2)(RankActor)
+        actor_class = self._actor_class(max_restarts=0, max_concurrency=2)
         cpus = self._group.bundle_specs[0]["CPU"] / scenario.ranks_per_node
         self._actors = [
             actor_class.options(
                 num_cpus=cpus,
                 num_gpus=scenario.gpus_per_rank,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._group,
-                    placement_group_bundle_index=rank // scenario.ranks_per_node,
-                ),
+                **self._on_node(rank // scenario.ranks_per_node),
             ).remote(rank)
             for rank in range(scenario.world_size)
         ]
@@ -171,10 +167,10 @@ class RayRunner(Runner):
         for attempt in range(self.max_restarts + 1):
             try:
                 yield from self._attempt(seed)
-                return
             except RankLostError as error:
                 if attempt == self.max_restarts:
                     raise
+                self._end_actors()
                 self.restarts += 1
                 yield (
                     0,
@@ -185,8 +181,10 @@ class RayRunner(Runner):
                         "restarts": self.restarts,
                     },
                 )
-            finally:
+            else:
+                self._clean_nodes()
                 self._end_actors()
+                return
 
     def _attempt(self, seed: int) -> Iterator[tuple[int, Record]]:
         facts = self._make_actors()
@@ -275,28 +273,45 @@ class RayRunner(Runner):
         if not self._connected:
             return
         try:
+            self._clean_nodes()
             self._end_actors()
             if self._group is not None:
-                self._clean_nodes()
                 self._ray.util.remove_placement_group(self._group)
         finally:
             self._connected = False
             self._ray.shutdown()
 
     def _clean_nodes(self) -> None:
+        """Remove the checkpoints, by actors that live; by new ones where none does."""
+        waiting = {
+            actor.clean.remote(self._folder): rank // self.scenario.ranks_per_node
+            for rank, actor in enumerate(self._actors)
+        }
+        if not waiting:
+            return
+        done, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=15.0)
+        cleaned = set()
+        for reference in done:
+            with contextlib.suppress(self._ray.exceptions.RayError):  # this actor is dead
+                self._ray.get(reference)
+                cleaned.add(waiting[reference])
+        left = set(waiting.values()) - cleaned
+        if left:
+            actors = [self._actor_class(num_cpus=0).options(**self._on_node(node)).remote(0) for node in left]
+            done = [actor.clean.remote(self._folder) for actor in actors]
+            self._ray.wait(done, num_returns=len(done), timeout=60.0)
+
+    def _actor_class(self, **options: Any) -> Any:
+        return self._ray.remote(**options)(RankActor)
+
+    def _on_node(self, node: int) -> dict[str, Any]:
+        """Options that put an actor on a node of the group."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        actor_class = self._ray.remote(num_cpus=0)(RankActor)
-        cleaners = [
-            actor_class.options(
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._group, placement_group_bundle_index=index
-                )
-            ).remote(0)
-            for index in range(self.scenario.nodes)
-        ]
-        done = [cleaner.clean.remote(self._folder) for cleaner in cleaners]
-        self._ray.wait(done, num_returns=len(done), timeout=60.0)
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self._group, placement_group_bundle_index=node
+        )
+        return {"scheduling_strategy": strategy}
 
 
 def _check_reachable(cluster: str) -> None:
