@@ -109,10 +109,10 @@ def _draw_errors(
         axes.spines[side].set_visible(False)
     if with_floor:
         left, right = axes.get_xlim()
-        bits = [left * (right / left) ** (k / 200) for k in range(201)]
+        grid = [left * (right / left) ** (k / 200) for k in range(201)]
         bottom = axes.get_ylim()[0]
-        axes.fill_between(bits, [bottom / 10] * 201, [floor(b) for b in bits], color="#eeeeee", zorder=0)
-        axes.plot(bits, [floor(b) for b in bits], "--", color="#999999", linewidth=1)
+        axes.fill_between(grid, [bottom / 10] * 201, [floor(b) for b in grid], color="#eeeeee", zorder=0)
+        axes.plot(grid, [floor(b) for b in grid], "--", color="#999999", linewidth=1)
         at = 3.0
         axes.annotate(
             "least error for normal numbers", (at, floor(at) / 2.2), fontsize=8, color="#777777", ha="right"
