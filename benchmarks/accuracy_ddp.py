@@ -6,6 +6,7 @@
 Every codec trains `examples/train_gpt.py` on real ranks, with the seeds in common: a seed decides the initial
 weights, the data and the rounding. A codec is any gradq spec, with "@collective" after it to choose one: on 2
 ranks "auto" is direct, where the codec of phase 2 has nothing to do, so "@two_phase" shows what it costs.
+"@75" sends int8 in the first 75 steps: there a model learns fastest and very few bits cost most.
 
 The baseline is bf16. A codec is *within 2 sd* if its mean validation loss differs from the baseline's by at
 most two pooled standard deviations over seeds, and *within 1 %* if by at most that part of the baseline's
@@ -38,7 +39,7 @@ from gradq.bench.records import git_commit, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "bf16"
-KEY = ("codec", "collective", "seed", "steps", "params", "ranks", "batch_size", "lr")
+KEY = ("codec", "collective", "codec_start", "seed", "steps", "params", "ranks", "batch_size", "lr")
 
 Record = dict[str, Any]
 
@@ -50,14 +51,35 @@ def read(path: Path) -> list[Record]:
 
 
 def key_of(run: Record) -> tuple[Any, ...]:
-    """What decides a run's outcome; runs recorded before there was a choice of collective used "auto"."""
-    return tuple(({"collective": "auto"} | run)[name] for name in KEY)
+    """What decides a run's outcome; older records lack what was not yet a choice."""
+    return tuple(({"collective": "auto", "codec_start": 0} | run)[name] for name in KEY)
 
 
 def label_of(run: Record) -> str:
     """The row a run belongs to, as on the command line."""
-    collective = run.get("collective", "auto")
-    return run["codec"] if collective == "auto" else f"{run['codec']}@{collective}"
+    collective, start = run.get("collective", "auto"), run.get("codec_start", 0)
+    label = run["codec"] + (f"@{collective}" if collective != "auto" else "")
+    return label + (f"@{start}" if start else "")
+
+
+def choice_of(label: str) -> Record:
+    """The codec, collective and first step of a row's label.
+
+    Raises:
+        SystemExit: a label of another form.
+    """
+    codec, *others = label.split("@")
+    starts = [int(part) for part in others if part.isdigit()]
+    collectives = [part for part in others if not part.isdigit()]
+    if len(starts) > 1 or len(collectives) > 1:
+        raise SystemExit(
+            f"--codecs {label}: the form is spec, spec@collective, spec@step or spec@collective@step"
+        )
+    return {
+        "codec": codec,
+        "collective": collectives[0] if collectives else "auto",
+        "codec_start": starts[0] if starts else 0,
+    }
 
 
 def run(key: Record, progress: Progress, task: Any) -> Record:
@@ -155,7 +177,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     codecs = ["bf16", "none", "int8", "int4"]
     parser.add_argument(
-        "--codecs", nargs="+", default=codecs, help=f"spec or spec@collective (default {' '.join(codecs)})"
+        "--codecs",
+        nargs="+",
+        default=codecs,
+        help=f"spec, with @collective and @first-step if wanted (default {' '.join(codecs)})",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--steps", type=int, default=750, help="optimizer steps of a run (default 750)")
@@ -187,8 +212,7 @@ def main() -> None:
     keys = []
     for seed in args.seeds:
         for label in args.codecs:
-            codec, _, collective = label.partition("@")
-            keys.append({"codec": codec, "collective": collective or "auto", "seed": seed} | fixed)
+            keys.append(choice_of(label) | {"seed": seed} | fixed)
     recorded = [r for path in args.reuse for r in json.loads(path.read_text())["runs"]]
     finished = {key_of(r): r for r in [*recorded, *read(args.partial)]}
     todo = [key for key in keys if key_of(key) not in finished]

@@ -124,14 +124,24 @@ class Trainer:
         self.fixed = {name: getattr(args, name) for name in FIXED}  # a resumed run must have the same
         self.train_text, self.val_text = load_text()
         self.model = DistributedDataParallel(build(args.params, args.seq_len, args.seed))
-        feedback = FEEDBACK[args.feedback]
+        feedback, self.codec = FEEDBACK[args.feedback], self.codec_of(0)
         self.handle = gradq.compress(
-            self.model, args.codec, seed=args.seed, feedback=feedback, collective=args.collective
+            self.model, self.codec, seed=args.seed, feedback=feedback, collective=args.collective
         )
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+    def codec_of(self, step: int) -> str:
+        """The codec of a step: int8 before --codec-start."""
+        return self.args.codec if step >= self.args.codec_start else "int8"
+
+    def use_codec_of(self, step: int) -> None:
+        """Change the codec if it is time."""
+        if self.codec != (codec := self.codec_of(step)):
+            self.handle.set_spec(codec)
+            self.codec = codec
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to a tenth."""
@@ -150,6 +160,7 @@ class Trainer:
     def step(self, step: int, *, communicate: bool = True) -> tuple[float, float]:
         """One optimizer step; returns this rank's loss and the milliseconds it took."""
         start, args, total = time.perf_counter(), self.args, 0.0
+        self.use_codec_of(step)
         for micro in range(args.accumulate):
             rng = np.random.default_rng((args.seed, step, self.rank, micro))
             starts = rng.integers(len(self.train_text) - args.seq_len, size=args.batch_size)
@@ -192,6 +203,7 @@ class Trainer:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=path)
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        self.use_codec_of(progress["step"] - 1)  # that of the checkpoint
         gradq.load_checkpoint(self.handle, path, key="gradq")
         if progress["step"] >= (end := self.args.stop_at or self.args.steps):
             raise gradq.ConfigError(f"{path} has done {progress['step']} steps, this run ends at {end}")
@@ -303,6 +315,7 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(name, default=default, help=text, **options)
 
     add("--codec", "int4", "gradq spec: none, bf16, int8, int4+int4, rot4, topk, powersgd:4, ...")
+    add("--codec-start", 0, "steps in int8 before --codec; 1 to 3 bits need a tenth of --steps")
     add("--feedback", "auto", "error feedback", choices=FEEDBACK)
     add("--collective", "auto", "how it is averaged: auto, direct, two_phase, ...")
     add("--params", "1m", "model size", choices=PRESETS)

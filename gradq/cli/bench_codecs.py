@@ -73,6 +73,8 @@ def codecs(
     rows = []
     for codec in rich.progress.track(codec_list, "errors", console=stderr, transient=True):
         rows.append(frontier.measure_errors(codec, inputs, by_rank, num_seeds=1 if quick else 3))
+        if not stderr.is_terminal:
+            stderr.print(f"errors {len(rows)}/{len(codec_list)} {codec}", soft_wrap=True, highlight=False)
     if speed:
         rows = _with_speeds(rows, codec_list, quick, stderr)
     if not console.is_terminal:
