@@ -111,12 +111,8 @@ def train(args: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     """Train as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--codec", default="int8", help="gradq spec: none, bf16, int8, int4 ... (default int8)"
-    )
-    parser.add_argument(
-        "--gather", default="none", help="spec of gathered parameters, e.g. int8 (default none)"
-    )
+    parser.add_argument("--codec", default="int8", help="gradq spec, e.g. none, bf16, int4 (default int8)")
+    parser.add_argument("--gather", default="none", help="spec of gathered parameters (default none)")
     parser.add_argument("--replicas", type=int, default=1, help="copies of the sharded model (default 1)")
     parser.add_argument("--params", default="1m", choices=PRESETS, help="model size (default 1m)")
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps (default 400)")

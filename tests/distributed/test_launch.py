@@ -90,7 +90,7 @@ def test_examples_have_help(script: Path, monkeypatch, capsys) -> None:
 
 
 def test_short_examples_are_short() -> None:
-    for name in ("diloco.py", "mpi.py"):
+    for name in ("ddp.py", "diloco.py", "fsdp2.py", "mpi.py"):
         assert len((ROOT / "examples" / name).read_text().splitlines()) < 150
 
 
