@@ -25,7 +25,7 @@ from gradq.quant.fake import ActQuant
 from gradq.quant.mixed import average_bits
 from gradq.quant.prepare import prepare_info
 
-__all__ = ["ExportReport", "float_onnx", "onnx"]
+__all__ = ["ExportReport", "facts_of", "float_onnx", "onnx"]
 
 _EXTERNAL_FROM = 2_000_000_000  # protobuf's limit is 2 GiB
 _MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
@@ -109,7 +109,7 @@ def onnx(
         )
         lowered = lower(captured)
         islands, floats = _islands(plain, lowered)
-        facts = _facts(plain, islands, accuracy) | {
+        facts = facts_of(plain, islands, accuracy) | {
             "gradq.largest_weight_code": str(lowered.largest_code),
             "gradq.float_products": str(sum(form == "float" for form in lowered.forms.values()) + floats),
         }
@@ -198,8 +198,14 @@ def _islands(model: nn.Module, lowered: Lowered) -> tuple[list[tuple[str, str]],
     return islands, floats
 
 
-def _facts(model: nn.Module, islands: list[tuple[str, str]], accuracy: float | None) -> dict[str, str]:
-    """The metadata every file has."""
+def facts_of(model: nn.Module, islands: list[tuple[str, str]], accuracy: float | None) -> dict[str, str]:
+    """The metadata every file has.
+
+    Args:
+        model: without wrappers.
+        islands: (name, reason) of what is in float.
+        accuracy: the model's, if known.
+    """
     facts = {
         "gradq.version": _version("gradq"),
         "gradq.torch": torch.__version__,
