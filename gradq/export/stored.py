@@ -1,19 +1,22 @@
 """A calibrated model rewritten in plain torch operators, its weights stored as integers.
 
-Three ways to write it:
+Four ways to write it:
 
 * ``aten``: weights become float when they are read and everything is computed in float: the same numbers as
   the simulation, bit for bit, from a small file, without gradq.
 * ``int_mm``: linear layers on codes, through ``torch._int_mm`` (int8 × int8 → int32), on the CPU and, by its
   rules, on CUDA; the rest as ``aten``.
 * ``pt2e``: the ``quantized_decomposed`` operators that torchao's PT2E puts into a graph, here with gradq's
-  ranges: what converters to ExecuTorch and LiteRT read.
+  ranges: what converters to ExecuTorch read.
+* ``pt2e-float``: the same, but with float weights in front of a quantize operator, as LiteRT's converter
+  wants them.
 
 Shapes: O outputs, I inputs, R rows that own a scale, n elements a row, M rows of a matrix product.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -29,7 +32,7 @@ from gradq.quant.placement import source_of
 
 __all__ = ["OPERATORS", "IntMatmul", "StoredWeight", "store"]
 
-OPERATORS = ("aten", "int_mm", "pt2e")
+OPERATORS = ("aten", "int_mm", "pt2e", "pt2e-float")
 
 
 class StoredWeight(nn.Module):
@@ -101,13 +104,19 @@ def _packed(nibbles: Tensor) -> Tensor:
 
 
 class _Decomposed(nn.Module):
-    """A weight behind ``dequantize_per_channel`` or ``dequantize_per_tensor``."""
+    """A weight behind PT2E's dequantize operator, per channel or per tensor.
+
+    Args:
+        weight: (O, …) fp32.
+        quantizer: of the weight.
+        folded: store codes; otherwise store the float weight (on its grid) and quantize it in the graph.
+    """
 
     data: Tensor
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: Tensor, quantizer: WeightQuant) -> None:
+    def __init__(self, weight: Tensor, quantizer: WeightQuant, *, folded: bool) -> None:
         super().__init__()
         fmt = quantizer.format
         if fmt.granularity == "group" or not fmt.symmetric:
@@ -116,8 +125,9 @@ class _Decomposed(nn.Module):
                 "scale a tensor or a channel: use 'int8'"
             )
         self.low, self.high = (fmt.qmin, fmt.qmax) if fmt.is_uniform else (-128, 127)
-        self.form = "int8"
-        self.register_buffer("data", quantizer.quantize(weight).to(torch.int8))
+        self.form, self.folded = "int8", folded
+        codes = quantizer.quantize(weight).to(torch.int8)
+        self.register_buffer("data", codes if folded else quantizer(weight).detach())
         self.register_buffer("scale", quantizer.scale.detach().clone())
         self.register_buffer("zero_point", quantizer.zero_point.to(torch.int64))
 
@@ -125,9 +135,13 @@ class _Decomposed(nn.Module):
         """(O, …) fp32."""
         ops, limits = torch.ops.quantized_decomposed, (self.low, self.high, torch.int8)
         if self.scale.numel() == 1:
-            out = ops.dequantize_per_tensor.tensor(self.data, self.scale[0], self.zero_point[0], *limits)
+            parts = (float(self.scale[0]), int(self.zero_point[0]), *limits)
+            codes = self.data if self.folded else ops.quantize_per_tensor.default(self.data, *parts)
+            out = ops.dequantize_per_tensor.default(codes, *parts)
         else:
-            out = ops.dequantize_per_channel.default(self.data, self.scale, self.zero_point, 0, *limits)
+            parts = (self.scale, self.zero_point, 0, *limits)
+            codes = self.data if self.folded else ops.quantize_per_channel.default(self.data, *parts)
+            out = ops.dequantize_per_channel.default(codes, *parts)
         result: Tensor = out
         return result
 
@@ -202,18 +216,26 @@ def store(model: nn.Module, operators: str) -> tuple[dict[str, str], list[tuple[
     """
     if operators not in OPERATORS:
         raise ConfigError(f"operators is {operators!r}; legal: {', '.join(OPERATORS)}")
-    if operators == "pt2e":
+    if operators.startswith("pt2e"):
         import torch.ao.quantization.fx._decomposed  # noqa: F401  # registers the operators
+
+        for module in model.modules():
+            if isinstance(module, fx.GraphModule):
+                _quantize_behind_moves(module)
     forms: dict[str, str] = {}
     islands: list[tuple[str, str]] = []
     readers = _readers(model)
-    kind = _Decomposed if operators == "pt2e" else StoredWeight
     acts = [m for m in model.modules() if isinstance(m, ActQuant)]
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
     parts: dict[int, Any] = {}  # by quantizer: tied weights stay one
     for layer in layers.values():
         for _, weight, quantizer in layer.quantized_weights():
-            parts[id(quantizer)] = parts.get(id(quantizer)) or kind(weight, quantizer)
+            if id(quantizer) not in parts:
+                parts[id(quantizer)] = (
+                    _Decomposed(weight, quantizer, folded=operators == "pt2e")
+                    if operators.startswith("pt2e")
+                    else StoredWeight(weight, quantizer)
+                )
     for name, layer in layers.items():
         if operators == "int_mm":
             reason = _why_float(name, layer, readers)
@@ -236,7 +258,7 @@ def store(model: nn.Module, operators: str) -> tuple[dict[str, str], list[tuple[
             quantizer.__dict__["forward"] = _ignoring_its_argument(part)
     for act in acts:
         _fix_range(act)
-        act.__dict__["forward"] = _decomposed(act) if operators == "pt2e" else _plain(act)
+        act.__dict__["forward"] = _decomposed(act) if operators.startswith("pt2e") else _plain(act)
     return forms, islands
 
 
@@ -277,16 +299,13 @@ def _plain(quantizer: ActQuant) -> Any:
 def _decomposed(quantizer: ActQuant) -> Any:
     """Codes of int8: those of an asymmetric quantizer are shifted by 128, which changes no value."""
     fmt = quantizer.format
-    if fmt.is_dynamic:
-        raise ExportError(
-            f"{quantizer.name} has the dynamic format {fmt}; PT2E's operators are written for static ranges "
-            "here: use activations='int8'"
-        )
-    fixed, zero_point = _range_of(quantizer)
-    half = 0 if fmt.symmetric else 1 << (fmt.bits - 1)
-    scale, zero = float(fixed[0]), int(zero_point[0]) - half
-    arguments = (scale, zero, fmt.qmin - half, fmt.qmax - half, torch.int8)
     ops = torch.ops.quantized_decomposed
+    half = 0 if fmt.symmetric else 1 << (fmt.bits - 1)
+    limits = (fmt.qmin - half, fmt.qmax - half)
+    if fmt.is_dynamic:
+        return _decomposed_dynamic(quantizer, *limits)
+    fixed, zero_point = _range_of(quantizer)
+    arguments = (float(fixed[0]), int(zero_point[0]) - half, *limits, torch.int8)
 
     def call(x: Tensor) -> Tensor:
         codes = ops.quantize_per_tensor.default(x, *arguments)
@@ -294,6 +313,44 @@ def _decomposed(quantizer: ActQuant) -> Any:
         return out
 
     return call
+
+
+def _decomposed_dynamic(quantizer: ActQuant, low: int, high: int) -> Any:
+    """The range of each batch, found by PT2E's own operator: within a rounding of gradq's."""
+    fmt, ops = quantizer.format, torch.ops.quantized_decomposed
+    if fmt.range != "batch" or fmt.symmetric:
+        raise ExportError(
+            f"{quantizer.name} has the dynamic format {fmt}; of these PT2E's operators are written here for "
+            "'int8-batch' only"
+        )
+
+    def call(x: Tensor) -> Tensor:
+        eps = float(torch.finfo(torch.float32).eps)
+        scale, zero = ops.choose_qparams.tensor(x, low, high, eps, torch.int8)
+        codes = ops.quantize_per_tensor.tensor(x, scale, zero, low, high, torch.int8)
+        out: Tensor = ops.dequantize_per_tensor.tensor(codes, scale, zero, low, high, torch.int8)
+        return out
+
+    return call
+
+
+def _quantize_behind_moves(traced: fx.GraphModule) -> None:
+    """Put the same quantizer behind what only moves elements (max pooling, reshaping, …), in place.
+
+    It changes no value. PT2E's converters want a dequantize operator directly in front of every reader.
+    """
+    for node in list(traced.graph.nodes):
+        source = source_of(node, traced)
+        if source is node or source.op != "call_module" or not node.users:
+            continue
+        quantizer = traced.get_submodule(str(source.target))
+        is_list = any(user.target is operator.getitem for user in node.users)
+        if not isinstance(quantizer, ActQuant) or quantizer.format.is_dynamic or is_list:
+            continue
+        with traced.graph.inserting_after(node):
+            again = traced.graph.call_module(str(source.target), (node,))
+        node.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+    traced.recompile()
 
 
 def _readers(model: nn.Module) -> dict[str, list[ActQuant]]:
