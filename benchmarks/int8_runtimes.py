@@ -99,8 +99,8 @@ def main() -> None:
                 "# INT8 in ExecuTorch and LiteRT",
                 "",
                 f"`benchmarks/int8_environments.sh`, {time.strftime('%Y-%m-%d')}, {facts['cpu']}, 1 thread, "
-                f"batch 1, in turns, {args.seconds:g} s each; load average at the start {load:.1f}. Weights s8 "
-                "per channel, static asymmetric activations with ranges from gradq; the transformer's are "
+                f"batch 1, in turns, {args.seconds:g} s each; load average at the start {load:.1f}. Weights "
+                "s8 per channel, static asymmetric activations with ranges from gradq; the transformer's are "
                 "dynamic.",
                 "",
                 *table(results),
