@@ -135,7 +135,7 @@ class _Decomposed(nn.Module):
         """(O, …) fp32."""
         ops, limits = torch.ops.quantized_decomposed, (self.low, self.high, torch.int8)
         if self.scale.numel() == 1:
-            parts = (float(self.scale[0]), int(self.zero_point[0]), *limits)
+            parts: tuple[Any, ...] = (float(self.scale[0]), int(self.zero_point[0]), *limits)
             codes = self.data if self.folded else ops.quantize_per_tensor.default(self.data, *parts)
             out = ops.dequantize_per_tensor.default(codes, *parts)
         else:

@@ -90,7 +90,8 @@ class _TensorRT(_Lowering):
     def _turned(self, layer: Layer) -> str:
         """The weight as (I, O), dequantized along its second axis."""
         codes, scale, _ = codes_of(layer)
-        shape, axis = ((), {}) if len(scale) == 1 else ((len(scale),), {"axis": 1})
+        shape = () if len(scale) == 1 else (len(scale),)
+        axis: dict[str, Any] = {"axis": 1} if shape else {}
         parts = [
             self.builder.constant(f"{layer.name}.codes", np.ascontiguousarray(codes.T.astype(np.int8))),
             self.builder.constant(f"{layer.name}.scale", scale.reshape(shape)),
