@@ -31,7 +31,7 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="The file to write (for bundles a folder or a .zip file).")],
     checkpoint: Annotated[Path | None, typer.Option(help="State dict to load into the model.")] = None,
-    target: Annotated[str, typer.Option(help="What to write: onnx or bundle.")] = "onnx",
+    target: Annotated[str, typer.Option(help="What to write: onnx, bundle, pt2 or tensorrt.")] = "onnx",
     processor: Annotated[
         str, typer.Option(help="Formats for auto, x86-vnni, x86-avx2, arm, gpu or edge-int4.")
     ] = "auto",
@@ -80,6 +80,14 @@ def _write_onnx(qmodel: nn.Module, out: Path) -> dict[Path, object]:
     return {out: exporting.onnx(qmodel, out)}
 
 
+def _write_tensorrt(qmodel: nn.Module, out: Path) -> dict[Path, object]:
+    return {out: exporting.onnx(qmodel, out, runtime="tensorrt")}
+
+
+def _write_pt2(qmodel: nn.Module, out: Path) -> dict[Path, object]:
+    return {out: exporting.pt2(qmodel, out)}
+
+
 def _write_bundle(qmodel: nn.Module, out: Path) -> dict[Path, object]:
     return {out / name: report for name, report in exporting.bundle(qmodel, out).items()}
 
@@ -87,6 +95,8 @@ def _write_bundle(qmodel: nn.Module, out: Path) -> dict[Path, object]:
 TARGETS: dict[str, Callable[[nn.Module, Path], dict[Path, object]]] = {
     "bundle": _write_bundle,
     "onnx": _write_onnx,
+    "pt2": _write_pt2,
+    "tensorrt": _write_tensorrt,
 }
 
 

@@ -8,6 +8,7 @@ Example:
 
 from gradq.export.bundles import Bundle, bundle, load
 from gradq.export.inspect import Operators, operators
+from gradq.export.pt2 import Pt2Report, exported_program, pt2
 from gradq.export.runtime import features, session
 from gradq.export.variants import variant
 from gradq.export.verification import VerifyReport, verify
@@ -17,13 +18,16 @@ __all__ = [
     "Bundle",
     "ExportReport",
     "Operators",
+    "Pt2Report",
     "VerifyReport",
     "bundle",
+    "exported_program",
     "features",
     "float_onnx",
     "load",
     "onnx",
     "operators",
+    "pt2",
     "session",
     "variant",
     "verify",

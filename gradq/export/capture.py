@@ -32,7 +32,18 @@ from gradq.quant.prepare import finalize, prepare_info
 from gradq.quant.recurrent import _QuantCell
 from gradq.quant.tracing import example_arguments
 
-__all__ = ["DOMAIN", "Captured", "Layer", "Quantizer", "capture", "example_inputs_of"]
+__all__ = [
+    "DOMAIN",
+    "Captured",
+    "Exportable",
+    "Layer",
+    "Quantizer",
+    "capture",
+    "example_inputs_of",
+    "exportable",
+    "innermost",
+    "quietly",
+]
 
 DOMAIN = "gradq"
 
@@ -106,6 +117,57 @@ def example_inputs_of(model: nn.Module, example_inputs: Any = None) -> tuple[tup
     )
 
 
+@dataclass(frozen=True)
+class Exportable:
+    """A copy of a model that an exporter can trace, and what to trace it with.
+
+    Attributes:
+        model: in evaluation, on the CPU, batch norm folded.
+        args: positional example inputs; free axes are at least 2 long.
+        names: of the inputs.
+        shapes: free axes, as `torch.export.export` takes them; None if all are fixed.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    names: list[str]
+    shapes: tuple[Any, ...] | None
+
+
+def exportable(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool,
+    dynamic_axes: dict[str, dict[int, str]] | None,
+    quantized: bool = True,
+) -> Exportable:
+    """Copy and check a model.
+
+    Args:
+        model: calibrated; untouched.
+        example_inputs: see `gradq.export.onnx`.
+        dynamic_batch: the first axis of every input is free.
+        dynamic_axes: more free axes: input name → axis → name.
+        quantized: False asks for no quantized layer and no ranges.
+
+    Raises:
+        CalibrationError: a quantizer has no range; named.
+        NonFiniteError: NaN or Inf in a weight; named.
+        ExportError: no quantized layer, or inputs that the model does not run on.
+        ConfigError: inputs or axes that do not fit.
+    """
+    plain = copy.deepcopy(unwrap(model)).eval().cpu()
+    args, kwargs = example_inputs_of(plain, example_inputs)
+    finalize(plain)
+    if quantized:
+        _check(plain)
+    args, kwargs, names = _ordered(plain, args, kwargs)
+    _run_once(plain, args)
+    shapes = _dynamic_shapes(names, args, dynamic_batch, dynamic_axes)
+    return Exportable(plain, _at_least_two(args) if dynamic_batch else args, names, shapes)
+
+
 def capture(
     model: nn.Module,
     example_inputs: Any,
@@ -126,29 +188,22 @@ def capture(
         quantized: False translates the model with its quantizers off.
 
     Raises:
-        CalibrationError: a quantizer has no range; named.
-        ExportError: torch cannot translate the model; the message names the operator.
+        ExportError: torch cannot translate the model; the message names the operator. Also as `exportable`.
     """
-    plain = copy.deepcopy(unwrap(model)).eval().cpu()
-    args, kwargs = example_inputs_of(plain, example_inputs)
-    finalize(plain)
-    if quantized:
-        _check(plain)
-    args, kwargs, names = _ordered(plain, args, kwargs)
-    _run_once(plain, args)
-    shapes = _dynamic_shapes(names, args, dynamic_batch, dynamic_axes)
-    if dynamic_batch:
-        args = _at_least_two(args)
+    ready = exportable(
+        model, example_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes, quantized=quantized
+    )
+    plain = ready.model
     table = _install(plain) if quantized else _Table()
     if not quantized:
         for module in plain.modules():
             if isinstance(module, FakeQuantize):
                 module.mode = "float"
     try:
-        with torch.no_grad(), _quietly():
+        with torch.no_grad(), quietly():
             program = torch.onnx.export(
-                plain, args, dynamo=True, opset_version=opset, input_names=names, dynamic_shapes=shapes,
-                verbose=False, optimize=True,
+                plain, ready.args, dynamo=True, opset_version=opset, input_names=ready.names,
+                dynamic_shapes=ready.shapes, verbose=False, optimize=True,
             )  # fmt: skip
     except Exception as error:
         raise ExportError(_explain(plain, error)) from error
@@ -167,7 +222,7 @@ def _check(model: nn.Module) -> None:
             for key, weight, quantizer in module.quantized_weights():
                 if weight.dtype != torch.float32:
                     raise ExportError(
-                        f"{name}.{key} is {weight.dtype}; ONNX export takes fp32 models: call model.float()"
+                        f"{name}.{key} is {weight.dtype}; export takes fp32 models: call model.float()"
                     )
                 _ = quantizer.quantize(weight)  # NaN and a missing range raise, with the weight's name
     if not found:
@@ -234,7 +289,7 @@ def _at_least_two(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """The exporter's progress, deprecations and advice about other packages stay off the user's terminal."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -247,13 +302,17 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def innermost(error: BaseException) -> str:
+    """First line of the error at the bottom of a chain of causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def _explain(model: nn.Module, error: Exception) -> str:
     """The exporter's error in one sentence: the innermost cause says what and where."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    text = lines[0] if lines else type(cause).__name__
+    text = innermost(error)
     advice = "leave the module that holds it out with quant.Config(skip=…) does not help here: rewrite it"
     if "No ONNX function found" in str(error) or "No decompositions" in text:
         advice = "ONNX has no such operator: rewrite that line with operators it has"

@@ -61,7 +61,8 @@ class VerifyReport:
         processor: what the session was chosen for.
         operators: of the optimized graph.
         agreement: with the integer reference.
-        accuracy: ``fp32`` and ``int8`` in per cent, if the loader has labels.
+        accuracy: ``fp32`` (the same model with its quantizers off, corrected biases and all) and ``int8`` in
+            per cent, if the loader has labels.
         size_bytes: ``fp32`` and ``int8``.
         latency: batch size → ``fp32`` and ``int8``.
         failures: what makes the file wrong.

@@ -19,15 +19,17 @@ from gradq.errors import ConfigError, ExportError
 from gradq.export.capture import capture
 from gradq.export.files import atomic, require
 from gradq.export.lower import Lowered, lower
+from gradq.export.tensorrt import lower_for_tensorrt
 from gradq.export.weights import is_weight_constant
 from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant
 from gradq.quant.mixed import average_bits
 from gradq.quant.prepare import prepare_info
 
-__all__ = ["ExportReport", "float_onnx", "onnx"]
+__all__ = ["ExportReport", "facts_of", "float_onnx", "onnx"]
 
 _EXTERNAL_FROM = 2_000_000_000  # protobuf's limit is 2 GiB
+_LOWERINGS = {"onnxruntime": lower, "tensorrt": lower_for_tensorrt}
 _MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 
 
@@ -70,6 +72,7 @@ def onnx(
     dynamic_batch: bool = True,
     dynamic_axes: dict[str, dict[int, str]] | None = None,
     opset: int | None = None,
+    runtime: str = "onnxruntime",
     accuracy: float | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> ExportReport:
@@ -87,6 +90,8 @@ def onnx(
         dynamic_batch: leave the first axis of every input free.
         dynamic_axes: more free axes: input name → axis → name, e.g. ``{"tokens": {1: "length"}}``.
         opset: version of the default operator set; by default 21 if a weight takes 4 bits, else 20.
+        runtime: what the graph is written for: ``onnxruntime``, or ``tensorrt`` for GPUs (static symmetric s8
+            activations, float biases: prepare with ``Config.for_target("gpu")``; not run on a GPU by us).
         accuracy: the model's, to be kept in the file's metadata.
         metadata: more entries for it.
 
@@ -102,14 +107,17 @@ def onnx(
     for package in ("onnx", "onnxscript"):
         require(package)
     plain = unwrap(model)
+    if runtime not in _LOWERINGS:
+        raise ConfigError(f"runtime is {runtime!r}; legal: {', '.join(_LOWERINGS)}")
     chosen = _choose_opset(plain, opset)
     with atomic(path) as temporary:
         captured = capture(
             plain, example_inputs, opset=chosen, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes
         )
-        lowered = lower(captured)
+        lowered = _LOWERINGS[runtime](captured)
         islands, floats = _islands(plain, lowered)
-        facts = _facts(plain, islands, accuracy) | {
+        facts = facts_of(plain, islands, accuracy) | {
+            "gradq.runtime": runtime,
             "gradq.largest_weight_code": str(lowered.largest_code),
             "gradq.float_products": str(sum(form == "float" for form in lowered.forms.values()) + floats),
         }
@@ -198,8 +206,14 @@ def _islands(model: nn.Module, lowered: Lowered) -> tuple[list[tuple[str, str]],
     return islands, floats
 
 
-def _facts(model: nn.Module, islands: list[tuple[str, str]], accuracy: float | None) -> dict[str, str]:
-    """The metadata every file has."""
+def facts_of(model: nn.Module, islands: list[tuple[str, str]], accuracy: float | None) -> dict[str, str]:
+    """The metadata every file has.
+
+    Args:
+        model: without wrappers.
+        islands: (name, reason) of what is in float.
+        accuracy: the model's, if known.
+    """
     facts = {
         "gradq.version": _version("gradq"),
         "gradq.torch": torch.__version__,

@@ -82,7 +82,7 @@ def test_a_model_becomes_a_checked_file(here, capsys):
     [
         ({"model": "nothing"}, (), "has no nothing"),
         ({"model": "broken"}, (), "must return a torch.nn.Module"),
-        ({}, ("--target", "tea"), "legal: bundle, onnx"),
+        ({}, ("--target", "tea"), "legal: bundle, onnx, pt2, tensorrt"),
         ({}, ("--batch-sizes", "x"), "--batch-sizes is 'x'"),
         ({}, ("--processor", "z80"), "target is 'z80'"),
         ({}, ("--weights", "float3"), "cannot read the weights format"),
@@ -97,6 +97,15 @@ def test_mistakes_are_named_and_leave_nothing(here, capsys, options, more, said)
     assert call(here, *more, **options) == 2
     assert said in capsys.readouterr().err
     assert not (here / "m.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "name"), [("pt2", "m.pt2"), ("tensorrt", "m.onnx")])
+def test_other_targets(here, capsys, target, name):
+    more = ("--target", target, "--processor", "gpu", "--out", str(here / name))
+    code = call(here, *more, calibrate="data.pt")
+    assert code == 0, capsys.readouterr().err
+    assert (here / name).exists()
 
 
 @pytest.mark.slow

@@ -219,7 +219,7 @@ def test_a_model_without_quantized_layers_or_of_another_type(tmp_path):
     refused(tmp_path, ExportError, "no quantized layer", nn.ReLU(), example_inputs=x)
     refused(tmp_path, ConfigError, "pass example_inputs", quant.QuantLinear(3, 3))
     half = prepared(nn.Sequential(nn.Linear(3, 3)), [x]).to(torch.bfloat16)
-    refused(tmp_path, ExportError, "bfloat16; ONNX export takes fp32", half)
+    refused(tmp_path, ExportError, "bfloat16; export takes fp32", half)
 
 
 def test_arguments_out_of_range(tmp_path, cnn):

@@ -1,0 +1,100 @@
+"""The form of QDQ that TensorRT takes, for INT8 on a GPU: alone, or behind ONNX Runtime's TensorRT provider.
+
+TensorRT fuses ``DequantizeLinear → operator → QuantizeLinear`` itself and is strict about what stands around
+the operator (NVIDIA, "Explicit Quantization", TensorRT documentation):
+
+* activations and weights s8 and symmetric, zero points 0;
+* biases in float: it has no INT32 to dequantize;
+* nothing but ``DequantizeLinear`` reads codes: pooling and reshaping stand behind it; TensorRT moves them.
+
+Not run on a GPU by us: the structure is tested, and the numbers in ONNX Runtime on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gradq.errors import ExportError
+from gradq.export.capture import Captured, Layer, Quantizer
+from gradq.export.lower import _MOVES, Lowered, _attributes, _Lowering
+from gradq.export.weights import codes_of, integer_weight
+
+__all__ = ["lower_for_tensorrt"]
+
+
+def lower_for_tensorrt(captured: Captured) -> Lowered:
+    """Replace every opaque node, in place in the captured model.
+
+    Raises:
+        ExportError: a format that TensorRT does not take; the tensor is named.
+    """
+    return _TensorRT(captured).run()
+
+
+class _TensorRT(_Lowering):
+    def __init__(self, captured: Captured) -> None:
+        super().__init__(captured)
+        self.dequantized: set[str] = set()
+
+    def _quantize(self, node: Any, entry: Quantizer) -> None:
+        fmt, out, name = entry.quantizer.format, node.output[0], f"{entry.name}.quant"
+        if fmt.is_dynamic or not fmt.symmetric or fmt.bits != 8:
+            raise ExportError(
+                f"{entry.name} has the format {fmt}; TensorRT takes static symmetric 8-bit activations: "
+                "prepare with quant.Config.for_target('gpu')"
+            )
+        scale = self.builder.constant(f"{name}.scale", entry.quantizer.scale.detach().numpy().reshape(()))
+        zero = self.builder.constant(f"{name}.zero_point", np.zeros((), np.int8))
+        codes = self.builder.node("QuantizeLinear", [node.input[0], scale, zero], name)
+        self.builder.node("DequantizeLinear", [codes, scale, zero], f"{name}.dequantize", output=out)
+        self.dequantized.add(out)
+
+    def _pass_token(self, node: Any) -> None:
+        """Moved values are still those of their quantizer."""
+        if node.input and node.input[0] in self.dequantized and node.op_type in _MOVES:
+            self.dequantized.update(node.output)
+
+    def _layer(self, node: Any, layer: Layer) -> None:
+        x, out, name, b = node.input[0], node.output[0], layer.name, self.builder
+        fmt = layer.quantizer.format
+        if not fmt.is_uniform or not fmt.symmetric or fmt.granularity == "group" or fmt.bits <= 4:
+            raise ExportError(
+                f"{name} has the format {fmt}; TensorRT takes symmetric weights of 8 bits with a scale a "
+                "tensor or a channel: prepare with quant.Config.for_target('gpu')"
+            )
+        if layer.kind == "embedding":
+            self._embedding(x, out, layer)
+            return
+        start = len(b.nodes)
+        bias = [] if layer.bias is None else [b.constant(f"{name}.bias", layer.bias.detach().numpy())]
+        rank = _attributes(node)["rank"]
+        if layer.kind == "conv" or rank == 2:
+            codes, scale, zero, scales = integer_weight(b, layer)
+            axis: dict[str, Any] = {} if len(scales) == 1 else {"axis": 0}
+            weight = b.node("DequantizeLinear", [codes, scale, zero], f"{name}.dequantize", **axis)
+            kind, more = ("Conv", layer.geometry) if layer.kind == "conv" else ("Gemm", {"transB": 1})
+            b.node(kind, [x, weight, *bias], name, output=out, **more)
+        else:
+            y = b.node("MatMul", [x, self._turned(layer)], name, output="" if bias else out)
+            if bias:
+                b.node("Add", [y, *bias], f"{name}.add_bias", output=out)
+        quantized = x in self.dequantized
+        if not quantized:
+            self.notes.append((name, "its input stays in float: stored in int8, computed in float"))
+        self.forms[name] = "int8" if quantized else "float"
+        self.largest_code = max(self.largest_code, int(np.abs(codes_of(layer)[0]).max(initial=0)))
+        self.products |= {made.name for made in b.nodes[start:]}
+
+    def _turned(self, layer: Layer) -> str:
+        """The weight as (I, O), dequantized along its second axis."""
+        codes, scale, _ = codes_of(layer)
+        shape = () if len(scale) == 1 else (len(scale),)
+        axis: dict[str, Any] = {"axis": 1} if shape else {}
+        parts = [
+            self.builder.constant(f"{layer.name}.codes", np.ascontiguousarray(codes.T.astype(np.int8))),
+            self.builder.constant(f"{layer.name}.scale", scale.reshape(shape)),
+            self.builder.constant(f"{layer.name}.zero_point", np.zeros(shape, np.int8)),
+        ]
+        return self.builder.node("DequantizeLinear", parts, f"{layer.name}.dequantize", **axis)
