@@ -2,9 +2,9 @@
 
     python benchmarks/diloco.py
 
-Every run trains `examples/diloco.py` on real ranks: the same data, schedule and tokens as the synchronous
-runs of `benchmarks/accuracy_ddp.py`, whose record is the yardstick (--synchronous; what it does not have is
-run here). The criterion: the mean validation loss within 1 % of synchronous training, with at least 100 times
+Every run trains `examples/diloco.py` on real ranks: the same data, schedule, learning rate and tokens as
+plain DDP, whose losses come from a record of `benchmarks/accuracy_ddp.py` (--synchronous) or are measured
+here. The criterion: the mean validation loss within 1 % of synchronous training, with at least 100 times
 fewer bytes than dense all-reduces in every step, in fp32 (the gradients' own dtype) and in bf16.
 
 The losses do not depend on timing. Finished runs are kept in --partial and not repeated, so an interrupted
@@ -84,13 +84,11 @@ def run(settings: Record, ranks: int) -> Record:
 
 
 def run_synchronous(settings: Record, ranks: int) -> Record:
-    """One run of train_gpt.py with plain DDP, at its default learning rate."""
-    header, *_, summary = start("train_gpt.py", settings | {"eval-every": 0}, ranks)
+    """One run of train_gpt.py with plain DDP."""
+    *_, summary = start("train_gpt.py", settings | {"eval-every": 0}, ranks)
     return settings | {
         "ranks": ranks,
         "val_loss": summary["val_loss"],
-        "lr": header["config"]["lr"],
-        "environment": header["environment"],
         "commit": git_commit(ROOT),
     }
 
@@ -98,7 +96,7 @@ def run_synchronous(settings: Record, ranks: int) -> Record:
 def recorded(path: Path, args: argparse.Namespace) -> dict[int, float]:
     """The synchronous losses of a record by seed; none if it is of other runs."""
     runs = [r for r in json.loads(path.read_text())["runs"] if r["codec"] == "none"] if path.exists() else []
-    names = ("steps", "params", "ranks", "batch_size")
+    names = ("steps", "params", "ranks", "batch_size", "lr")
     return {r["seed"]: r["val_loss"] for r in runs if all(r[name] == getattr(args, name) for name in names)}
 
 
@@ -163,8 +161,8 @@ def main() -> None:
             file.write(json.dumps(record) + "\n")
         return record
 
-    common = {name: getattr(args, name) for name in ("steps", "params", "batch_size")}
-    fixed = common | {name: getattr(args, name) for name in ("lr", "outer_lr", "outer_momentum")}
+    common = {name: getattr(args, name) for name in ("steps", "params", "batch_size", "lr")}
+    fixed = common | {name: getattr(args, name) for name in ("outer_lr", "outer_momentum")}
     rows, runs, baselines = [], [], []
     for seed in args.seeds:
         if seed not in synchronous:

@@ -160,7 +160,6 @@ class Trainer:
     def step(self, step: int, *, communicate: bool = True) -> tuple[float, float]:
         """One optimizer step; returns this rank's loss and the milliseconds it took."""
         start, args, total = time.perf_counter(), self.args, 0.0
-        self.use_codec_of(step)
         for micro in range(args.accumulate):
             rng = np.random.default_rng((args.seed, step, self.rank, micro))
             starts = rng.integers(len(self.train_text) - args.seq_len, size=args.batch_size)
@@ -233,6 +232,7 @@ def train(args: argparse.Namespace) -> None:
         losses: list[float] = []
         times_ms: list[float] = []
         for done in range(first + 1, last + 1):
+            trainer.use_codec_of(done - 1)
             loss, time_ms = trainer.step(done - 1)
             losses.append(loss)
             times_ms.append(time_ms)
