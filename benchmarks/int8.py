@@ -39,6 +39,8 @@ from gradq import export, quant  # noqa: E402
 from gradq.bench.records import environment, write_record  # noqa: E402
 from gradq.export.timing import interleave, summarize  # noqa: E402
 
+PATHS = ("out", "torchao")  # of this machine: not for the record
+
 
 @dataclass
 class Row:
@@ -226,8 +228,8 @@ def write(rows: list[Row], digits: list[dict[str, Any]], args: argparse.Namespac
     if rows:
         zoo.plot(rows, out.with_suffix(".png"))
     write_record(
-        out.parent, out.stem, settings={k: str(v) for k, v in vars(args).items()}, environment=facts,
-        target=quant.detect_target(), rows=[asdict(r) for r in rows], digits=digits,
+        out.parent, out.stem, settings={k: str(v) for k, v in vars(args).items() if k not in PATHS},
+        environment=facts, target=quant.detect_target(), rows=[asdict(r) for r in rows], digits=digits,
     )  # fmt: skip
 
 

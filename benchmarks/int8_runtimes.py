@@ -107,7 +107,10 @@ def main() -> None:
             ]
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text("\n".join(lines) + "\n")
-            write_record(args.out.parent, args.out.stem, environment=facts, load_average=load, rows=results)
+            write_record(
+                args.out.parent, args.out.stem, command="benchmarks/int8_environments.sh", environment=facts,
+                load_average=load, rows=results,
+            )  # fmt: skip
     print("\n".join(lines))
 
 

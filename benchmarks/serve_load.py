@@ -40,6 +40,7 @@ import int8_models as zoo  # noqa: E402
 from gradq import export, quant  # noqa: E402
 from gradq.bench.records import environment, write_record  # noqa: E402
 
+PATHS = ("out", "files")  # of this machine: not for the record
 NPY = {"content-type": "application/x-npy"}
 
 
@@ -202,7 +203,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text)
     write_record(
-        args.out.parent, args.out.stem, settings={k: str(v) for k, v in vars(args).items()},
+        args.out.parent, args.out.stem, settings={k: str(v) for k, v in vars(args).items() if k not in PATHS},
         environment=facts, load_average=load, rows=rows,
     )  # fmt: skip
 
