@@ -11,25 +11,18 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import end, launch
 
 from gradq.bench.recording import read_lines
 from gradq.bench.summary import summarise
 from gradq.cli.app import run
 
-ROOT = Path(__file__).parents[2]
 TINY = ["bench", "--model", "gpt-tiny", "--seq-len", "16", "--batch-size", "2"]
 
 
 def start(*options: str, **environment: str) -> subprocess.Popen:
     """The command in a process of its own, so that signals can reach it."""
-    return subprocess.Popen(
-        [sys.executable, "-c", "from gradq.cli import main; main()", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
+    return launch(list(options), os.environ | environment)
 
 
 def wait_for(path: Path, kind: str, process: subprocess.Popen, count: int = 1) -> list[dict]:
@@ -178,8 +171,7 @@ def test_an_interrupted_run_cleans_up_and_continues(tmp_path, number):
     process = start(*options, "--steps", "400")
     record = tmp_path / "bench.jsonl"
     wait_for(record, "block", process, count=30)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    errors = end(process, number)
     assert process.returncode == (130 if number == signal.SIGINT else 143), errors
     assert gone(process.pid)
     kept = [line for line in read_lines(record) if line["record"] == "block"]
@@ -189,8 +181,7 @@ def test_an_interrupted_run_cleans_up_and_continues(tmp_path, number):
     again = start(*options, "--steps", "400")
     wait_for(record, "resumed", again)
     wait_for(record, "block", again, count=len(kept) + 5)
-    again.terminate()
-    again.communicate(timeout=60)
+    end(again, signal.SIGTERM)
     assert [line for line in read_lines(record) if line["record"] == "block"][: len(kept)] == kept
 
 

@@ -6,18 +6,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import end, launch
 
 from gradq.bench.network import Network, remove_stale_namespaces
 from gradq.bench.scenario import Link
 from gradq.bench.summary import summarise
 from gradq.cli.app import run
-
-ROOT = Path(__file__).parents[2]
 
 
 def namespaces_work() -> str:
@@ -118,13 +116,11 @@ def test_bytes_on_the_interface_are_the_transports(tmp_path):
     assert not owned_by(os.getpid())
 
 
+LONG = "bench --hosts 2 --link 1gbit --model gpt-tiny --codecs int8 --steps 4000"
+
+
 def start(tmp_path: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", "from gradq.cli import main; main()", "bench", "--hosts", "2"]
-    command += ["--link", "1gbit", "--model", "gpt-tiny", "--codecs", "int8", "--steps", "4000"]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*command, "--out", str(tmp_path), *options], stdout=pipe, stderr=pipe, text=True, cwd=ROOT
-    )
+    return launch([*LONG.split(), "--out", str(tmp_path), *options])
 
 
 def wait_until(condition, process: subprocess.Popen, timeout: float = 90.0) -> None:
@@ -145,8 +141,7 @@ def test_signals_leave_a_clean_machine(tmp_path, number, moment):
     else:
         record = tmp_path / "bench.jsonl"
         wait_until(lambda: record.exists() and '"block"' in record.read_text(), process)
-    process.send_signal(number)
-    process.communicate(timeout=60)
+    end(process, number)
     assert process.returncode in (130, 143)
     assert not owned_by(process.pid)
     assert not list(Path("/tmp").glob(f"gradq-bench-{process.pid}-*"))
