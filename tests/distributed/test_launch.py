@@ -15,7 +15,7 @@ from programs import run_program
 
 ROOT = Path(__file__).parents[2]
 SHELL = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if "__main__" in path.read_text()]
 TINY = ["--params=tiny", "--steps=6", "--lr=4e-3"]
 
 
