@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,20 @@ JOBS: dict[str, tuple[dict[str, Any], float, float]] = {
 @pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_shards_are_those_of_dense_fsdp(world_size: int) -> None:
     """Also after close(). From 3 ranks on Gloo adds in an order of its own: exact specs round otherwise."""
-    jobs = {name: {"spec": "fp32"} | job for name, (job, _, _) in JOBS.items()}
-    results = run_ranks(compare, world_size, list(jobs.values()), timeout=110)
+    check_shards(run_ranks(compare, world_size, shard_jobs(JOBS), timeout=110), list(JOBS))
+
+
+def shard_jobs(names: Iterable[str]) -> list[dict[str, Any]]:
+    """What `compare` takes."""
+    return [{"spec": "fp32"} | JOBS[name][0] for name in names]
+
+
+def check_shards(results: list[list[dict[str, Any]]], names: list[str]) -> None:
+    """Shards are dense FSDP's, within the tolerance of each job."""
+    world_size, jobs = len(results), dict(zip(names, shard_jobs(names), strict=True))
     for rank, outcomes in enumerate(results):
-        for (name, (_, first, others)), outcome in zip(JOBS.items(), outcomes, strict=True):
+        for name, outcome in zip(names, outcomes, strict=True):
+            _, first, others = JOBS[name]
             tolerance = first if world_size == 2 else others
             assert outcome["stats"].steps == len(outcome["pairs"]), name
             for dense, ours in [*outcome["pairs"], outcome["closed"]]:
@@ -417,9 +428,18 @@ HSDP: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("world_size", "mesh"), [(2, (2, 1)), (3, (3, 1)), (4, (2, 2))])
 def test_replicas_of_shards(world_size: int, mesh: tuple[int, int]) -> None:
     """A mesh of two dimensions against FSDP's own HSDP; replicas equal to the bit."""
-    jobs = {name: {"spec": "fp32", "mesh": mesh} | job for name, job in HSDP.items()}
-    results = run_ranks(compare, world_size, list(jobs.values()), timeout=110)
-    for number, (name, job) in enumerate(jobs.items()):
+    check_replicas(run_ranks(compare, world_size, replica_jobs(mesh), timeout=110), mesh)
+
+
+def replica_jobs(mesh: tuple[int, int]) -> list[dict[str, Any]]:
+    """What `compare` takes."""
+    return [{"spec": "fp32", "mesh": mesh} | job for job in HSDP.values()]
+
+
+def check_replicas(results: list[list[dict[str, Any]]], mesh: tuple[int, int]) -> None:
+    """Shards are those of FSDP's own HSDP, within the tolerance of each job; replicas are equal."""
+    world_size = len(results)
+    for number, (name, job) in enumerate(zip(HSDP, replica_jobs(mesh), strict=True)):
         tolerance = {"int8": 0.04, "int4": 0.4}.get(job["spec"], 1e-6)
         for rank in range(world_size):
             outcome, replica = results[rank][number], results[rank % mesh[1]][number]

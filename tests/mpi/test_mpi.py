@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import cases
@@ -12,6 +13,7 @@ import torch
 from harness import Call, run_mpi
 from oracle import Net, expected, plan_for, run
 from test_contracts import PLACES, VALUES, native_form, poison
+from test_fsdp import check_replicas, check_shards, compare, replica_jobs, shard_jobs
 from test_local_sgd import JOBS, check_averages, check_steps, train
 
 from gradq.testing import RankError
@@ -145,6 +147,22 @@ def test_subgroups_with_gradq(library: str) -> None:
 @pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_dtensor_and_fsdp(library: str, world_size: int) -> None:
     run_mpi(library, world_size, {"sharded": (cases.sharded, ())})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(320)
+@pytest.mark.parametrize("mesh", [(2, 1), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("library", ["mpich", "openmpi"])
+def test_fsdp_with_gradq(library: str, mesh: tuple[int, int]) -> None:
+    """FSDP2 and HSDP against the same without gradq, over the same backend."""
+    names = ["fp32", "accumulated", "tied", "int8", "int4", "int4 with feedback", "none"]
+    calls: dict[str, Call] = {
+        "shards": (compare, (shard_jobs(names),)),
+        "replicas": (compare, (replica_jobs(mesh),)),
+    }
+    outcomes = run_mpi(library, math.prod(mesh), calls)
+    check_shards(outcomes["shards"], names)
+    check_replicas(outcomes["replicas"], mesh)
 
 
 @pytest.mark.slow
