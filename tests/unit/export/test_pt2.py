@@ -83,6 +83,7 @@ def test_attention_too():
     assert torch.equal(export.exported_program(qmodel).module()(batches[0]), qmodel(batches[0]))
 
 
+@pytest.mark.slow
 def test_files_are_as_small_as_their_codes(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256)), torch.randn(8, 256)
