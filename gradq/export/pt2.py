@@ -21,7 +21,7 @@ from gradq.errors import ConfigError, ExportError
 from gradq.export.capture import exportable, innermost, quietly
 from gradq.export.files import atomic
 from gradq.export.stored import store
-from gradq.export.write import facts_of
+from gradq.export.write import describe, facts_of
 from gradq.quant.batches import unwrap
 from gradq.quant.mixed import average_bits
 
@@ -54,10 +54,7 @@ class Pt2Report:
 
     def __str__(self) -> str:
         """Some lines for people."""
-        forms = ", ".join(f"{count} {form}" for form, count in sorted(self.forms.items()))
-        lines = [f"{self.path}: {self.size_bytes / 1e6:.2f} MB, {self.operators}, layers: {forms}"]
-        lines += [f"  float: {name}: {reason}" for name, reason in self.float_islands]
-        return "\n".join(lines)
+        return describe(self.path, self.size_bytes, self.operators, self.forms, self.float_islands)
 
 
 def exported_program(

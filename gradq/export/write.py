@@ -26,7 +26,7 @@ from gradq.quant.fake import ActQuant
 from gradq.quant.mixed import average_bits
 from gradq.quant.prepare import prepare_info
 
-__all__ = ["ExportReport", "facts_of", "float_onnx", "onnx"]
+__all__ = ["ExportReport", "describe", "facts_of", "float_onnx", "onnx"]
 
 _EXTERNAL_FROM = 2_000_000_000  # protobuf's limit is 2 GiB
 _LOWERINGS = {"onnxruntime": lower, "tensorrt": lower_for_tensorrt}
@@ -58,10 +58,17 @@ class ExportReport:
 
     def __str__(self) -> str:
         """Some lines for people."""
-        forms = ", ".join(f"{count} {form}" for form, count in sorted(self.forms.items()))
-        lines = [f"{self.path}: {self.size_bytes / 1e6:.2f} MB, opset {self.opset}, layers: {forms}"]
-        lines += [f"  float: {name}: {reason}" for name, reason in self.float_islands]
-        return "\n".join(lines)
+        return describe(self.path, self.size_bytes, f"opset {self.opset}", self.forms, self.float_islands)
+
+
+def describe(
+    path: Path, size_bytes: int, kind: str, forms: Mapping[str, int], float_islands: list[tuple[str, str]]
+) -> str:
+    """Some lines for people on a file that was written."""
+    counts = ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+    lines = [f"{path}: {size_bytes / 1e6:.2f} MB, {kind}, layers: {counts}"]
+    lines += [f"  float: {name}: {reason}" for name, reason in float_islands]
+    return "\n".join(lines)
 
 
 def onnx(

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,18 @@ def make(bucket_cap_mb: float = 0.02, width: int = 70) -> DistributedDataParalle
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(50, width), nn.Tanh(), nn.Linear(width, 90), nn.Tanh(), nn.Linear(90, 8))
     return DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
+
+
+def refusals(*cases: tuple[Any, dict[str, Any]]) -> list[str]:
+    """What `gradq.compress` says to each spec with its options, "no error" if it takes them."""
+    messages = []
+    for spec, options in cases:
+        try:
+            gradq.compress(make(), spec, **options)
+            messages.append("no error")
+        except gradq.ConfigError as error:
+            messages.append(str(error))
+    return messages
 
 
 def backward(model: nn.Module, rank: int, step: int, scale=lambda loss: loss) -> None:
