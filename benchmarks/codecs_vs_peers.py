@@ -361,6 +361,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.side < 64:
         raise SystemExit(f"--side {args.side}: at least 64")
+    # of packages that are not ours; what goes wrong raises
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)

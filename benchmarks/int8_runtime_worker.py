@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--no-digits", action="store_true")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # of packages that are not ours; what goes wrong raises
     torch.set_num_threads(1)
     result: dict[str, Any] = {"runtime": args.runtime, "kind": args.kind}
     result["version"] = version(RUNTIMES[args.runtime][2])

@@ -33,7 +33,7 @@ def main() -> None:
         "--reduce-range", action="store_true", help="7-bit weights, for processors without VNNI"
     )
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # of packages that are not ours; what goes wrong raises
     torch.set_num_threads(1)
     model, inputs = zoo.large(args.kind, args.smoke)
     batch = torch.export.Dim("batch")

@@ -5,8 +5,6 @@ Gradients are a list over ranks of tensors by name; every tensor is encoded by i
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradq.bench.models import load_function
 from gradq.errors import ConfigError
 
 __all__ = ["Gradients", "check", "correlated", "from_file", "from_function", "synthetic"]
@@ -87,23 +86,7 @@ def from_function(spec: str, num_ranks: int) -> Gradients:
     Raises:
         ConfigError: no such file or function, it fails, or what `check` refuses.
     """
-    where, _, name = spec.rpartition(":")
-    path = Path(where)
-    if path.suffix != ".py" or not path.is_file():
-        raise ConfigError(f"{spec!r}: there is no file {where or spec}; write path.py:function")
-    found = importlib.util.spec_from_file_location(f"gradq_user_{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[module.__name__] = module  # dataclasses look there
-    try:
-        found.loader.exec_module(module)
-        function = getattr(module, name)
-    except AttributeError:
-        raise ConfigError(f"{path} has no function {name!r}") from None
-    except Exception as error:
-        raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    return check(function(num_ranks), spec)
+    return check(load_function(spec)(num_ranks), spec)
 
 
 def check(loaded: Any, where: str) -> Gradients:

@@ -282,7 +282,7 @@ def _fix_range(quantizer: ActQuant) -> None:
 
 
 def _range_of(quantizer: ActQuant) -> tuple[Tensor, Tensor]:
-    return quantizer.fixed_scale, quantizer.zero_point  # type: ignore[return-value]
+    return quantizer.fixed_scale, quantizer.zero_point  # type: ignore[return-value]  # a buffer
 
 
 def _plain(quantizer: ActQuant) -> Any:
