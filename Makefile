@@ -31,7 +31,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 test: $(STAMP) lint ## lint, types and the default tests (under 10 minutes)
 	@echo "==> tests (2 to 4 real Gloo ranks on this machine)"
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP) lint ## the default tests and the long ones
 	@echo "==> all tests, the long ones too"
