@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def run(key: Record, progress: Progress, task: Any) -> Record:
         command += ["--nproc-per-node", str(key["ranks"]), str(ROOT / "examples" / "train_gpt.py"), "--quiet"]
         command += [f"--{name}={value}" for name, value in options.items()]
         environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | os.environ
-        before = progress.tasks[task].completed
+        shown = 0
         with (
             errors.open("w") as stderr,
             subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr) as process,
@@ -104,10 +105,12 @@ def run(key: Record, progress: Progress, task: Any) -> Record:
             try:
                 while process.poll() is None:
                     time.sleep(0.5)
-                    steps = [record["step"] for record in read(log) if record["record"] == "step"]
-                    progress.update(task, completed=before + max(steps, default=0))
+                    done = max((r["step"] for r in read(log) if r["record"] == "step"), default=0)
+                    progress.advance(task, done - shown)
+                    shown = done
             finally:
                 process.terminate()
+        progress.advance(task, key["steps"] - shown)
         if process.returncode:
             raise SystemExit(f"{key} failed:\n{errors.read_text()[-3000:]}")
         header, *_, summary = read(log)
@@ -185,6 +188,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--steps", type=int, default=750, help="optimizer steps of a run (default 750)")
     parser.add_argument("--ranks", type=int, default=2, help="processes on this machine (default 2)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--params", default="1m", help="model size of train_gpt.py (default 1m)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a rank (default 8)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
@@ -222,14 +226,20 @@ def main() -> None:
         task = progress.add_task(
             "", total=len(keys) * args.steps, completed=(len(keys) - len(todo)) * args.steps
         )
-        for key in todo:
+
+        def one(key: Record) -> Record:
             progress.update(task, description=f"seed {key['seed']} {label_of(key)}")
-            record = run(key, progress, task)
-            finished[key_of(key)] = record
-            with args.partial.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            if not console.is_terminal:
-                console.print(f"seed {key['seed']} {label_of(key)}: validation loss {record['val_loss']:.4f}")
+            return run(key, progress, task)
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            for future in as_completed([pool.submit(one, key) for key in todo]):
+                record = future.result()
+                finished[key_of(record)] = record
+                with args.partial.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                if not console.is_terminal:
+                    said = f"seed {record['seed']} {label_of(record)}"
+                    console.print(f"{said}: validation loss {record['val_loss']:.4f}")
     runs = [finished[key_of(key)] for key in keys]
     rows = compare(runs, args.codecs, args.seeds)
     title = (

@@ -126,7 +126,7 @@ class Trainer:
         self.model = DistributedDataParallel(build(args.params, args.seq_len, args.seed))
         feedback, self.codec = FEEDBACK[args.feedback], self.codec_of(0)
         self.handle = gradq.compress(
-            self.model, self.codec, seed=args.seed, feedback=feedback, collective=args.collective
+            self.model, rules_of(self.codec), seed=args.seed, feedback=feedback, collective=args.collective
         )
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
@@ -140,7 +140,7 @@ class Trainer:
     def use_codec_of(self, step: int) -> None:
         """Change the codec if it is time."""
         if self.codec != (codec := self.codec_of(step)):
-            self.handle.set_spec(codec)
+            self.handle.set_spec(rules_of(codec))
             self.codec = codec
 
     def learning_rate(self, step: int) -> float:
@@ -207,6 +207,11 @@ class Trainer:
         if progress["step"] >= (end := self.args.stop_at or self.args.steps):
             raise gradq.ConfigError(f"{path} has done {progress['step']} steps, this run ends at {end}")
         return progress["step"]
+
+
+def rules_of(codec: str) -> Any:
+    """A spec as it is; {"role:embedding": "int8", "*": "int3"} as the rules it stands for."""
+    return json.loads(codec) if codec.startswith("{") else codec
 
 
 def mean_over_ranks(values: list[float]) -> float:
@@ -314,7 +319,7 @@ def parse_args() -> argparse.Namespace:
             text, options = f"{text} (default {default})", {"type": type(default)} | options
         parser.add_argument(name, default=default, help=text, **options)
 
-    add("--codec", "int4", "gradq spec: none, bf16, int8, int4+int4, rot4, topk, powersgd:4, ...")
+    add("--codec", "int4", "gradq spec: none, bf16, int8, rot4, topk, powersgd:4, ...; or rules as JSON")
     add("--codec-start", 0, "steps in int8 before --codec; 1 to 3 bits need a tenth of --steps")
     add("--feedback", "auto", "error feedback", choices=FEEDBACK)
     add("--collective", "auto", "how it is averaged: auto, direct, two_phase, ...")
