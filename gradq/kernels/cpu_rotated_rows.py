@@ -42,14 +42,18 @@ __all__ = [
     "NORMS",
     "ONES",
     "PADDED",
+    "PARTIAL",
+    "PARTIAL_NORMS",
     "SCALE",
     "SCRATCH_BYTES",
     "SIGNED",
     "SUMS",
     "WORDS",
+    "add_sixteens",
     "clear_sums",
     "finish_rows",
     "fold",
+    "four_sums",
     "is_ordinary",
     "largest_of",
     "level_of",
@@ -66,6 +70,8 @@ __all__ = [
 SIGNED, CODES, CHOICES, WORDS, NEAR = 16384, 32768, 36864, 40960, 41984
 # Sums over rows: four accumulators of 16 columns, then the bits of the largest magnitude or four more.
 SUMS, _LARGEST, NORMS = 44032, 44032 + 256, 44032 + 256
+# The sums of sixteen rows at a time of a full tile, sixteen of them, and those of `NORMS`.
+PARTIAL, PARTIAL_NORMS = CHOICES, CHOICES + 1024
 # 16 numbers each: energies, 1 / σ, scales, ones; then the constants of `store_quantizer` as rows.
 ENERGY, INVERSE, SCALE, ONES, _QUANTIZER = 44544, 44608, 44672, 44736, 44800
 PADDED = _QUANTIZER + 14 * 64  # the values of a last tile whose end is no whole row
@@ -88,8 +94,7 @@ def fold(sums_at: Any, groups: Any, folded_at: Any) -> None:
     """The four accumulators of each column to the sum over its group, 16 numbers."""
     for part in range(0, 16, LANES):
         at = sums_at + 4 * part
-        low, high = load_row(at) + load_row(at + 64), load_row(at + 128) + load_row(at + 192)
-        store_row(folded_at + 4 * part, low + high)
+        store_row(folded_at + 4 * part, four_sums(*load_four(at)))
     if groups != 16:
         folded, sums = f32_at(folded_at, 16), f32_at(sums_at, 16)
         for g in range(16):
@@ -98,6 +103,49 @@ def fold(sums_at: Any, groups: Any, folded_at: Any) -> None:
             sums[c * groups // 16] += folded[c]
         for c in range(16):
             folded[c] = sums[c * groups // 16]
+
+
+@inline
+def close_sixteen(at: Any, which: Any) -> None:
+    """The sums of sixteen rows are complete: keep them, and begin again."""
+    for offset in range(0, 64, 4 * LANES):
+        sums_at = at + SUMS + offset
+        store_row(at + PARTIAL + 64 * which + offset, four_sums(*load_four(sums_at)))
+        zero = constant_row(np.float32(0))
+        store_four(sums_at, zero, zero, zero, zero)
+
+
+@inline
+def add_sixteens(partial_at: Any, sums_at: Any) -> None:
+    """The sum of sixteen sums to the first accumulator."""
+    for count in (8, 4, 2, 1):
+        for offset in range(0, 64 * count, 4 * LANES):
+            a_at = partial_at + offset
+            store_row(a_at, load_row(a_at) + load_row(a_at + 64 * count))
+    zero = constant_row(np.float32(0))
+    for offset in range(0, 64, 4 * LANES):
+        store_four(sums_at + offset, load_row(partial_at + offset), zero, zero, zero)
+
+
+@inline
+def load_four(at: Any) -> Any:
+    """Four rows of scratch."""
+    return load_row(at), load_row(at + 64), load_row(at + 128), load_row(at + 192)
+
+
+@inline
+def store_four(at: Any, s0: Any, s1: Any, s2: Any, s3: Any) -> None:
+    """Four rows to scratch."""
+    store_row(at, s0)
+    store_row(at + 64, s1)
+    store_row(at + 128, s2)
+    store_row(at + 192, s3)
+
+
+@inline
+def four_sums(s0: Any, s1: Any, s2: Any, s3: Any) -> Any:
+    """The four accumulators together."""
+    return (s0 + s1) + (s2 + s3)
 
 
 @inline
@@ -227,6 +275,10 @@ def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, 
             _add(to + SUMS + 64 * (row & 3), z * z)
             bits = as_words(value) & constant_words(_MAGNITUDE)
             store_words(to + _LARGEST, maximum_words(load_words(to + _LARGEST), bits))
+        if rows == 256 and row & 15 == 15:
+            close_sixteen(at, row >> 4)
+    if rows == 256:
+        add_sixteens(at + PARTIAL, at + SUMS)
 
 
 @jit

@@ -23,11 +23,14 @@ from gradq.kernels.cpu_rotated_rows import (
     NEAR,
     NORMS,
     ONES,
+    PARTIAL,
+    PARTIAL_NORMS,
     SCALE,
     SIGNED,
     SUMS,
     WORDS,
-    clear_sums,
+    add_sixteens,
+    four_sums,
     level_of,
     quantize_value,
     quantizer_of,
@@ -56,19 +59,6 @@ _STEP = 4 * LANES  # bytes from row to row in NEAR
 
 
 @inline
-def _four(at: Any) -> Any:
-    return load_row(at), load_row(at + 64), load_row(at + 128), load_row(at + 192)
-
-
-@inline
-def _store_four(at: Any, s0: Any, s1: Any, s2: Any, s3: Any) -> None:
-    store_row(at, s0)
-    store_row(at + 64, s1)
-    store_row(at + 128, s2)
-    store_row(at + 192, s3)
-
-
-@inline
 def _signs(at: Any, block: Any, part: Any) -> Any:
     """Words whose lowest bits are the signs of a block's first row, the next ones of its second, ..."""
     word = load_words(at + WORDS + 64 * (block >> 1) + 4 * part)
@@ -86,11 +76,11 @@ def _sign(word: Any) -> Any:
 @jit
 def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
     """Signed x + unscale * residual to SIGNED; transformed (distances 1 to 8) to the tile; sums."""
-    clear_sums(at)
     if residual_at != 0:
         _start(x_at, residual_at, at, np.float32(unscale), True)
     else:
         _start(x_at, residual_at, at, np.float32(unscale), False)
+    add_sixteens(at + PARTIAL, at + SUMS)
 
 
 @inline
@@ -99,17 +89,18 @@ def _start(x_at: Any, residual_at: Any, at: Any, unscale: Any, with_residual: An
         for part in range(0, 16, LANES):
             offset, word = 1024 * block + 4 * part, _signs(at, block, part)
             signed_at = at + SIGNED + offset
+            sums_at = at + PARTIAL + 64 * block + 4 * part
             _start_block(
-                x_at + offset, residual_at + offset, signed_at, word, unscale, at + 4 * part, with_residual
+                x_at + offset, residual_at + offset, signed_at, word, unscale, sums_at, with_residual
             )
             hadamard_rows(signed_at, 64, at + offset, 64, load_row(at + ONES))
 
 
 @inline
 def _start_block(
-    x_at: Any, residual_at: Any, signed_at: Any, word: Any, unscale: Any, at: Any, with_residual: Any
+    x_at: Any, residual_at: Any, signed_at: Any, word: Any, unscale: Any, sums_at: Any, with_residual: Any
 ) -> None:
-    s0, s1, s2, s3 = _four(at + SUMS)
+    s0 = s1 = s2 = s3 = constant_row(np.float32(0))
     loss, one = constant_row(unscale), constant_words(np.uint32(1))
     for offset in range(0, 1024, 256):
         from_at, add_at, to = x_at + offset, residual_at + offset, signed_at + offset
@@ -121,7 +112,7 @@ def _start_block(
         s2, word = s2 + z * z, word >> one
         z = _start_row(from_at + 192, add_at + 192, to + 192, word, loss, with_residual)
         s3, word = s3 + z * z, word >> one
-    _store_four(at + SUMS, s0, s1, s2, s3)
+    store_row(sums_at, four_sums(s0, s1, s2, s3))
 
 
 @inline
@@ -152,7 +143,6 @@ def quantize_tile(
         next_x_at: where the next tile will be read.
         next_residual_at: and its residual.
     """
-    clear_sums(at)
     ahead = next_x_at, next_residual_at
     if num_bits == 4:
         _quantize(at, codes_at, with_residual, True, True, ahead)
@@ -160,6 +150,8 @@ def quantize_tile(
         _quantize(at, at + CODES, with_residual, False, True, ahead)
     else:
         _quantize(at, at + CODES, with_residual, False, False, ahead)
+    add_sixteens(at + PARTIAL, at + SUMS)
+    add_sixteens(at + PARTIAL_NORMS, at + NORMS)
 
 
 @inline
@@ -168,7 +160,8 @@ def _quantize(at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_ta
         for part in range(0, 16, LANES):
             z_at, to_at = at + 64 * first + 4 * part, codes_at + 16 * first + part
             hadamard_rows(z_at, 1024, at + NEAR, _STEP, load_row(at + ONES))
-            _quantize_block(at, to_at, part, pack_four, use_table, ahead[part // 8] + 1024 * first)
+            sums_at = at + PARTIAL + 64 * first + 4 * part
+            _quantize_block(at, to_at, part, sums_at, pack_four, use_table, ahead[part // 8] + 1024 * first)
             if LANES == 16:
                 for line in range(0, 1024, 64):
                     prefetch(ahead[1] + 1024 * first + line)
@@ -177,16 +170,17 @@ def _quantize(at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_ta
 
 
 @inline
-def _quantize_block(at: Any, to_at: Any, part: Any, pack_four: Any, use_table: Any, ahead_at: Any) -> None:
+def _quantize_block(
+    at: Any, to_at: Any, part: Any, sums_at: Any, pack_four: Any, use_table: Any, ahead_at: Any
+) -> None:
     """Two loops: of one the chains of operations are too long for the processor to overlap enough rows."""
     near_at, codes_at = at + NEAR, at + NEAR + 16 * _STEP
     inverse, quantizer = load_row(at + INVERSE + 4 * part), quantizer_of(at)
     for offset in range(0, 16 * _STEP, _STEP):
         prefetch(ahead_at + offset * (64 // _STEP))
         store_words(codes_at + offset, quantize_value(load_row(near_at + offset), inverse, quantizer))
-    sums_at, levels = at + SUMS + 4 * part, quantizer[7]
-    i0, i1, i2, i3 = _four(sums_at)
-    n0, n1, n2, n3 = _four(sums_at + NORMS - SUMS)
+    levels = quantizer[7]
+    i0 = i1 = i2 = i3 = n0 = n1 = n2 = n3 = constant_row(np.float32(0))
     for offset in range(0, 16 * _STEP, 4 * _STEP):
         z_at, code_at = near_at + offset, codes_at + offset
         i, n = _level_row(z_at, code_at, levels, use_table)
@@ -197,8 +191,8 @@ def _quantize_block(at: Any, to_at: Any, part: Any, pack_four: Any, use_table: A
         i2, n2 = i2 + i, n2 + n
         i, n = _level_row(z_at + 3 * _STEP, code_at + 3 * _STEP, levels, use_table)
         i3, n3 = i3 + i, n3 + n
-    _store_four(sums_at, i0, i1, i2, i3)
-    _store_four(sums_at + NORMS - SUMS, n0, n1, n2, n3)
+    store_row(sums_at, four_sums(i0, i1, i2, i3))
+    store_row(sums_at + PARTIAL_NORMS - PARTIAL, four_sums(n0, n1, n2, n3))
     if pack_four:
         for k in range(8):
             low, high = load_words(codes_at + _STEP * k), load_words(codes_at + _STEP * (k + 8))

@@ -1,10 +1,10 @@
 """The rotated codecs in Triton: byte for byte what `gradq.kernels.reference_rotated` writes.
 
 A program takes one tile of 256 rows of 16 columns; this module has the full ones, `cuda_rotated_tail` the
-last of a segment. With row 16 h + l, a tile is a tensor in one of two forms: [h, column, l], or [l, column,
-h]. A thread holds all 16 of the last index, so in the first form the low stages of the transform (distances
-1, 2, 4, 8) need no exchange between threads, in the second the high ones (16, 32, 64, 128) and the packing of
-codes. `swap` goes from one form to the other, through shared memory.
+last of a segment. With row 16 h + l, a tile is sixteen tensors [256] in one of two forms: one for each l, of
+the elements [h, column]; or one for each h, of [l, column]. In the first the low stages of the transform
+(distances 1, 2, 4, 8) are sums of whole tensors, in the second the high ones (16, 32, 64, 128) and the
+packing of codes. `swap` goes from one form to the other, through shared memory; nothing else does.
 
 There is no trellis: its search is one long chain of decisions. Not run on a GPU.
 """
@@ -24,15 +24,18 @@ from torch import Tensor
 from gradq.errors import KernelError
 from gradq.kernels.cuda_rotated_tail import decode_tail, encode_tail, window
 from gradq.kernels.cuda_rotated_tools import (
+    add,
     bf16_scales,
     column_sums,
     constants,
     index,
-    join,
+    inverse_unit,
     level,
     negated,
-    stages,
+    sign_words,
     swap,
+    to_columns,
+    transform,
     unit,
 )
 from gradq.kernels.cuda_tools import (
@@ -51,6 +54,8 @@ from gradq.kernels.cuda_tools import (
 from gradq.kernels.rotated import TILE, payload_bytes
 
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
+
+_NUM_WARPS = 8  # a thread holds one element of [256], and has `swap` move the data once
 
 
 @jit
@@ -79,112 +84,101 @@ def _encode(
     tile_key = mix32(base.to(tl.uint32) + tile.to(tl.uint32))
 
     # 1. values; absmax through the bit pattern, which has no NaN to lose
-    value = _load_tile(x)
-    if READ:
-        value = value + _load_tile(residual) * loss_scale
-    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    exponent = tl.max(tl.max(tl.max(bits, axis=2), axis=1), axis=0) >> 23
+    at = _places()
+    values = ()
+    most = tl.zeros([256], tl.int32)
+    for k in tl.static_range(16):
+        value = tl.load(x + (at + 16 * k))
+        if READ:
+            value = value + tl.load(residual + (at + 16 * k)) * loss_scale
+        most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        values = values + (value,)
+    exponent = tl.max(most, axis=0) >> 23
 
     # 2. signs, unit, energy, transform
     to_unit = unit(exponent)
     usable = (exponent > 0) & (exponent < 255)
-    z = tl.where(usable, negated(value, tile_key) * to_unit, 0.0)
-    energy = column_sums(z * z)
-    z = stages(swap(stages(z)))
+    word = sign_words(tile_key)
+    z = ()
+    squares = ()
+    for k in tl.static_range(16):
+        one = tl.where(usable, negated(values[k], word, k) * to_unit, 0.0)
+        z = z + (one,)
+        squares = squares + (one * one,)
+    energy = column_sums(squares)
+    z = transform(swap(transform(z)))
 
     # 3. codes and levels
-    full = tl.full([16], 256.0, tl.float32)
-    sigma = tl.sqrt_rn(tl.div_rn(energy * 256.0, full))
     coded = energy >= 2.0**-120
-    inverse = tl.where(coded, tl.div_rn(tl.full([16], 1.0, tl.float32), sigma), 0.0)
-    codes = index(z * inverse[None, :, None], BITS, LEVELS)
-    levels = level(codes, BITS, LEVELS)
-    inner = column_sums(levels * z)
-    packed = move(payload, codes_at + tile * (512 * BITS), 4 if ALIGNED else 1)
+    inverse = tl.where(coded, tl.div_rn(tl.full([16], 1.0, tl.float32), tl.sqrt_rn(energy)), 0.0)
+    inverse = to_columns(inverse)
+    codes = ()
+    levels = ()
+    products = ()
+    for k in tl.static_range(16):
+        code = index(z[k] * inverse, BITS, LEVELS)
+        one = level(code, BITS, LEVELS)
+        codes = codes + (code,)
+        levels = levels + (one,)
+        products = products + (one * z[k],)
+    inner = column_sums(products)
+    packed = move(payload, codes_at + tile * (512 * BITS), 4 if ALIGNED else 1) + tl.arange(0, 256)
     if BITS & 4:
-        tl.store(packed + _run(8), _plane(codes, 4, 0).to(tl.uint8))
+        _store_plane(packed, codes, 4, 0)
     if BITS & 2:
-        tl.store(packed + 512 * (BITS & 4) + _run(4), _plane(codes, 2, BITS & 4).to(tl.uint8))
+        _store_plane(packed, codes, 2, BITS & 4)
     if BITS & 1:
-        tl.store(packed + 512 * (BITS & 6) + _run(2), _plane(codes, 1, BITS & 6).to(tl.uint8))
+        _store_plane(packed, codes, 1, BITS & 6)
 
     # 4. scales
     if UNBIASED:
         scale = tl.div_rn(energy, inner)
-        word = mix32(tile_key + (128 + tl.arange(0, 16)).to(tl.uint32)) & 0xFFFF
+        word16 = mix32(tile_key + (128 + tl.arange(0, 16)).to(tl.uint32)) & 0xFFFF
     else:
-        scale = tl.div_rn(tl.div_rn(inner, column_sums(levels * levels)), full)
-        word = tl.full([16], 0x8000, tl.uint32)
-    scale = tl.where(coded, tl.div_rn(scale, tl.zeros([16], tl.float32) + to_unit), 0.0)
-    bits, scale, lost = bf16_scales(scale, word, exponent)
+        squares = ()
+        for k in tl.static_range(16):
+            squares = squares + (levels[k] * levels[k],)
+        scale = tl.div_rn(inner, column_sums(squares)) * 0.00390625
+        word16 = tl.full([16], 0x8000, tl.uint32)
+    scale = tl.where(coded, scale * inverse_unit(to_unit), 0.0)
+    bits, scale, lost = bf16_scales(scale, word16, exponent)
     store_number(payload + 4 + tile * 32 + 2 * tl.arange(0, 16), bits, None, 2)
 
     # 5. what is lost; x and the residual are read again, from the cache
     if WRITE:
-        decoded = negated(stages(swap(stages(levels))) * scale[None, :, None], tile_key)
-        at = _places()
-        old = tl.load(residual + at)
-        error = (tl.load(x + at) + old * loss_scale - decoded) * inverse_loss_scale
-        tl.store(new_residual + at, tl.where(lost, old, error))
+        decoded = transform(swap(transform(levels)))
+        scale = to_columns(scale)
+        for k in tl.static_range(16):
+            old = tl.load(residual + (at + 16 * k))
+            value = tl.load(x + (at + 16 * k)) + old * loss_scale
+            error = (value - negated(decoded[k] * scale, word, k)) * inverse_loss_scale
+            tl.store(new_residual + (at + 16 * k), tl.where(lost, old, error))
 
 
 @jit
 def _places() -> tl.tensor:
-    """Where the elements of [h, column, l] stand."""
-    i = tl.arange(0, 16)
-    return i[:, None, None] * 256 + i[None, :, None] + i[None, None, :] * 16
+    """Where the first rows of the blocks of 16 stand, [256]."""
+    i = tl.arange(0, 256)
+    return (i >> 4) * 256 + (i & 15)
 
 
 @jit
-def _run(COUNT: tl.constexpr) -> tl.tensor:
-    """Where the first COUNT of the last index of [l, column, h] stand."""
-    i = tl.arange(0, 16)
-    return i[:, None, None] * 16 + i[None, :, None] + tl.arange(0, COUNT)[None, None, :] * 256
+def _store_plane(packed: tl.tensor, codes: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> None:
+    """A plane of W bits, those above the DONE lowest."""
+    for b in tl.static_range(2 * W):
+        byte = (codes[b] >> DONE) & ((1 << W) - 1)
+        for i in tl.static_range(1, 8 // W):
+            byte = byte | (((codes[b + 2 * W * i] >> DONE) & ((1 << W) - 1)) << (W * i))
+        tl.store(packed + (512 * DONE + 256 * b), byte.to(tl.uint8))
 
 
 @jit
-def _load_tile(at: tl.tensor) -> tl.tensor:
-    """A tile as [h, column, l]: one l after another, so that a thread has them all at once."""
-    place = tl.arange(0, 16)[:, None] * 256 + tl.arange(0, 16)[None, :]
-    rows = ()
-    for k in tl.static_range(16):
-        rows = rows + (tl.reshape(tl.load(at + (place + 16 * k)), [256]),)
-    return join(rows)
-
-
-@jit
-def _fold(digits: tl.tensor, M: tl.constexpr, UP: tl.constexpr) -> tl.tensor:
-    """[16, 16, M] to [16, 16, M / 2]: the upper half goes UP bits higher."""
-    low, high = tl.split(tl.permute(tl.reshape(digits, [16, 16, 2, M // 2]), [0, 1, 3, 2]))
-    return low | (high << UP)
-
-
-@jit
-def _unfold(digits: tl.tensor, M: tl.constexpr, UP: tl.constexpr) -> tl.tensor:
-    """[16, 16, M / 2] to [16, 16, M], the inverse of `_fold` but for what stands above the digits."""
-    return tl.reshape(tl.permute(tl.join(digits, digits >> UP), [0, 1, 3, 2]), [16, 16, M])
-
-
-@jit
-def _plane(codes: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> tl.tensor:
-    """Bytes of a plane of W bits, those above the DONE lowest: [16, 16, 2 W]."""
-    digits = _fold((codes >> DONE) & ((1 << W) - 1), 16, 4)
-    if W < 4:
-        digits = _fold(digits, 8, 2)
-    if W < 2:
-        digits = _fold(digits, 4, 1)
-    return digits
-
-
-@jit
-def _digits(plane: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> tl.tensor:
-    """What a plane adds to the codes [16, 16, 16]."""
-    digits = plane.to(tl.int32)
-    if W < 2:
-        digits = _unfold(digits, 4, 1)
-    if W < 4:
-        digits = _unfold(digits, 8, 2)
-    return (_unfold(digits, 16, 4) & ((1 << W) - 1)) << DONE
+def _load_plane(packed: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> tl.tensor:
+    """The 2 W bytes of a plane of W bits above the DONE lowest."""
+    plane = ()
+    for b in tl.static_range(2 * W):
+        plane = plane + (tl.load(packed + (512 * DONE + 256 * b)).to(tl.int32),)
+    return plane
 
 
 @jit
@@ -198,31 +192,69 @@ def _decode_mean(
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SINGLE: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
 ) -> None:
     tile = tl.program_id(0).to(tl.int64)
-    out = move(out, tile * 4096, 16 if ALIGNED else 4)
+    out = move(out, tile * 4096, 16 if ALIGNED else 4) + _places()
     codes_at = codes_at + tile * (512 * BITS)
-    total = tl.full([16, 16, 16], -0.0, tl.float32)  # -0 + v is v, for every v
-    for _ in range(num_rows):
-        tile_key = mix32(load_number(payloads, None, 4) + tile.to(tl.uint32))
-        scale = as_float(load_number(payloads + 4 + tile * 32 + 2 * tl.arange(0, 16), None, 2) << 16)
-        packed = move(payloads, codes_at, 4 if ALIGNED else 1)
-        codes = tl.zeros([16, 16, 16], tl.int32)
-        if BITS & 4:
-            codes = codes | _digits(tl.load(packed + _run(8)), 4, 0)
-        if BITS & 2:
-            codes = codes | _digits(tl.load(packed + 512 * (BITS & 4) + _run(4)), 2, BITS & 4)
-        if BITS & 1:
-            codes = codes | _digits(tl.load(packed + 512 * (BITS & 6) + _run(2)), 1, BITS & 6)
-        z = stages(swap(stages(level(codes, BITS, LEVELS)))) * scale[None, :, None]
-        total = total + tl.where(z != z, z, negated(z, tile_key))  # one NaN: not a negative one
-        payloads = payloads + stride.to(tl.int64)
-    if EXACT_RECIPROCAL:  # of a power of two: a product with it equals the quotient
-        mean = total * reciprocal
+    if SINGLE:
+        total = _decode(payloads, tile, codes_at, BITS, LEVELS, ALIGNED)
     else:
-        mean = tl.div_rn(total, tl.zeros([16, 16, 16], tl.float32) + num_rows.to(tl.float32))
-    tl.store(out + _places(), mean)
+        zero = tl.full([256], -0.0, tl.float32)  # -0 + v is v, for every v
+        total = (zero, zero, zero, zero) * 4
+        for _ in range(num_rows):
+            decoded = _decode(payloads, tile, codes_at, BITS, LEVELS, ALIGNED)
+            total = add(total, decoded)
+            payloads = payloads + stride.to(tl.int64)
+    for k in tl.static_range(16):
+        mean = total[k]
+        if not SINGLE:
+            if EXACT_RECIPROCAL:  # of a power of two: a product with it equals the quotient
+                mean = mean * reciprocal
+            else:
+                mean = tl.div_rn(mean, tl.zeros([256], tl.float32) + num_rows.to(tl.float32))
+        tl.store(out + 16 * k, mean)
+
+
+@jit
+def _decode(
+    payload: tl.tensor,
+    tile: tl.tensor,
+    codes_at: tl.tensor,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tensor:
+    """Sixteen [256] of values."""
+    packed = move(payload, codes_at, 4 if ALIGNED else 1) + tl.arange(0, 256)
+    plane4 = ()
+    plane2 = ()
+    plane1 = ()
+    if BITS & 4:
+        plane4 = _load_plane(packed, 4, 0)
+    if BITS & 2:
+        plane2 = _load_plane(packed, 2, BITS & 4)
+    if BITS & 1:
+        plane1 = _load_plane(packed, 1, BITS & 6)
+    word = sign_words(mix32(load_number(payload, None, 4) + tile.to(tl.uint32)))
+    column = tl.arange(0, 256) & 15
+    scale = as_float(load_number(payload + 4 + tile * 32 + 2 * column, None, 2) << 16)
+    levels = ()
+    for k in tl.static_range(16):
+        code = tl.zeros([256], tl.int32)
+        if BITS & 4:
+            code = (plane4[k % 8] >> (4 * (k // 8))) & 15
+        if BITS & 2:
+            code = code | (((plane2[k % 4] >> (2 * (k // 4))) & 3) << (BITS & 4))
+        if BITS & 1:
+            code = code | (((plane1[k % 2] >> (k // 2)) & 1) << (BITS & 6))
+        levels = levels + (level(code, BITS, LEVELS),)
+    z = transform(swap(transform(levels)))
+    values = ()
+    for k in tl.static_range(16):
+        values = values + (negated(z[k] * scale, word, k),)
+    return values
 
 
 def rotated_encode(
@@ -262,7 +294,7 @@ def rotated_encode(
     args = (x, old, new, payload, signed32(base), _codes_at(n), *scales)
     if full := n // TILE:
         at_16 = aligned(x, old, new) and _codes_aligned(payload, 0, n)
-        launch(_encode, full, x, *args, ALIGNED=at_16, **how)
+        launch(_encode, full, x, *args, ALIGNED=at_16, num_warps=_NUM_WARPS, **how)
     if n % TILE:
         launch(encode_tail, 1, x, *args, n, *window(n), **how)
 
@@ -287,7 +319,8 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
     args = (payloads, out, _codes_at(n), num_rows, stride, 1.0 / num_rows)
     if full := n // TILE:
         at_16 = aligned(out) and _codes_aligned(payloads, stride, n)
-        launch(_decode_mean, full, out, *args, ALIGNED=at_16, **how)
+        form = {"ALIGNED": at_16, "SINGLE": num_rows == 1}
+        launch(_decode_mean, full, out, *args, num_warps=_NUM_WARPS, **form, **how)
     if n % TILE:
         launch(decode_tail, 1, out, *args, n, *window(n), **how)
 

@@ -7,9 +7,13 @@ root's inverse; if R is no power of two the transform takes the first `size` row
 
 from __future__ import annotations
 
+# Triton unrolls loops over tuples, and a tuple grows by a sum.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc,var-annotated"
+
 import triton.language as tl
 
-from gradq.kernels.cuda_rotated_tools import add_up, bf16_scales, index, level, unit
+from gradq.kernels.cuda_rotated_tools import bf16_scales, index, level, unit
 from gradq.kernels.cuda_tools import as_bits, as_float, jit, load_number, mix32, store_number
 
 __all__ = ["decode_tail", "encode_tail", "window"]
@@ -86,10 +90,38 @@ def _unrotate(
 
 
 @jit
+def _split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
+    """The 2**STEPS tensors along the last STEPS indices, each of size 2."""
+    parts = (whole,)
+    for step in tl.static_range(STEPS):
+        first = ()
+        second = ()
+        for k in tl.static_range(1 << step):
+            a, b = tl.split(parts[k])
+            first = first + (a,)
+            second = second + (b,)
+        parts = first + second
+    return parts
+
+
+@jit
+def _add_up(terms: tl.tensor) -> tl.tensor:
+    """[4 accumulators, 16 columns, ... 64 steps] to [16]: step after step, then (0 + 1) + (2 + 3)."""
+    parts = _split(tl.reshape(terms, [64, 2, 2, 2, 2, 2, 2]), 6)
+    total = tl.zeros([64], tl.float32)
+    for step in tl.static_range(64):
+        total = total + parts[step]
+    by_column = tl.permute(tl.reshape(total, [4, 16]), [1, 0])
+    even, odd = tl.split(tl.reshape(by_column, [16, 2, 2]))
+    low, high = tl.split(even + odd)
+    return low + high
+
+
+@jit
 def _group_sums(terms: tl.tensor, groups: tl.tensor) -> tl.tensor:
     """Sums over the rows and the columns of a group, [16], a group's at each of its columns."""
     by_step = tl.permute(tl.reshape(terms, [64, 4, 16]), [1, 2, 0])
-    sums = add_up(by_step)
+    sums = _add_up(by_step)
     column = tl.arange(0, 16)
     group = column * groups // 16
     total = tl.zeros([16], tl.float32)

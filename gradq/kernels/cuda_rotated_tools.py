@@ -1,7 +1,7 @@
 """What the Triton kernels of the rotated codecs share; for the forms of a tile see `cuda_rotated`."""
 
 # Triton unrolls loops over tuples, and a tuple grows by a sum.
-# ruff: noqa: RUF005
+# ruff: noqa: RUF005, SIM108
 # mypy: disable-error-code="assignment,misc,var-annotated"
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from gradq.kernels.cuda_tools import as_bits, as_float, jit, mix32
 from gradq.kernels.rotated import POLYNOMIALS
 
 __all__ = [
-    "add_up",
+    "add",
     "bf16_scales",
     "column_sums",
     "constants",
     "index",
-    "join",
+    "inverse_unit",
     "level",
     "negated",
-    "stages",
+    "sign_words",
     "swap",
+    "to_columns",
+    "transform",
     "unit",
 ]
 
@@ -36,53 +38,42 @@ def constants(num_bits: int) -> tuple[float, ...]:
 
 
 @jit
-def join(parts: tl.tensor) -> tl.tensor:
-    """Sixteen [256] to [16, 16, 16], their number the last index."""
+def _stage(z: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
+    """Sums and differences at a distance."""
+    after = ()
+    for k in tl.static_range(16):
+        if k & DISTANCE:
+            after = after + (z[k - DISTANCE] - z[k],)
+        else:
+            after = after + (z[k] + z[k + DISTANCE],)
+    return after
+
+
+@jit
+def transform(z: tl.tensor) -> tl.tensor:
+    """Four stages of the transform, over the sixteen."""
+    return _stage(_stage(_stage(_stage(z, 1), 2), 4), 8)
+
+
+@jit
+def _joined(parts: tl.tensor) -> tl.tensor:
+    """Sixteen [256] to [256, 16]."""
     for step in tl.static_range(4):
         joined = ()
         for k in tl.static_range(8 >> step):
             joined = joined + (tl.join(parts[k], parts[k + (8 >> step)]),)
         parts = joined
-    return tl.reshape(parts[0], [16, 16, 16])
+    return tl.reshape(parts[0], [256, 16])
 
 
 @jit
-def _stage(z: tl.tensor) -> tl.tensor:
-    """Sums and differences of neighbours along the last index, whose lowest bit becomes its highest."""
-    a, b = tl.split(tl.reshape(z, [256, 8, 2]))
-    return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [256, 16])
-
-
-@jit
-def stages(z: tl.tensor) -> tl.tensor:
-    """Four stages of the transform, over the last index."""
-    return tl.reshape(_stage(_stage(_stage(_stage(z)))), [16, 16, 16])
-
-
-@jit
-def swap(z: tl.tensor) -> tl.tensor:
-    """From one form to the other."""
-    return tl.permute(z, [2, 1, 0])
-
-
-@jit
-def column_sums(z: tl.tensor) -> tl.tensor:
-    """Sums over the rows of each column, [16], in the order of the reference.
-
-    Four accumulators, by the last index modulo 4; each takes the first index from 0 to 15, and at each its
-    four of the last index in order.
-    """
-    return add_up(tl.permute(tl.reshape(z, [16, 16, 4, 4]), [3, 1, 0, 2]))
-
-
-@jit
-def _split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
-    """The 2**STEPS tensors along the last STEPS indices, each of size 2."""
-    parts = (whole,)
-    for step in tl.static_range(STEPS):
+def _parted(whole: tl.tensor) -> tl.tensor:
+    """[M, 16] to sixteen [M]."""
+    parts = (tl.reshape(whole, [whole.shape[0], 2, 2, 2, 2]),)
+    for _ in tl.static_range(4):
         first = ()
         second = ()
-        for k in tl.static_range(1 << step):
+        for k in tl.static_range(len(parts)):
             a, b = tl.split(parts[k])
             first = first + (a,)
             second = second + (b,)
@@ -91,28 +82,64 @@ def _split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def add_up(terms: tl.tensor) -> tl.tensor:
-    """[4 accumulators, 16 columns, ... 64 steps] to [16]: step after step, then (0 + 1) + (2 + 3)."""
-    parts = _split(tl.reshape(terms, [64, 2, 2, 2, 2, 2, 2]), 6)
-    total = tl.zeros([64], tl.float32)
-    for step in tl.static_range(64):
-        total = total + parts[step]
-    by_column = tl.permute(tl.reshape(total, [4, 16]), [1, 0])
-    even, odd = tl.split(tl.reshape(by_column, [16, 2, 2]))
-    low, high = tl.split(even + odd)
-    return low + high
+def swap(z: tl.tensor) -> tl.tensor:
+    """From one form to the other, through shared memory."""
+    whole = tl.reshape(_joined(z), [16, 16, 16])
+    return _parted(tl.reshape(tl.permute(whole, [2, 1, 0]), [256, 16]))
+
+
+@jit
+def column_sums(terms: tl.tensor) -> tl.tensor:
+    """Sums over the rows of each column, [16], in the order of the reference."""
+    sums = ()
+    for k in tl.static_range(4):
+        sums = sums + (((terms[k] + terms[k + 4]) + terms[k + 8]) + terms[k + 12],)
+    by_sixteen = (sums[0] + sums[1]) + (sums[2] + sums[3])
+    parts = _parted(tl.permute(tl.reshape(by_sixteen, [16, 16]), [1, 0]))
+    for step in tl.static_range(4):
+        halves = ()
+        for k in tl.static_range(8 >> step):
+            halves = halves + (parts[k] + parts[k + (8 >> step)],)
+        parts = halves
+    return parts[0]
+
+
+@jit
+def to_columns(values: tl.tensor) -> tl.tensor:
+    """[16] to [256]: the value of each one's column."""
+    return tl.reshape(tl.broadcast_to(values[None, :], [16, 16]), [256])
+
+
+@jit
+def add(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Sixteen sums."""
+    sums = ()
+    for k in tl.static_range(16):
+        sums = sums + (a[k] + b[k],)
+    return sums
 
 
 # --- elements ------------------------------------------------------------------------------------------
 
 
 @jit
-def negated(z: tl.tensor, tile_key: tl.tensor) -> tl.tensor:
-    """Z [h, column, l] with its signs."""
-    h = tl.arange(0, 16)[:, None, None]
-    word = mix32(tile_key + ((h >> 1) * 16 + tl.arange(0, 16)[None, :, None]).to(tl.uint32))
-    left = 31 - ((h & 1) * 16 + tl.arange(0, 16)[None, None, :])
-    return as_float(as_bits(z) ^ ((word << left.to(tl.uint32)) & 0x80000000))
+def sign_words(tile_key: tl.tensor) -> tl.tensor:
+    """The signs of row 16 h + k and each column, in bit k, [256]."""
+    i = tl.arange(0, 256)
+    word = mix32(tile_key + ((i >> 5) * 16 + (i & 15)).to(tl.uint32))
+    return word >> (i & 16).to(tl.uint32)
+
+
+@jit
+def negated(z: tl.tensor, words: tl.tensor, K: tl.constexpr) -> tl.tensor:
+    """Z with the signs of bit K."""
+    return as_float(as_bits(z) ^ ((words << (31 - K)) & 0x80000000))
+
+
+@jit
+def inverse_unit(to_unit: tl.tensor) -> tl.tensor:
+    """1 / to_unit, a power of two: a product with it is the quotient."""
+    return as_float((254 << 23) - as_bits(to_unit))
 
 
 @jit

@@ -29,8 +29,9 @@ Decoding: transform the levels back (distances 16, 32, ... R, then 1, 2, 4, 8), 
 factor R of two transforms that are a power of two long is divided out of the scale.
 
 Sums over rows have four accumulators, the k-th row added to number k % 4, together (0 + 1) + (2 + 3); then
-the columns of a group from the left. Rows are taken in order, but for step 4 in a full tile, which takes rows
-0, 16, 32, ... 240, 1, 17, ...
+the columns of a group from the left. Those of a full tile are made for sixteen rows at a time, in step 2 for
+rows 16 h ... 16 h + 15 and in step 4 for rows l, 16 + l, ... 240 + l; of the sixteen sums the k-th and the
+k + 8-th are added, then those 4, 2 and 1 apart.
 
 References:
     Vargaftik et al., "EDEN: Communication-efficient and robust distributed mean estimation", ICML 2022 (the
@@ -41,6 +42,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -146,30 +148,43 @@ def unrotate(z_TRC: Tensor, second_TRC: Tensor) -> Tensor:
     return torch.cat((_hadamard(z_TRC[:, :size], distances) * factor, z_TRC[:, size:]), 1)
 
 
-def _by_sixteens(z_TRC: Tensor) -> Tensor:
-    """Full tiles with their rows in the order 0, 16, 32, ... 240, 1, 17, ...; others as they are."""
-    if z_TRC.shape[1] != TILE_ROWS:
-        return z_TRC
-    return z_TRC.view(-1, 16, 16, COLUMNS).transpose(1, 2).reshape(z_TRC.shape)
-
-
-def _from_the_last(z_TRC: Tensor) -> Tensor:
-    return z_TRC.flip(1)
-
-
-def _sum_groups(terms_TRC: Tensor, groups: int) -> Tensor:
-    """Sums over rows and the columns of a group, [T, G], in the order that the module docstring gives."""
+def _sum_rows(terms_TRC: Tensor) -> Tensor:
+    """Sums over rows in order, [T, C], with the accumulators that the module docstring describes."""
     num_tiles, rows, _ = terms_TRC.shape
     padded = torch.zeros(num_tiles, -(-rows // 4) * 4, COLUMNS)
     padded[:, :rows] = terms_TRC
     sums_T4C = torch.zeros(num_tiles, 4, COLUMNS)
     for quad in padded.view(num_tiles, -1, 4, COLUMNS).unbind(1):
         sums_T4C = sums_T4C + quad
-    sums_TC = (sums_T4C[:, 0] + sums_T4C[:, 1]) + (sums_T4C[:, 2] + sums_T4C[:, 3])
-    sums_TG = torch.zeros(num_tiles, groups)
+    return (sums_T4C[:, 0] + sums_T4C[:, 1]) + (sums_T4C[:, 2] + sums_T4C[:, 3])
+
+
+def _sum_full(terms_TRC: Tensor, *, apart: bool) -> Tensor:
+    """Sums over the rows of full tiles, [T, C]; apart: sixteen rows that are 16 apart at a time."""
+    blocks = terms_TRC.view(-1, 16, 16, COLUMNS)
+    blocks = blocks.transpose(1, 2) if apart else blocks
+    sums_TBC = _sum_rows(blocks.reshape(-1, 16, COLUMNS)).view(-1, 16, COLUMNS)
+    for count in (8, 4, 2, 1):
+        sums_TBC = sums_TBC[:, :count] + sums_TBC[:, count : 2 * count]
+    return sums_TBC[:, 0]
+
+
+def _sum_groups(terms_TRC: Tensor, groups: int, *, apart: bool = False) -> Tensor:
+    """Sums over rows and the columns of a group, [T, G], in the order that the module docstring gives."""
+    if terms_TRC.shape[1] == TILE_ROWS:
+        return _sum_full(terms_TRC, apart=apart)
+    sums_TC = _sum_rows(terms_TRC)
+    sums_TG = torch.zeros(len(sums_TC), groups)
     for column in range(COLUMNS):
         sums_TG[:, column * groups // COLUMNS] += sums_TC[:, column]
     return sums_TG
+
+
+def _sum_through_trellis(terms_TRC: Tensor, groups: int) -> Tensor:
+    """As `_sum_groups`, from the last row to the first."""
+    if terms_TRC.shape[1] == TILE_ROWS:
+        return _sum_rows(terms_TRC.flip(1))
+    return _sum_groups(terms_TRC.flip(1), groups)
 
 
 def _by_column(values_TG: Tensor) -> Tensor:
@@ -275,12 +290,12 @@ def _encode_tiles(
     else:
         codes_TRC = _quantize(y_TRC, num_bits, POLYNOMIALS[num_bits])
         level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
-    order = _from_the_last if trellis else _by_sixteens
-    inner_TG = _sum_groups(order(level_TRC * z_TRC), groups)
+    total = _sum_through_trellis if trellis else partial(_sum_groups, apart=True)
+    inner_TG = total(level_TRC * z_TRC, groups)
     if unbiased:
         scale_TG = energy_TG / inner_TG
     else:
-        scale_TG = (inner_TG / _sum_groups(order(level_TRC * level_TRC), groups)) / _gain(rows)
+        scale_TG = (inner_TG / total(level_TRC * level_TRC, groups)) / _gain(rows)
     scale_TG = torch.where(coded_TG, scale_TG / to_unit_T[:, :, 0], 0.0)
     bits_TG = _round_scales(scale_TG, words_TG)
     overflow_T = ~torch.isfinite(_scale_values(bits_TG) * TILE).all(1, keepdim=True)
