@@ -19,6 +19,7 @@ from gradq.kernels.vector import (
     as_words,
     constant_row,
     constant_words,
+    fused,
     load_bytes,
     load_row,
     load_words,
@@ -233,7 +234,7 @@ def _polynomial(code: Any, to_level: Any) -> Any:
     middle, a0, a1, a2, a3 = to_level
     m = to_float(code) - middle
     m2 = m * m
-    return m * (a0 + m2 * (a1 + m2 * (a2 + m2 * a3)))
+    return m * fused(m2, fused(m2, fused(m2, a3, a2), a1), a0)
 
 
 @inline
@@ -253,7 +254,7 @@ def quantize_value(z: Any, inverse: Any, quantizer: Any) -> Any:
     bottom, top, k0, k1, k2, k3, half, _ = quantizer
     y = minimum(maximum(z * inverse, bottom), top)
     y2 = y * y
-    return to_int(y * (k0 + y2 * (k1 + y2 * (k2 + y2 * k3))) + half)
+    return to_int(fused(y, fused(y2, fused(y2, fused(y2, k3, k2), k1), k0), half))
 
 
 # --- tiles of any size ---------------------------------------------------------------------------------
@@ -272,7 +273,11 @@ def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, 
                 value = value + load_row(residual_at + offset) * loss
             z = as_row(as_words(value) ^ sign_bits(at + WORDS + 4 * part, row)) * unit
             store_row(at + offset, z)
-            _add(to + SUMS + 64 * (row & 3), z * z)
+            sums_at = to + SUMS + 64 * (row & 3)
+            if rows == 256:
+                store_row(sums_at, fused(z, z, load_row(sums_at)))
+            else:
+                _add(sums_at, z * z)
             bits = as_words(value) & constant_words(_MAGNITUDE)
             store_words(to + _LARGEST, maximum_words(load_words(to + _LARGEST), bits))
         if rows == 256 and row & 15 == 15:

@@ -42,6 +42,7 @@ from gradq.kernels.vector import (
     as_words,
     constant_row,
     constant_words,
+    fused,
     hadamard_rows,
     load_bytes,
     load_row,
@@ -105,13 +106,13 @@ def _start_block(
     for offset in range(0, 1024, 256):
         from_at, add_at, to = x_at + offset, residual_at + offset, signed_at + offset
         z = _start_row(from_at, add_at, to, word, loss, with_residual)
-        s0, word = s0 + z * z, word >> one
+        s0, word = fused(z, z, s0), word >> one
         z = _start_row(from_at + 64, add_at + 64, to + 64, word, loss, with_residual)
-        s1, word = s1 + z * z, word >> one
+        s1, word = fused(z, z, s1), word >> one
         z = _start_row(from_at + 128, add_at + 128, to + 128, word, loss, with_residual)
-        s2, word = s2 + z * z, word >> one
+        s2, word = fused(z, z, s2), word >> one
         z = _start_row(from_at + 192, add_at + 192, to + 192, word, loss, with_residual)
-        s3, word = s3 + z * z, word >> one
+        s3, word = fused(z, z, s3), word >> one
     store_row(sums_at, four_sums(s0, s1, s2, s3))
 
 
@@ -183,14 +184,10 @@ def _quantize_block(
     i0 = i1 = i2 = i3 = n0 = n1 = n2 = n3 = constant_row(np.float32(0))
     for offset in range(0, 16 * _STEP, 4 * _STEP):
         z_at, code_at = near_at + offset, codes_at + offset
-        i, n = _level_row(z_at, code_at, levels, use_table)
-        i0, n0 = i0 + i, n0 + n
-        i, n = _level_row(z_at + _STEP, code_at + _STEP, levels, use_table)
-        i1, n1 = i1 + i, n1 + n
-        i, n = _level_row(z_at + 2 * _STEP, code_at + 2 * _STEP, levels, use_table)
-        i2, n2 = i2 + i, n2 + n
-        i, n = _level_row(z_at + 3 * _STEP, code_at + 3 * _STEP, levels, use_table)
-        i3, n3 = i3 + i, n3 + n
+        i0, n0 = _level_row(z_at, code_at, levels, use_table, i0, n0)
+        i1, n1 = _level_row(z_at + _STEP, code_at + _STEP, levels, use_table, i1, n1)
+        i2, n2 = _level_row(z_at + 2 * _STEP, code_at + 2 * _STEP, levels, use_table, i2, n2)
+        i3, n3 = _level_row(z_at + 3 * _STEP, code_at + 3 * _STEP, levels, use_table, i3, n3)
     store_row(sums_at, four_sums(i0, i1, i2, i3))
     store_row(sums_at + PARTIAL_NORMS - PARTIAL, four_sums(n0, n1, n2, n3))
     if pack_four:
@@ -203,10 +200,10 @@ def _quantize_block(
 
 
 @inline
-def _level_row(z_at: Any, code_at: Any, levels: Any, use_table: Any) -> Any:
+def _level_row(z_at: Any, code_at: Any, levels: Any, use_table: Any, inner: Any, norm: Any) -> Any:
     z, level = load_row(z_at), level_of(load_words(code_at), levels, use_table)
     store_row(z_at, level)
-    return level * z, level * level
+    return fused(level, z, inner), fused(level, level, norm)
 
 
 @jit

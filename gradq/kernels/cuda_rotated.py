@@ -1,7 +1,7 @@
 """The rotated codecs in Triton: byte for byte what `gradq.kernels.reference_rotated` writes.
 
-A program takes one tile of 256 rows of 16 columns; this module has the full ones, `cuda_rotated_tail` the
-last of a segment. With row 16 h + l, a tile is sixteen tensors [256] in one of two forms: one for each l, of
+A program takes one tile of 256 rows of 16 columns; this module has those of 256 rows, `cuda_rotated_tail` a
+last one of fewer. With row 16 h + l, a tile is sixteen tensors [256] in one of two forms: one for each l, of
 the elements [h, column]; or one for each h, of [l, column]. In the first the low stages of the transform
 (distances 1, 2, 4, 8) are sums of whole tensors, in the second the high ones (16, 32, 64, 128) and the
 packing of codes. `swap` goes from one form to the other, through shared memory; nothing else does.
@@ -33,6 +33,7 @@ from gradq.kernels.cuda_rotated_tools import (
     level,
     negated,
     sign_words,
+    signed_unit,
     swap,
     to_columns,
     transform,
@@ -40,6 +41,7 @@ from gradq.kernels.cuda_rotated_tools import (
 )
 from gradq.kernels.cuda_tools import (
     aligned,
+    as_bits,
     as_float,
     check,
     check_rows,
@@ -51,7 +53,7 @@ from gradq.kernels.cuda_tools import (
     signed32,
     store_number,
 )
-from gradq.kernels.rotated import TILE, payload_bytes
+from gradq.kernels.rotated import COLUMNS, TILE, payload_bytes
 
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
@@ -68,14 +70,18 @@ def _encode(
     codes_at: tl.tensor,
     loss_scale: tl.tensor,
     inverse_loss_scale: tl.tensor,
+    first: tl.tensor,
+    left: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     UNBIASED: tl.constexpr,
     READ: tl.constexpr,
     WRITE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHORT: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(0).to(tl.int64)
+    """Encode the tiles from the first on; SHORT: one with only `left` elements in its 256 rows."""
+    tile = tl.program_id(0).to(tl.int64) + first
     if tile == 0:
         store_number(payload, base.to(tl.uint32), None, 4)
     x = move(x, tile * 4096, 16 if ALIGNED else 4)
@@ -83,29 +89,23 @@ def _encode(
     new_residual = move(new_residual, tile * 4096, 16 if ALIGNED else 4)
     tile_key = mix32(base.to(tl.uint32) + tile.to(tl.uint32))
 
-    # 1. values; absmax through the bit pattern, which has no NaN to lose
+    # 1. values, and the exponent of the largest, 255 with NaN
     at = _places()
     values = ()
-    most = tl.zeros([256], tl.int32)
+    most = tl.zeros([256], tl.float32)
     for k in tl.static_range(16):
-        value = tl.load(x + (at + 16 * k))
+        value = _load(x, at + 16 * k, left, SHORT)
         if READ:
-            value = value + tl.load(residual + (at + 16 * k)) * loss_scale
-        most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            value = value + _load(residual, at + 16 * k, left, SHORT) * loss_scale
+        most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
         values = values + (value,)
-    exponent = tl.max(most, axis=0) >> 23
+    exponent = (tl.max(as_bits(most).to(tl.int32), axis=0) >> 23) & 255
 
     # 2. signs, unit, energy, transform
     to_unit = unit(exponent)
-    usable = (exponent > 0) & (exponent < 255)
     word = sign_words(tile_key)
-    z = ()
-    squares = ()
-    for k in tl.static_range(16):
-        one = tl.where(usable, negated(values[k], word, k) * to_unit, 0.0)
-        z = z + (one,)
-        squares = squares + (one * one,)
-    energy = column_sums(squares)
+    z = signed_unit(values, word, exponent, to_unit)
+    energy = column_sums(z, z)
     z = transform(swap(transform(z)))
 
     # 3. codes and levels
@@ -114,14 +114,11 @@ def _encode(
     inverse = to_columns(inverse)
     codes = ()
     levels = ()
-    products = ()
     for k in tl.static_range(16):
         code = index(z[k] * inverse, BITS, LEVELS)
-        one = level(code, BITS, LEVELS)
         codes = codes + (code,)
-        levels = levels + (one,)
-        products = products + (one * z[k],)
-    inner = column_sums(products)
+        levels = levels + (level(code + code, BITS, LEVELS),)
+    inner = column_sums(levels, z)
     packed = move(payload, codes_at + tile * (512 * BITS), 4 if ALIGNED else 1) + tl.arange(0, 256)
     if BITS & 4:
         _store_plane(packed, codes, 4, 0)
@@ -135,24 +132,36 @@ def _encode(
         scale = tl.div_rn(energy, inner)
         word16 = mix32(tile_key + (128 + tl.arange(0, 16)).to(tl.uint32)) & 0xFFFF
     else:
-        squares = ()
-        for k in tl.static_range(16):
-            squares = squares + (levels[k] * levels[k],)
-        scale = tl.div_rn(inner, column_sums(squares)) * 0.00390625
+        scale = tl.div_rn(inner, column_sums(levels, levels)) * 0.00390625
         word16 = tl.full([16], 0x8000, tl.uint32)
     scale = tl.where(coded, scale * inverse_unit(to_unit), 0.0)
     bits, scale, lost = bf16_scales(scale, word16, exponent)
     store_number(payload + 4 + tile * 32 + 2 * tl.arange(0, 16), bits, None, 2)
 
-    # 5. what is lost; x and the residual are read again, from the cache
+    # 5. what is lost; codes, x and the residual are read again, from the cache, which costs less than to
+    # keep what takes so many registers
     if WRITE:
-        decoded = transform(swap(transform(levels)))
+        tl.debug_barrier()
+        decoded = transform(swap(transform(_levels(packed, BITS, LEVELS))))
         scale = to_columns(scale)
         for k in tl.static_range(16):
-            old = tl.load(residual + (at + 16 * k))
-            value = tl.load(x + (at + 16 * k)) + old * loss_scale
+            old = _load(residual, at + 16 * k, left, SHORT)
+            value = _load(x, at + 16 * k, left, SHORT) + old * loss_scale
             error = (value - negated(decoded[k] * scale, word, k)) * inverse_loss_scale
-            tl.store(new_residual + (at + 16 * k), tl.where(lost, old, error))
+            _store(new_residual, at + 16 * k, tl.where(lost, old, error), left, SHORT)
+
+
+@jit
+def _load(numbers: tl.tensor, at: tl.tensor, left: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
+    return tl.load(numbers + at, mask=at < left, other=0.0) if SHORT else tl.load(numbers + at)
+
+
+@jit
+def _store(numbers: tl.tensor, at: tl.tensor, value: tl.tensor, left: tl.tensor, SHORT: tl.constexpr) -> None:
+    if SHORT:
+        tl.store(numbers + at, value, mask=at < left)
+    else:
+        tl.store(numbers + at, value)
 
 
 @jit
@@ -182,6 +191,38 @@ def _load_plane(packed: tl.tensor, W: tl.constexpr, DONE: tl.constexpr) -> tl.te
 
 
 @jit
+def _digit(plane: tl.tensor, W: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr) -> tl.tensor:
+    """The W bits from one place at another."""
+    moved = plane >> (FROM - TO) if FROM >= TO else plane << (TO - FROM)
+    return moved & (((1 << W) - 1) << TO)
+
+
+@jit
+def _levels(packed: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
+    """The levels of the codes at packed."""
+    plane4 = ()
+    plane2 = ()
+    plane1 = ()
+    if BITS & 4:
+        plane4 = _load_plane(packed, 4, 0)
+    if BITS & 2:
+        plane2 = _load_plane(packed, 2, BITS & 4)
+    if BITS & 1:
+        plane1 = _load_plane(packed, 1, BITS & 6)
+    levels = ()
+    for k in tl.static_range(16):
+        twice = tl.zeros([256], tl.int32)
+        if BITS & 4:
+            twice = _digit(plane4[k % 8], 4, 4 * (k // 8), 1)
+        if BITS & 2:
+            twice = twice | _digit(plane2[k % 4], 2, 2 * (k // 4), 1 + (BITS & 4))
+        if BITS & 1:
+            twice = twice | _digit(plane1[k % 2], 1, k // 2, 1 + (BITS & 6))
+        levels = levels + (level(twice, BITS, LEVELS),)
+    return levels
+
+
+@jit
 def _decode_mean(
     payloads: tl.tensor,
     out: tl.tensor,
@@ -189,14 +230,19 @@ def _decode_mean(
     num_rows: tl.tensor,
     stride: tl.tensor,
     reciprocal: tl.tensor,
+    first: tl.tensor,
+    left: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHORT: tl.constexpr,
     SINGLE: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
 ) -> None:
-    tile = tl.program_id(0).to(tl.int64)
-    out = move(out, tile * 4096, 16 if ALIGNED else 4) + _places()
+    """Decode the tiles from the first on; SHORT: as for `_encode`."""
+    tile = tl.program_id(0).to(tl.int64) + first
+    out = move(out, tile * 4096, 16 if ALIGNED else 4)
+    at = _places()
     codes_at = codes_at + tile * (512 * BITS)
     if SINGLE:
         total = _decode(payloads, tile, codes_at, BITS, LEVELS, ALIGNED)
@@ -214,7 +260,7 @@ def _decode_mean(
                 mean = mean * reciprocal
             else:
                 mean = tl.div_rn(mean, tl.zeros([256], tl.float32) + num_rows.to(tl.float32))
-        tl.store(out + 16 * k, mean)
+        _store(out, at + 16 * k, mean, left, SHORT)
 
 
 @jit
@@ -228,29 +274,10 @@ def _decode(
 ) -> tl.tensor:
     """Sixteen [256] of values."""
     packed = move(payload, codes_at, 4 if ALIGNED else 1) + tl.arange(0, 256)
-    plane4 = ()
-    plane2 = ()
-    plane1 = ()
-    if BITS & 4:
-        plane4 = _load_plane(packed, 4, 0)
-    if BITS & 2:
-        plane2 = _load_plane(packed, 2, BITS & 4)
-    if BITS & 1:
-        plane1 = _load_plane(packed, 1, BITS & 6)
     word = sign_words(mix32(load_number(payload, None, 4) + tile.to(tl.uint32)))
     column = tl.arange(0, 256) & 15
     scale = as_float(load_number(payload + 4 + tile * 32 + 2 * column, None, 2) << 16)
-    levels = ()
-    for k in tl.static_range(16):
-        code = tl.zeros([256], tl.int32)
-        if BITS & 4:
-            code = (plane4[k % 8] >> (4 * (k // 8))) & 15
-        if BITS & 2:
-            code = code | (((plane2[k % 4] >> (2 * (k // 4))) & 3) << (BITS & 4))
-        if BITS & 1:
-            code = code | (((plane1[k % 2] >> (k // 2)) & 1) << (BITS & 6))
-        levels = levels + (level(code, BITS, LEVELS),)
-    z = transform(swap(transform(levels)))
+    z = transform(swap(transform(_levels(packed, BITS, LEVELS))))
     values = ()
     for k in tl.static_range(16):
         values = values + (negated(z[k] * scale, word, k),)
@@ -294,8 +321,12 @@ def rotated_encode(
     args = (x, old, new, payload, signed32(base), _codes_at(n), *scales)
     if full := n // TILE:
         at_16 = aligned(x, old, new) and _codes_aligned(payload, 0, n)
-        launch(_encode, full, x, *args, ALIGNED=at_16, num_warps=_NUM_WARPS, **how)
-    if n % TILE:
+        form = {"ALIGNED": at_16, "SHORT": False, "num_warps": _NUM_WARPS}
+        launch(_encode, full, x, *args, 0, TILE, **form, **how)
+    if n % TILE > TILE - COLUMNS:
+        form = {"ALIGNED": False, "SHORT": True, "num_warps": _NUM_WARPS}
+        launch(_encode, 1, x, *args, full, n % TILE, **form, **how)
+    elif n % TILE:
         launch(encode_tail, 1, x, *args, n, *window(n), **how)
 
 
@@ -317,11 +348,13 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
         "EXACT_RECIPROCAL": num_rows & (num_rows - 1) == 0,
     }
     args = (payloads, out, _codes_at(n), num_rows, stride, 1.0 / num_rows)
+    form: dict[str, Any] = {"SINGLE": num_rows == 1, "num_warps": _NUM_WARPS}
     if full := n // TILE:
         at_16 = aligned(out) and _codes_aligned(payloads, stride, n)
-        form = {"ALIGNED": at_16, "SINGLE": num_rows == 1}
-        launch(_decode_mean, full, out, *args, num_warps=_NUM_WARPS, **form, **how)
-    if n % TILE:
+        launch(_decode_mean, full, out, *args, 0, TILE, ALIGNED=at_16, SHORT=False, **form, **how)
+    if n % TILE > TILE - COLUMNS:
+        launch(_decode_mean, 1, out, *args, full, n % TILE, ALIGNED=False, SHORT=True, **form, **how)
+    elif n % TILE:
         launch(decode_tail, 1, out, *args, n, *window(n), **how)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 # Triton unrolls loops over tuples, and a tuple grows by a sum.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment,misc,var-annotated"
-
 import triton.language as tl
 
 from gradq.kernels.cuda_rotated_tools import bf16_scales, index, level, unit
@@ -196,7 +195,7 @@ def encode_tail(
     if BITS & 1:
         _store_plane(packed, codes, rows, 1, BITS & 6)
 
-    levels = level(codes, BITS, LEVELS)
+    levels = level(codes + codes, BITS, LEVELS)
     inner = _group_sums(tl.where(e < rows * 16, levels * z, 0.0), groups)
     if UNBIASED:
         scale = tl.div_rn(energy, inner)
@@ -270,7 +269,7 @@ def decode_tail(
             codes = codes | _load_plane(packed, rows, 2, BITS & 4)
         if BITS & 1:
             codes = codes | _load_plane(packed, rows, 1, BITS & 6)
-        z = _unrotate(level(codes, BITS, LEVELS), tile_key + 256, rows, size, factor)
+        z = _unrotate(level(codes + codes, BITS, LEVELS), tile_key + 256, rows, size, factor)
         z = z * _to_tile(scale)
         total = total + tl.where(z != z, z, _negated(z, tile_key))
         payloads = payloads + stride.to(tl.int64)

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
 
-from gradq.kernels.cuda_tools import as_bits, as_float, jit, mix32
+from gradq.kernels.cuda_tools import as_bits, as_float, fused, jit, mix32
 from gradq.kernels.rotated import POLYNOMIALS
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "level",
     "negated",
     "sign_words",
+    "signed_unit",
     "swap",
     "to_columns",
     "transform",
@@ -31,7 +33,7 @@ __all__ = [
 def constants(num_bits: int) -> tuple[float, ...]:
     """The polynomials of a width: top, k0 to k3, a0 to a3; see `gradq.kernels.rotated.Polynomials`."""
     p = POLYNOMIALS[num_bits]
-    return (float(p.top), *map(float, p.to_index), *map(float, p.to_level))
+    return tuple(torch.tensor((p.top, *p.to_index, *p.to_level), dtype=torch.float32).tolist())
 
 
 # --- the transform -------------------------------------------------------------------------------------
@@ -89,11 +91,14 @@ def swap(z: tl.tensor) -> tl.tensor:
 
 
 @jit
-def column_sums(terms: tl.tensor) -> tl.tensor:
-    """Sums over the rows of each column, [16], in the order of the reference."""
+def column_sums(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """Sums of products over the rows of each column, [16], in the order of the reference."""
     sums = ()
     for k in tl.static_range(4):
-        sums = sums + (((terms[k] + terms[k + 4]) + terms[k + 8]) + terms[k + 12],)
+        total = a[k] * b[k]
+        for i in tl.static_range(1, 4):
+            total = fused(a[k + 4 * i], b[k + 4 * i], total)
+        sums = sums + (total,)
     by_sixteen = (sums[0] + sums[1]) + (sums[2] + sums[3])
     parts = _parted(tl.permute(tl.reshape(by_sixteen, [16, 16]), [1, 0]))
     for step in tl.static_range(4):
@@ -137,6 +142,21 @@ def negated(z: tl.tensor, words: tl.tensor, K: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def signed_unit(values: tl.tensor, words: tl.tensor, exponent: tl.tensor, to_unit: tl.tensor) -> tl.tensor:
+    """Sixteen values with their signs, times to_unit; zeros with NaN, Inf or denormals."""
+    z = ()
+    for k in tl.static_range(16):
+        z = z + (negated(values[k], words, k),)
+    if (exponent < 87) | (exponent >= 167):
+        usable = (exponent > 0) & (exponent < 255)
+        scaled = ()
+        for k in tl.static_range(16):
+            scaled = scaled + (tl.where(usable, z[k] * to_unit, 0.0),)
+        z = scaled
+    return z
+
+
+@jit
 def inverse_unit(to_unit: tl.tensor) -> tl.tensor:
     """1 / to_unit, a power of two: a product with it is the quotient."""
     return as_float((254 << 23) - as_bits(to_unit))
@@ -155,16 +175,16 @@ def index(y: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
     """Codes of normalized values."""
     y = tl.minimum(tl.maximum(y, -LEVELS[0]), LEVELS[0])
     y2 = y * y
-    u = y * (LEVELS[1] + y2 * (LEVELS[2] + y2 * (LEVELS[3] + y2 * LEVELS[4])))
-    return (u + (1 << (BITS - 1))).to(tl.int32)
+    slope = fused(y2, fused(y2, fused(y2, LEVELS[4], LEVELS[3]), LEVELS[2]), LEVELS[1])
+    return fused(y, slope, 1.0 * (1 << (BITS - 1))).to(tl.int32)
 
 
 @jit
-def level(code: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
-    """Levels of codes."""
-    m = code.to(tl.float32) - ((1 << BITS) - 1) / 2
+def level(twice: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
+    """Levels of codes, given twice the codes: the last bit of numbers from 2**22 on is a half."""
+    m = as_float((twice | 0x4A800000).to(tl.uint32)) - (4194304.0 + ((1 << BITS) - 1) / 2)
     m2 = m * m
-    return m * (LEVELS[5] + m2 * (LEVELS[6] + m2 * (LEVELS[7] + m2 * LEVELS[8])))
+    return m * fused(m2, fused(m2, fused(m2, LEVELS[8], LEVELS[7]), LEVELS[6]), LEVELS[5])
 
 
 @jit

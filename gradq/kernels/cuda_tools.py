@@ -31,6 +31,7 @@ __all__ = [
     "as_float",
     "check",
     "check_rows",
+    "fused",
     "interpreted",
     "jit",
     "launch",
@@ -123,6 +124,17 @@ def as_bits(value: tl.tensor) -> tl.tensor:
 def as_float(bits: tl.tensor) -> tl.tensor:
     """The fp32 numbers with these bits."""
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+_INTERPRETED = tl.constexpr(interpreted())
+
+
+@jit
+def fused(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tl.tensor:
+    """A b + c of fp32 numbers, rounded once. The interpreter's own rounds twice; through fp64 it is once."""
+    if _INTERPRETED:
+        return (a.to(tl.float64) * b + c).to(tl.float32)
+    return tl.fma(a, b, c)
 
 
 @jit

@@ -293,7 +293,7 @@ def uniform_encode(
 
 @jit
 def _signed_float(code: tl.tensor, QMAX: tl.constexpr) -> tl.tensor:
-    """Code - QMAX in fp32: exact, and cheaper than a conversion, which a GPU does at half the rate of sums."""
+    """Code - QMAX in fp32: exact, and cheaper than a conversion, which has half the rate of sums."""
     return as_float((code | 0x4B000000).to(tl.uint32)) - (8388608.0 + QMAX)
 
 

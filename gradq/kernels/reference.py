@@ -31,6 +31,7 @@ __all__ = [
     "exact_decode",
     "exact_decode_mean",
     "exact_encode",
+    "fused",
     "uniform_decode",
     "uniform_decode_mean",
     "uniform_encode",
@@ -44,6 +45,27 @@ _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2,
 
 def warm_up() -> None:
     """Nothing to compile."""
+
+
+def fused(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
+    """A b + c in fp32, rounded once, as a fused multiply-add does.
+
+    fp64 holds the product, and the sum's own error says on which side of a tie of fp32 it lies: its last bit
+    is made odd if anything was lost, so that rounding a second time does no harm.
+
+    References:
+        Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding
+        to odd", IEEE Trans. Computers, 2008.
+    """
+    product = a.double() * torch.as_tensor(b, dtype=torch.float32).double()
+    addend = torch.as_tensor(c, dtype=torch.float32).double().expand_as(product)
+    total = product + addend
+    rest = total - product
+    lost = (product - (total - rest)) + (addend - rest)
+    bits = total.view(torch.int64)
+    away = torch.where((lost > 0) == (total > 0), 1, -1)
+    odd = torch.where(lost.isfinite() & (lost != 0) & (bits & 1 == 0), bits + away, bits)
+    return odd.view(torch.float64).float()
 
 
 # --- exact ---------------------------------------------------------------------------------------------

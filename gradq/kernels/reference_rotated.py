@@ -31,7 +31,9 @@ factor R of two transforms that are a power of two long is divided out of the sc
 Sums over rows have four accumulators, the k-th row added to number k % 4, together (0 + 1) + (2 + 3); then
 the columns of a group from the left. Those of a full tile are made for sixteen rows at a time, in step 2 for
 rows 16 h ... 16 h + 15 and in step 4 for rows l, 16 + l, ... 240 + l; of the sixteen sums the k-th and the
-k + 8-th are added, then those 4, 2 and 1 apart.
+k + 8-th are added, then those 4, 2 and 1 apart. Full tiles add products fused (rounded once), and so do
+polynomials in all tiles, from the innermost term; through the trellis there are no fused products but in
+energies.
 
 References:
     Vargaftik et al., "EDEN: Communication-efficient and robust distributed mean estimation", ICML 2022 (the
@@ -156,35 +158,45 @@ def _sum_rows(terms_TRC: Tensor) -> Tensor:
     sums_T4C = torch.zeros(num_tiles, 4, COLUMNS)
     for quad in padded.view(num_tiles, -1, 4, COLUMNS).unbind(1):
         sums_T4C = sums_T4C + quad
+    return _add_four(sums_T4C)
+
+
+def _add_four(sums_T4C: Tensor) -> Tensor:
     return (sums_T4C[:, 0] + sums_T4C[:, 1]) + (sums_T4C[:, 2] + sums_T4C[:, 3])
 
 
-def _sum_full(terms_TRC: Tensor, *, apart: bool) -> Tensor:
-    """Sums over the rows of full tiles, [T, C]; apart: sixteen rows that are 16 apart at a time."""
-    blocks = terms_TRC.view(-1, 16, 16, COLUMNS)
-    blocks = blocks.transpose(1, 2) if apart else blocks
-    sums_TBC = _sum_rows(blocks.reshape(-1, 16, COLUMNS)).view(-1, 16, COLUMNS)
+def _sum_full(a_TRC: Tensor, b_TRC: Tensor, *, apart: bool) -> Tensor:
+    """Sums of products over the rows of full tiles, [T, C]; apart: sixteen rows 16 apart at a time."""
+
+    def blocks(z_TRC: Tensor) -> Tensor:
+        z = z_TRC.view(-1, 16, 16, COLUMNS)
+        return (z.transpose(1, 2) if apart else z).reshape(-1, 4, 4, COLUMNS)
+
+    sums_T4C = torch.zeros(len(a_TRC) * 16, 4, COLUMNS)
+    for a, b in zip(blocks(a_TRC).unbind(1), blocks(b_TRC).unbind(1), strict=True):
+        sums_T4C = reference.fused(a, b, sums_T4C)
+    sums_TBC = _add_four(sums_T4C).view(-1, 16, COLUMNS)
     for count in (8, 4, 2, 1):
         sums_TBC = sums_TBC[:, :count] + sums_TBC[:, count : 2 * count]
     return sums_TBC[:, 0]
 
 
-def _sum_groups(terms_TRC: Tensor, groups: int, *, apart: bool = False) -> Tensor:
-    """Sums over rows and the columns of a group, [T, G], in the order that the module docstring gives."""
-    if terms_TRC.shape[1] == TILE_ROWS:
-        return _sum_full(terms_TRC, apart=apart)
-    sums_TC = _sum_rows(terms_TRC)
+def _sum_groups(a_TRC: Tensor, b_TRC: Tensor, groups: int, *, apart: bool = False) -> Tensor:
+    """Sums of products over rows and the columns of a group, [T, G]; the module docstring has the order."""
+    if a_TRC.shape[1] == TILE_ROWS:
+        return _sum_full(a_TRC, b_TRC, apart=apart)
+    sums_TC = _sum_rows(a_TRC * b_TRC)
     sums_TG = torch.zeros(len(sums_TC), groups)
     for column in range(COLUMNS):
         sums_TG[:, column * groups // COLUMNS] += sums_TC[:, column]
     return sums_TG
 
 
-def _sum_through_trellis(terms_TRC: Tensor, groups: int) -> Tensor:
-    """As `_sum_groups`, from the last row to the first."""
-    if terms_TRC.shape[1] == TILE_ROWS:
-        return _sum_rows(terms_TRC.flip(1))
-    return _sum_groups(terms_TRC.flip(1), groups)
+def _sum_through_trellis(a_TRC: Tensor, b_TRC: Tensor, groups: int) -> Tensor:
+    """As `_sum_groups`, from the last row to the first; all tiles alike."""
+    if a_TRC.shape[1] == TILE_ROWS:
+        return _sum_rows((a_TRC * b_TRC).flip(1))
+    return _sum_groups(a_TRC.flip(1), b_TRC.flip(1), groups)
 
 
 def _by_column(values_TG: Tensor) -> Tensor:
@@ -197,15 +209,15 @@ def _level(codes: Tensor, num_bits: int, polynomials: Polynomials) -> Tensor:
     a0, a1, a2, a3 = polynomials.to_level
     m = codes.to(torch.float32) - ((1 << num_bits) - 1) / 2
     m2 = m * m
-    return m * (a0 + m2 * (a1 + m2 * (a2 + m2 * a3)))
+    return m * reference.fused(m2, reference.fused(m2, reference.fused(m2, a3, a2), a1), a0)
 
 
 def _quantize(y: Tensor, num_bits: int, polynomials: Polynomials) -> Tensor:
     k0, k1, k2, k3 = polynomials.to_index
     y = y.clamp(-polynomials.top, polynomials.top)
     y2 = y * y
-    u = y * (k0 + y2 * (k1 + y2 * (k2 + y2 * k3)))
-    return (u + (1 << (num_bits - 1))).to(torch.int32)
+    slope = reference.fused(y2, reference.fused(y2, reference.fused(y2, k3, k2), k1), k0)
+    return reference.fused(y, slope, 1 << (num_bits - 1)).to(torch.int32)
 
 
 def _round_scales(scales_TG: Tensor, words_TG: Tensor) -> Tensor:
@@ -277,7 +289,7 @@ def _encode_tiles(
     to_unit_T = torch.where((exponent_T >= 87) & (exponent_T < 167), 1.0, to_unit_T)[:, None, None]
     usable = (finite_T & normal_T)[:, :, None]
     unit_TRC = torch.where(usable, (value_TRC * signs_2TRC[0]) * to_unit_T, 0.0)
-    energy_TG = _sum_groups(unit_TRC * unit_TRC, groups)
+    energy_TG = _sum_groups(unit_TRC, unit_TRC, groups)
     z_TRC = rotate(unit_TRC, signs_2TRC[1])
     count_G = torch.bincount(torch.arange(COLUMNS) * groups // COLUMNS).to(torch.float32) * rows
     sigma_TG = torch.sqrt(energy_TG * _gain(rows) / count_G)
@@ -291,11 +303,11 @@ def _encode_tiles(
         codes_TRC = _quantize(y_TRC, num_bits, POLYNOMIALS[num_bits])
         level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
     total = _sum_through_trellis if trellis else partial(_sum_groups, apart=True)
-    inner_TG = total(level_TRC * z_TRC, groups)
+    inner_TG = total(level_TRC, z_TRC, groups)
     if unbiased:
         scale_TG = energy_TG / inner_TG
     else:
-        scale_TG = (inner_TG / total(level_TRC * level_TRC, groups)) / _gain(rows)
+        scale_TG = (inner_TG / total(level_TRC, level_TRC, groups)) / _gain(rows)
     scale_TG = torch.where(coded_TG, scale_TG / to_unit_T[:, :, 0], 0.0)
     bits_TG = _round_scales(scale_TG, words_TG)
     overflow_T = ~torch.isfinite(_scale_values(bits_TG) * TILE).all(1, keepdim=True)

@@ -26,6 +26,7 @@ __all__ = [
     "as_words",
     "constant_row",
     "constant_words",
+    "fused",
     "hadamard_rows",
     "lane_numbers",
     "load_bytes",
@@ -143,6 +144,11 @@ def _splat(kind: Any) -> Callable[..., Any]:
     return emit
 
 
+def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
+    return builder.call(_declare(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
+
+
 def _hadamard(builder: Any, source: Any, stride: Any, target: Any, target_stride: Any, one: Any) -> Any:
     """Halves before the whole, and a store as soon as there is something to store: few rows are alive.
 
@@ -153,11 +159,6 @@ def _hadamard(builder: Any, source: Any, stride: Any, target: Any, target_stride
         offset = builder.mul(step, ir.Constant(step.type, k))
         return builder.inttoptr(builder.add(base, offset), _FLOATS.as_pointer())
 
-    def fused(b: Any, a: Any) -> Any:
-        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-        function = _declare(builder.module, kind, f"llvm.fma.v{LANES}f32")
-        return builder.call(function, [builder.fneg(b), one, a])
-
     def transform(first: int, count: int) -> list[Any]:
         if count == 1:
             return [builder.load(pointer(source, stride, first), align=4)]
@@ -167,7 +168,7 @@ def _hadamard(builder: Any, source: Any, stride: Any, target: Any, target_stride
         sums, differences = [], []
         for k, (a, b) in enumerate(pairs):
             sums.append(builder.fadd(a, b))
-            differences.append(fused(b, a) if _HAS_FMA else builder.fsub(a, b))
+            differences.append(_fused(builder, builder.fneg(b), one, a) if _HAS_FMA else builder.fsub(a, b))
             if count == 16:
                 builder.store(sums[k], pointer(target, target_stride, k), align=4)
                 builder.store(differences[k], pointer(target, target_stride, k + half), align=4)
@@ -250,6 +251,7 @@ to_float = _operation(_row, lambda builder, a: builder.sitofp(a, _FLOATS), _word
 prefetch = _operation(types.int64, _prefetch(False), types.intp)
 prefetch_to_write = _operation(types.int64, _prefetch(True), types.intp)
 square_root = _operation(_row, _square_root, _row)
+fused = _operation(_row, _fused, _row, _row, _row)  # a b + c, rounded once
 # lookup(low, high, index): table[index], index < 16; only where HAS_LOOKUP. The table's first LANES
 # entries are low; high holds entries 8 to 15 where LANES is 8, and is not read where it is 16.
 lookup = _operation(_row, _lookup, _row, _row, _words)
