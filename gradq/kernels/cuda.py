@@ -46,7 +46,8 @@ def _exact_mean(
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < n
-    total = tl.full([ELEMENTS], -0.0, tl.float64 if DOUBLE else tl.float32)  # -0 + v is v, for every v
+    # -0, of which Triton has no constant: -0 + v is v, for every v
+    total = tl.full([ELEMENTS], -1.0, tl.float64 if DOUBLE else tl.float32) * 0.0
     for _ in range(num_rows):
         total = total + tl.load(payloads + at, mask=inside, other=0.0).to(total.dtype)
         payloads = payloads + stride.to(tl.int64)

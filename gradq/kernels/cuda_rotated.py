@@ -24,6 +24,7 @@ from torch import Tensor
 from gradq.errors import KernelError
 from gradq.kernels.cuda_rotated_tail import decode_tail, encode_tail, window
 from gradq.kernels.cuda_rotated_tools import (
+    TWICE,
     add,
     bf16_scales,
     column_sums,
@@ -58,6 +59,10 @@ from gradq.kernels.rotated import COLUMNS, TILE, payload_bytes
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
 _NUM_WARPS = 8  # a thread holds one element of [256], and has `swap` move the data once
+_REGISTERS = {
+    False: 48,
+    True: 64,
+}  # of a thread, without and with a new residual: more would leave idle units
 
 
 @jit
@@ -117,7 +122,7 @@ def _encode(
     for k in tl.static_range(16):
         code = index(z[k] * inverse, BITS, LEVELS)
         codes = codes + (code,)
-        levels = levels + (level(code + code, BITS, LEVELS),)
+        levels = levels + (level((code + code) + TWICE, BITS, LEVELS),)
     inner = column_sums(levels, z)
     packed = move(payload, codes_at + tile * (512 * BITS), 4 if ALIGNED else 1) + tl.arange(0, 256)
     if BITS & 4:
@@ -218,7 +223,7 @@ def _levels(packed: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.t
             twice = twice | _digit(plane2[k % 4], 2, 2 * (k // 4), 1 + (BITS & 4))
         if BITS & 1:
             twice = twice | _digit(plane1[k % 2], 1, k // 2, 1 + (BITS & 6))
-        levels = levels + (level(twice, BITS, LEVELS),)
+        levels = levels + (level(twice | TWICE, BITS, LEVELS),)
     return levels
 
 
@@ -247,7 +252,7 @@ def _decode_mean(
     if SINGLE:
         total = _decode(payloads, tile, codes_at, BITS, LEVELS, ALIGNED)
     else:
-        zero = tl.full([256], -0.0, tl.float32)  # -0 + v is v, for every v
+        zero = tl.full([256], -1.0, tl.float32) * 0.0  # -0, which Triton knows no constant of: -0 + v is v
         total = (zero, zero, zero, zero) * 4
         for _ in range(num_rows):
             decoded = _decode(payloads, tile, codes_at, BITS, LEVELS, ALIGNED)
@@ -318,13 +323,14 @@ def rotated_encode(
         "READ": residual is not None,
         "WRITE": new_residual is not None,
     }
+    tiles = {"num_warps": _NUM_WARPS, "maxnreg": _REGISTERS[new_residual is not None]}
     args = (x, old, new, payload, signed32(base), _codes_at(n), *scales)
     if full := n // TILE:
         at_16 = aligned(x, old, new) and _codes_aligned(payload, 0, n)
-        form = {"ALIGNED": at_16, "SHORT": False, "num_warps": _NUM_WARPS}
+        form = {"ALIGNED": at_16, "SHORT": False} | tiles
         launch(_encode, full, x, *args, 0, TILE, **form, **how)
     if n % TILE > TILE - COLUMNS:
-        form = {"ALIGNED": False, "SHORT": True, "num_warps": _NUM_WARPS}
+        form = {"ALIGNED": False, "SHORT": True} | tiles
         launch(_encode, 1, x, *args, full, n % TILE, **form, **how)
     elif n % TILE:
         launch(encode_tail, 1, x, *args, n, *window(n), **how)

@@ -12,7 +12,7 @@ from __future__ import annotations
 # mypy: disable-error-code="assignment,misc,var-annotated"
 import triton.language as tl
 
-from gradq.kernels.cuda_rotated_tools import bf16_scales, index, level, unit
+from gradq.kernels.cuda_rotated_tools import TWICE, bf16_scales, index, level, unit
 from gradq.kernels.cuda_tools import as_bits, as_float, jit, load_number, mix32, store_number
 
 __all__ = ["decode_tail", "encode_tail", "window"]
@@ -195,7 +195,7 @@ def encode_tail(
     if BITS & 1:
         _store_plane(packed, codes, rows, 1, BITS & 6)
 
-    levels = level(codes + codes, BITS, LEVELS)
+    levels = level(codes + codes + TWICE, BITS, LEVELS)
     inner = _group_sums(tl.where(e < rows * 16, levels * z, 0.0), groups)
     if UNBIASED:
         scale = tl.div_rn(energy, inner)
@@ -257,7 +257,7 @@ def decode_tail(
     left = (n - tile * 4096).to(tl.int32)
     group = tl.arange(0, 16) * ((left + 255) // 256) // 16
     e = tl.arange(0, 4096)
-    total = tl.full([4096], -0.0, tl.float32)  # -0 + v is v, for every v
+    total = tl.full([4096], -1.0, tl.float32) * 0.0  # -0: -0 + v is v, for every v
     for _ in range(num_rows):
         tile_key = mix32(load_number(payloads, None, 4) + tile.to(tl.uint32))
         scale = as_float(load_number(payloads + 4 + tile * 32 + 2 * group, None, 2) << 16)
@@ -269,7 +269,7 @@ def decode_tail(
             codes = codes | _load_plane(packed, rows, 2, BITS & 4)
         if BITS & 1:
             codes = codes | _load_plane(packed, rows, 1, BITS & 6)
-        z = _unrotate(level(codes + codes, BITS, LEVELS), tile_key + 256, rows, size, factor)
+        z = _unrotate(level(codes + codes + TWICE, BITS, LEVELS), tile_key + 256, rows, size, factor)
         z = z * _to_tile(scale)
         total = total + tl.where(z != z, z, _negated(z, tile_key))
         payloads = payloads + stride.to(tl.int64)

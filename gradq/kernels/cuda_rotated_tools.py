@@ -13,6 +13,7 @@ from gradq.kernels.cuda_tools import as_bits, as_float, fused, jit, mix32
 from gradq.kernels.rotated import POLYNOMIALS
 
 __all__ = [
+    "TWICE",
     "add",
     "bf16_scales",
     "column_sums",
@@ -28,6 +29,9 @@ __all__ = [
     "transform",
     "unit",
 ]
+
+
+TWICE = tl.constexpr(0x4A800000)  # the bits of 2**22, whose last bit is a half: a conversion would cost more
 
 
 def constants(num_bits: int) -> tuple[float, ...]:
@@ -181,8 +185,8 @@ def index(y: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
 
 @jit
 def level(twice: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
-    """Levels of codes, given twice the codes: the last bit of numbers from 2**22 on is a half."""
-    m = as_float((twice | 0x4A800000).to(tl.uint32)) - (4194304.0 + ((1 << BITS) - 1) / 2)
+    """Levels of codes, given twice the codes plus TWICE."""
+    m = as_float(twice.to(tl.uint32)) - (4194304.0 + ((1 << BITS) - 1) / 2)
     m2 = m * m
     return m * fused(m2, fused(m2, fused(m2, LEVELS[8], LEVELS[7]), LEVELS[6]), LEVELS[5])
 

@@ -324,7 +324,7 @@ def _mean_blocks(
     start = block[:, None] * BLOCK
     there = block < num_blocks
     mine = there[:, None] & (j < E)
-    zero = tl.full([N, M], -0.0, tl.float32)  # -0 + v is v, for every v
+    zero = tl.full([N, M], -1.0, tl.float32) * 0.0  # -0: -0 + v is v, for every v
     sums = (zero, zero, zero, zero, zero, zero, zero, zero)
     for _ in range(num_rows):
         scale = _scale_value(load_number(scales + block * SIZE, there, SIZE), KIND)[:, None]

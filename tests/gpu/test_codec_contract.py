@@ -31,6 +31,7 @@ def test_contract(check, spec):
         check(codecs.from_spec(spec))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nothing_is_allocated_and_nobody_waits():
     """After the first call a step's kernels neither allocate device memory nor synchronize."""
     for spec in ("int4", "rot4", "bf16"):

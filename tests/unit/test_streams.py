@@ -91,6 +91,7 @@ def test_finiteness_on_the_host(dtype):
     assert still_finite(False, good) is False
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.gpu
 def test_finiteness_on_the_device():
     torch.cuda.set_sync_debug_mode("error")

@@ -1,0 +1,32 @@
+"""`.pt2` programs on `torch._int_mm` equal the integer reference on a GPU: `pytest -m gpu tests/gpu`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.export.passes import move_to_device_pass
+
+from gradq import export, quant
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "unit" / folder) for folder in ("export", "quant")]
+
+import models  # noqa: E402
+from nets import prepared  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8-sym", "int8-token", "int8-batch"])
+@torch.no_grad()
+def test_int_mm_equals_the_integer_reference(activations):
+    """At 1 row, fewer than CUDA's own limit of 17, too."""
+    model, batches = models.build("mlp")
+    qmodel = prepared(model, batches, activations=activations)
+    program = move_to_device_pass(export.exported_program(qmodel, operators="int_mm"), "cuda").module()
+    for x in (batches[0], batches[0][:1]):
+        expected = quant.integer_reference(qmodel)(x)
+        error = (program(x.cuda()).cpu() - expected).abs().max() / expected.abs().max()
+        assert float(error) < 1e-5
