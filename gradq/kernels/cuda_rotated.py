@@ -333,7 +333,7 @@ def rotated_encode(
         form = {"ALIGNED": False, "SHORT": True} | tiles
         launch(_encode, 1, x, *args, full, n % TILE, **form, **how)
     elif n % TILE:
-        launch(encode_tail, 1, x, *args, n, *window(n), **how)
+        launch(encode_tail, 1, x, *args, n, *window(n), num_warps=2 * _NUM_WARPS, **how)
 
 
 def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
@@ -361,7 +361,7 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
     if n % TILE > TILE - COLUMNS:
         launch(_decode_mean, 1, out, *args, full, n % TILE, ALIGNED=False, SHORT=True, **form, **how)
     elif n % TILE:
-        launch(decode_tail, 1, out, *args, n, *window(n), **how)
+        launch(decode_tail, 1, out, *args, n, *window(n), num_warps=_NUM_WARPS, **how)
 
 
 def _codes_at(n: int) -> int:

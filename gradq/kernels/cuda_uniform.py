@@ -215,7 +215,7 @@ def _encode(
     rest = (n.to(tl.int64) - full * BLOCK).to(tl.int32)
     first = tl.minimum(tl.program_id(0).to(tl.int64) * N, full)
     ELEMENTS: tl.constexpr = 16 if ALIGNED else 4
-    CODES: tl.constexpr = 4 if ALIGNED else 1
+    CODES: tl.constexpr = ALIGNED if ALIGNED else 1
     x = move(x, first * BLOCK, ELEMENTS)
     residual = move(residual, first * BLOCK, ELEMENTS)
     new_residual = move(new_residual, first * BLOCK, ELEMENTS)
@@ -248,10 +248,12 @@ def _payload_bytes(n: int, num_bits: int, block_size: int, scale_dtype: torch.dt
     return -(-n // block_size) * scale_dtype.itemsize + -(-n // 8) * num_bits
 
 
-def _can_align(payload: Tensor, stride: int, n: int, block_size: int, scale_dtype: torch.dtype) -> bool:
-    """Whether the codes of every block, in every row, start at multiples of 4."""
+def _alignment(payload: Tensor, stride: int, n: int, block_size: int, scale_dtype: torch.dtype) -> int:
+    """Of what, 4 or 2, the codes' addresses are multiples in every block and row; 0 if of neither."""
     codes_at = payload.data_ptr() + -(-n // block_size) * scale_dtype.itemsize
-    return codes_at % 4 == 0 and stride % 4 == 0 and block_size % 32 == 0
+    if block_size % 32:
+        return 0
+    return next((size for size in (4, 2) if codes_at % size == 0 and stride % size == 0), 0)
 
 
 def uniform_encode(
@@ -279,7 +281,7 @@ def uniform_encode(
     old = x if residual is None else check(residual, torch.float32, n, device)
     new = x if new_residual is None else check(new_residual, torch.float32, n, device)
     programs, N, M = _shape(n, block_size)
-    can = aligned(x, old, new) and _can_align(payload, 0, n, block_size, scale_dtype)
+    can = _alignment(payload, 0, n, block_size, scale_dtype) if aligned(x, old, new) else 0
     launch(
         _encode, programs, x, x, old, new, payload, n, signed32(key), signed32(key >> 32), shift,
         signed32(first_block), float(loss_scale), 1.0 / loss_scale,
@@ -318,7 +320,7 @@ def _mean_blocks(
 ) -> None:
     QMAX: tl.constexpr = (1 << (BITS - 1)) - 1
     SIZE: tl.constexpr = 4 if KIND == _FP32 else 2
-    CODES: tl.constexpr = 4 if ALIGNED else 1
+    CODES: tl.constexpr = ALIGNED if ALIGNED else 1
     j = tl.arange(0, M)[None, :]
     block = tl.arange(0, N)
     start = block[:, None] * BLOCK
@@ -389,7 +391,7 @@ def _decode_mean(
     out = move(out, first * BLOCK, 16 if ALIGNED else 4)
     scales = payloads + first * (4 if KIND == _FP32 else 2)
     codes_at = (full + tl.where(rest > 0, 1, 0)) * (4 if KIND == _FP32 else 2)
-    codes = move(payloads, codes_at + first * (BLOCK // 8 * BITS), 4 if ALIGNED else 1)
+    codes = move(payloads, codes_at + first * (BLOCK // 8 * BITS), ALIGNED if ALIGNED else 1)
     stride = stride.to(tl.int64)
     if first < full:
         _mean_blocks(
@@ -421,7 +423,7 @@ def uniform_decode_mean(
     nbytes = _payload_bytes(n, num_bits, block_size, scale_dtype)
     num_rows, stride = check_rows(payloads, nbytes, out.device)
     programs, N, M = _shape(n, block_size)
-    can = aligned(out) and _can_align(payloads, stride, n, block_size, scale_dtype)
+    can = _alignment(payloads, stride, n, block_size, scale_dtype) if aligned(out) else 0
     launch(
         _decode_mean, programs, out, payloads, out, n, num_rows, stride, 1.0 / num_rows,
         N=N, M=M, BLOCK=block_size, BITS=num_bits, KIND=_KIND[scale_dtype], ALIGNED=can,

@@ -52,14 +52,14 @@ def ptx(kernel, capability: int, **constants: object) -> str:
     return compiled.asm["ptx"]
 
 
-def assert_rounds_as_ieee(text: str) -> None:
-    """No fused multiply-add, no flush of denormals, no approximate division or root."""
-    assert not re.search(r"\bfma\.\w+\.(f32|f64)", text)
+def assert_rounds_as_ieee(text: str, *, num_fused: int = 0) -> None:
+    """Fused products where written, no flush of denormals, no approximate division or root."""
+    assert len(re.findall(r"\bfma\.rn\.f32", text)) == len(re.findall(r"\bfma\.", text)) == num_fused
     assert ".ftz" not in text
     assert not re.search(r"(div|sqrt|rcp)\.(approx|full)", text)
 
 
-UNIFORM = {"N": 16, "M": 32, "BLOCK": 256, "BITS": 4, "KIND": 1, "ALIGNED": True}
+UNIFORM = {"N": 16, "M": 32, "BLOCK": 256, "BITS": 4, "KIND": 1, "ALIGNED": 4}
 
 
 def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
@@ -84,16 +84,21 @@ def test_every_kernel_compiles_and_rounds_as_the_reference(capability):
         assert_rounds_as_ieee(text)
         assert "ld.global.v4" in text
         assert_rounds_as_ieee(ptx(cuda_uniform._decode_mean, capability, **form, EXACT_RECIPROCAL=True))
+    index, level, total = 4 * 32, 3 * 32, 4 * 3 * 2  # fused products of a thread with 32 elements
+    full = {"ALIGNED": True, "SHORT": False}
     for num_bits, unbiased in ((3, True), (4, False)):
         form = {"BITS": num_bits, "LEVELS": constants(num_bits)}
         encode = form | feedback | {"UNBIASED": unbiased}
-        text = ptx(cuda_rotated._encode, capability, **encode, ALIGNED=True)
-        assert_rounds_as_ieee(text)
+        text = ptx(cuda_rotated._encode, capability, **encode, **full)
+        assert_rounds_as_ieee(text, num_fused=index + 2 * level + (2 if unbiased else 3) * total)
         assert "sqrt.rn.f32" in text
-        assert_rounds_as_ieee(ptx(cuda_rotated_tail.encode_tail, capability, **encode))
+        text = ptx(cuda_rotated_tail.encode_tail, capability, **encode)
+        assert_rounds_as_ieee(text, num_fused=index + level)
         decode = form | {"EXACT_RECIPROCAL": unbiased}
-        assert_rounds_as_ieee(ptx(cuda_rotated._decode_mean, capability, **decode, ALIGNED=True))
-        assert_rounds_as_ieee(ptx(cuda_rotated_tail.decode_tail, capability, **decode))
+        text = ptx(cuda_rotated._decode_mean, capability, **decode, **full, SINGLE=not unbiased)
+        assert_rounds_as_ieee(text, num_fused=level)
+        text = ptx(cuda_rotated_tail.decode_tail, capability, **decode)
+        assert_rounds_as_ieee(text, num_fused=level)
     POINTERS["payloads"] = "*fp32"
     assert_rounds_as_ieee(ptx(cuda._exact_mean, capability, ELEMENTS=1024, DOUBLE=False))
     POINTERS["payloads"] = "*u8"
