@@ -6,7 +6,8 @@
 Every codec trains `examples/train_gpt.py` on real ranks, with the seeds in common: a seed decides the initial
 weights, the data and the rounding. A codec is any gradq spec, with "@collective" after it to choose one: on 2
 ranks "auto" is direct, where the codec of phase 2 has nothing to do, so "@two_phase" shows what it costs.
-"@75" sends int8 in the first 75 steps: there a model learns fastest and very few bits cost most.
+"@75" sends int8 in the first 75 steps: there a model learns fastest and very few bits cost most. "@feedback"
+and "@nofeedback" turn error feedback on and off.
 
 The baseline is bf16. A codec is *within 2 sd* if its mean validation loss differs from the baseline's by at
 most two pooled standard deviations over seeds, and *within 1 %* if by at most that part of the baseline's
@@ -40,7 +41,20 @@ from gradq.bench.records import git_commit, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "bf16"
-KEY = ("codec", "collective", "codec_start", "seed", "steps", "params", "ranks", "batch_size", "lr")
+KEY = (
+    "codec",
+    "collective",
+    "codec_start",
+    "feedback",
+    "seed",
+    "steps",
+    "params",
+    "ranks",
+    "batch_size",
+    "lr",
+)
+DEFAULTS = {"collective": "auto", "codec_start": 0, "feedback": "auto"}  # older records lack some
+FEEDBACK = {"feedback": "on", "nofeedback": "off"}
 
 Record = dict[str, Any]
 
@@ -52,35 +66,39 @@ def read(path: Path) -> list[Record]:
 
 
 def key_of(run: Record) -> tuple[Any, ...]:
-    """What decides a run's outcome; older records lack what was not yet a choice."""
-    return tuple(({"collective": "auto", "codec_start": 0} | run)[name] for name in KEY)
+    """What decides a run's outcome."""
+    return tuple((DEFAULTS | run)[name] for name in KEY)
 
 
 def label_of(run: Record) -> str:
     """The row a run belongs to, as on the command line."""
-    collective, start = run.get("collective", "auto"), run.get("codec_start", 0)
-    label = run["codec"] + (f"@{collective}" if collective != "auto" else "")
-    return label + (f"@{start}" if start else "")
+    run = DEFAULTS | run
+    words = {value: word for word, value in FEEDBACK.items()}
+    parts = [run["collective"], run["codec_start"], words.get(run["feedback"], run["feedback"])]
+    return "@".join([run["codec"], *(str(part) for part in parts if part not in ("auto", 0))])
 
 
 def choice_of(label: str) -> Record:
-    """The codec, collective and first step of a row's label.
+    """What a row's label says.
 
     Raises:
         SystemExit: a label of another form.
     """
     codec, *others = label.split("@")
-    starts = [int(part) for part in others if part.isdigit()]
-    collectives = [part for part in others if not part.isdigit()]
-    if len(starts) > 1 or len(collectives) > 1:
-        raise SystemExit(
-            f"--codecs {label}: the form is spec, spec@collective, spec@step or spec@collective@step"
-        )
-    return {
-        "codec": codec,
-        "collective": collectives[0] if collectives else "auto",
-        "codec_start": starts[0] if starts else 0,
-    }
+    choice: Record = {}
+    for part in others:
+        if part.isdigit():
+            name, value = "codec_start", int(part)
+        elif part in FEEDBACK:
+            name, value = "feedback", FEEDBACK[part]
+        else:
+            name, value = "collective", part
+        if name in choice:
+            raise SystemExit(
+                f"--codecs {label}: {name} is there twice; the form is spec@collective@step@feedback"
+            )
+        choice[name] = value
+    return {"codec": codec} | DEFAULTS | choice
 
 
 def run(key: Record, progress: Progress, task: Any) -> Record:
@@ -183,7 +201,7 @@ def parse_args() -> argparse.Namespace:
         "--codecs",
         nargs="+",
         default=codecs,
-        help=f"spec, with @collective and @first-step if wanted (default {' '.join(codecs)})",
+        help=f"spec, with @collective, @first-step, @nofeedback if wanted (default {' '.join(codecs)})",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default 0 1 2")
     parser.add_argument("--steps", type=int, default=750, help="optimizer steps of a run (default 750)")

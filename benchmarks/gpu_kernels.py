@@ -6,7 +6,7 @@ the cache; a round's ratio is its copy's time over its kernel's. Reported: the m
 than a copy does (residuals are read and written, several payloads are read) cannot reach 1, so the share of
 the copy's bandwidth, by the bytes that have to be moved, stands next to it.
 
-Refuses to run without a CUDA device. Not run on a GPU.
+Refuses to run without a CUDA device. The first run compiles every kernel, a minute or more.
 
     python benchmarks/gpu_kernels.py --record
 """

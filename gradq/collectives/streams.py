@@ -8,7 +8,7 @@ enter the queue in another order on another rank.
 Over Gloo messages go through pinned host memory (`StagedChannel`). That has to wait, twice a stage, on the
 calling thread: right, but not overlapped with the backward pass.
 
-The same code runs on CPU tensors over Gloo, which is how it is tested. Not run on a GPU.
+The same code runs on CPU tensors over Gloo, which is how it is tested. Neither way was run with CUDA tensors.
 """
 
 from __future__ import annotations

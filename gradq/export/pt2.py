@@ -71,7 +71,7 @@ def exported_program(
         model: from `gradq.quant.prepare` and `calibrate`, trained or not, possibly inside DDP; untouched.
         example_inputs: as for `gradq.export.onnx`.
         operators: ``aten`` computes in float exactly what the simulation computes; ``int_mm`` puts linear
-            layers on ``torch._int_mm`` (checked on the CPU, not run on a GPU); ``pt2e`` writes the
+            layers on ``torch._int_mm`` (checked on the CPU and on an H100); ``pt2e`` writes the
             ``quantized_decomposed`` operators that converters to ExecuTorch and LiteRT take.
         dynamic_batch: leave the first axis of every input free.
         dynamic_axes: more free axes: input name → axis → name.

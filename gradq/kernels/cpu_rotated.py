@@ -276,7 +276,7 @@ def _encode(
                 for j in range(L):
                     new_L[j] = residual_L[j]
             elif L == 4096 and to_unit == np.float32(1):
-                finish_tile(at, float(factor), new_at, stream)
+                finish_tile(from_at, add_at, at, unscale, float(factor), new_at, stream)
             else:
                 _finish(from_at, add_at, at, rows, unscale, factor, new_at, L)
     if stream:

@@ -47,7 +47,6 @@ __all__ = [
     "PARTIAL_NORMS",
     "SCALE",
     "SCRATCH_BYTES",
-    "SIGNED",
     "SUMS",
     "WORDS",
     "add_sixteens",
@@ -66,15 +65,14 @@ __all__ = [
     "store_quantizer",
 ]
 
-# Offsets in scratch, in bytes, after the tile itself: its signed values, codes, choices of the trellis, words
-# of signs, 32 rows.
-SIGNED, CODES, CHOICES, WORDS, NEAR = 16384, 32768, 36864, 40960, 41984
+# Offsets in scratch, in bytes, after the tile itself: codes, choices of the trellis, words of signs, 32 rows.
+CODES, CHOICES, WORDS, NEAR = 16384, 20480, 24576, 25600
 # Sums over rows: four accumulators of 16 columns, then the bits of the largest magnitude or four more.
-SUMS, _LARGEST, NORMS = 44032, 44032 + 256, 44032 + 256
+SUMS, _LARGEST, NORMS = 27648, 27648 + 256, 27648 + 256
 # The sums of sixteen rows at a time of a full tile, sixteen of them, and those of `NORMS`.
 PARTIAL, PARTIAL_NORMS = CHOICES, CHOICES + 1024
 # 16 numbers each: energies, 1 / σ, scales, ones; then the constants of `store_quantizer` as rows.
-ENERGY, INVERSE, SCALE, ONES, _QUANTIZER = 44544, 44608, 44672, 44736, 44800
+ENERGY, INVERSE, SCALE, ONES, _QUANTIZER = 28160, 28224, 28288, 28352, 28416
 PADDED = _QUANTIZER + 14 * 64  # the values of a last tile whose end is no whole row
 SCRATCH_BYTES = PADDED + 16384
 _MAGNITUDE = np.uint32(0x7FFFFFFF)

@@ -26,7 +26,6 @@ from gradq.kernels.cpu_rotated_rows import (
     PARTIAL,
     PARTIAL_NORMS,
     SCALE,
-    SIGNED,
     SUMS,
     WORDS,
     add_sixteens,
@@ -76,7 +75,7 @@ def _sign(word: Any) -> Any:
 
 @jit
 def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
-    """Signed x + unscale * residual to SIGNED; transformed (distances 1 to 8) to the tile; sums."""
+    """X + unscale * residual, signed and transformed (distances 1 to 8), to the tile; sums."""
     if residual_at != 0:
         _start(x_at, residual_at, at, np.float32(unscale), True)
     else:
@@ -89,22 +88,20 @@ def _start(x_at: Any, residual_at: Any, at: Any, unscale: Any, with_residual: An
     for block in range(16):
         for part in range(0, 16, LANES):
             offset, word = 1024 * block + 4 * part, _signs(at, block, part)
-            signed_at = at + SIGNED + offset
             sums_at = at + PARTIAL + 64 * block + 4 * part
-            _start_block(
-                x_at + offset, residual_at + offset, signed_at, word, unscale, sums_at, with_residual
-            )
-            hadamard_rows(signed_at, 64, at + offset, 64, load_row(at + ONES))
+            near_at = at + NEAR
+            _start_block(x_at + offset, residual_at + offset, near_at, word, unscale, sums_at, with_residual)
+            hadamard_rows(near_at, 64, at + offset, 64, load_row(at + ONES))
 
 
 @inline
 def _start_block(
-    x_at: Any, residual_at: Any, signed_at: Any, word: Any, unscale: Any, sums_at: Any, with_residual: Any
+    x_at: Any, residual_at: Any, near_at: Any, word: Any, unscale: Any, sums_at: Any, with_residual: Any
 ) -> None:
     s0 = s1 = s2 = s3 = constant_row(np.float32(0))
     loss, one = constant_row(unscale), constant_words(np.uint32(1))
     for offset in range(0, 1024, 256):
-        from_at, add_at, to = x_at + offset, residual_at + offset, signed_at + offset
+        from_at, add_at, to = x_at + offset, residual_at + offset, near_at + offset
         z = _start_row(from_at, add_at, to, word, loss, with_residual)
         s0, word = fused(z, z, s0), word >> one
         z = _start_row(from_at + 64, add_at + 64, to + 64, word, loss, with_residual)
@@ -117,12 +114,12 @@ def _start_block(
 
 
 @inline
-def _start_row(x_at: Any, residual_at: Any, signed_at: Any, word: Any, loss: Any, with_residual: Any) -> Any:
+def _start_row(x_at: Any, residual_at: Any, near_at: Any, word: Any, loss: Any, with_residual: Any) -> Any:
     value = load_row(x_at)
     if with_residual:
         value = value + load_row(residual_at) * loss
     z = as_row(as_words(value) ^ _sign(word))
-    store_row(signed_at, z)
+    store_row(near_at, z)
     return z
 
 
@@ -241,12 +238,14 @@ def _levels(at: Any, codes_at: Any, packed_four: Any, use_table: Any) -> None:
 
 
 @jit
-def finish_tile(at: int, factor: float, new_at: int, stream: bool) -> None:
-    """What is lost of the SIGNED values, times factor, to new: past the cache if asked."""
+def finish_tile(
+    x_at: int, residual_at: int, at: int, unscale: float, factor: float, new_at: int, stream: bool
+) -> None:
+    """What is lost of x + unscale * residual, times factor, to new: past the cache if asked."""
     if stream:
-        _finish(at, np.float32(factor), new_at, True)
+        _finish(x_at, residual_at, at, np.float32(unscale), np.float32(factor), new_at, True)
     else:
-        _finish(at, np.float32(factor), new_at, False)
+        _finish(x_at, residual_at, at, np.float32(unscale), np.float32(factor), new_at, False)
 
 
 @inline
@@ -256,28 +255,30 @@ def _low_stages_near(at: Any, block: Any) -> None:
 
 
 @inline
-def _finish(at: Any, factor: Any, new_at: Any, stream: Any) -> None:
-    one = constant_words(np.uint32(1))
+def _finish(
+    x_at: Any, residual_at: Any, at: Any, unscale: Any, factor: Any, new_at: Any, stream: Any
+) -> None:
+    one, loss = constant_words(np.uint32(1)), constant_row(unscale)
     for block in range(16):
         _low_stages_near(at, block)
         left, right = _signs(at, block, 0), _signs(at, block, 16 - LANES)
         for k in range(16):
-            to_at = new_at + 1024 * block + 64 * k
-            _finish_row(at, block, k, 0, left, factor, to_at, stream)
+            offset = 1024 * block + 64 * k
+            value = load_row(x_at + offset) + load_row(residual_at + offset) * loss
+            _finish_row(value, at, k, 0, left, factor, new_at + offset, stream)
             left = left >> one
             if LANES == 8:
-                _finish_row(at, block, k, 32, right, factor, to_at, stream)
+                value = load_row(x_at + offset + 32) + load_row(residual_at + offset + 32) * loss
+                _finish_row(value, at, k, 32, right, factor, new_at + offset, stream)
                 right = right >> one
 
 
 @inline
 def _finish_row(
-    at: Any, block: Any, k: Any, part: Any, word: Any, factor: Any, to_at: Any, stream: Any
+    value: Any, at: Any, k: Any, part: Any, word: Any, factor: Any, to_at: Any, stream: Any
 ) -> None:
-    sign = _sign(word)
-    value = as_row(as_words(load_row(at + SIGNED + 1024 * block + 64 * k + part)) ^ sign)
     decoded = load_row(at + NEAR + 64 * k + part) * load_row(at + SCALE + part)
-    error = (value - as_row(as_words(decoded) ^ sign)) * constant_row(factor)
+    error = (value - as_row(as_words(decoded) ^ _sign(word))) * constant_row(factor)
     if stream:
         stream_row(to_at + part, error)
     else:

@@ -2,7 +2,7 @@
 
 Everything is enqueued on the current stream of the tensors' device: no synchronization with the host and,
 once compiled, no allocation. See `gradq.kernels.cuda_tools` for what makes results equal. Exact casts are
-torch's: a NaN in bf16 or fp16 may have other bits than on the CPU. Not run on a GPU.
+torch's: a NaN in bf16 or fp16 may have other bits than on the CPU.
 """
 
 from __future__ import annotations

