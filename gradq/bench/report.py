@@ -53,7 +53,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}; gradq bench writes records to --out")
     summaries = [summarise(path) for path in sorted(folder.rglob("*.jsonl")) if _is_record(path)]
-    summaries = [summary for summary in summaries if summary.rows]
+    summaries = sorted((summary for summary in summaries if summary.rows), key=_order)
     tables = [record for path in sorted(folder.rglob("*.json")) if (record := _collectives(path))]
     if not summaries and not tables:
         raise ConfigError(f"{folder} has no records with samples; make some: gradq bench --out {folder}")
@@ -68,6 +68,13 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     except OSError as error:
         raise BenchError(f"cannot write the report to {out}: {error.strerror}") from error
     return path
+
+
+def _order(summary: Summary) -> tuple[str, int, int, float, str]:
+    """By model and ranks, the slowest link first."""
+    scenario = summary.scenario
+    rate = scenario.link.rate_bps
+    return scenario.model, scenario.nodes, scenario.ranks_per_node, rate or float("inf"), scenario.name
 
 
 def _is_record(path: Path) -> bool:

@@ -258,8 +258,8 @@ def compress(
 
     Args:
         model: a DistributedDataParallel model on CPU tensors over Gloo or MPI, or on CUDA over NCCL (or
-            over Gloo, through host memory); or one on CPU tensors that `fully_shard` was applied to (FSDP2,
-            HSDP; see `gradq.hooks.fsdp`).
+            over Gloo, through host memory); or one that `fully_shard` was applied to (FSDP2, HSDP; see
+            `gradq.hooks.fsdp`).
         spec: see `HookState`, like all that follow.
         group: process group; the model's own by default.
         feedback: "auto", True or False.

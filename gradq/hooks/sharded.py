@@ -39,6 +39,7 @@ class ShardedSync(GradientSync):
         group: the ranks a parameter is sharded over.
         config: see `SyncConfig`; there is one collective, so its choice is ignored.
         gather_plan: how parameters travel when they are gathered; empty leaves that alone.
+        device: of the gradients; the CPU by default.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ShardedSync(GradientSync):
         group: dist.ProcessGroup,
         config: SyncConfig,
         gather_plan: Plan | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._chunks = dict(chunks)
         self.gather_plan = dict(gather_plan or {})
@@ -58,7 +60,7 @@ class ShardedSync(GradientSync):
         self._scratch: Scratch | None = None
         self._reduced: set[int] = set()
         self._failure: BaseException | None = None
-        super().__init__(parameters, policy, label, group, config)
+        super().__init__(parameters, policy, label, group, config, device)
 
     def set_policy(self, policy: Policy | None, label: str) -> None:
         """See `GradientSync.set_policy`.
@@ -227,7 +229,7 @@ class ShardedSync(GradientSync):
         return bool(flags[:, -1].all())
 
     def _drive(self, steps: Iterable[Pending]) -> None:
-        """Run a collective to its end on this thread."""
+        """Run a collective to its end on this thread; on NCCL, enqueue it on the current stream."""
         if self._failure is not None:
             raise self._failure
         try:

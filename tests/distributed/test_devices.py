@@ -10,17 +10,23 @@ from __future__ import annotations
 import functools
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+import gradq
 import gradq.sync as sync_module
 from gradq import wire
 from gradq.collectives import open_channels
 from gradq.collectives.streams import StagedChannel, StreamChannel, StreamExecutor
 from gradq.errors import UnsupportedError, WireError
 from gradq.feedback import still_finite
+from gradq.hooks import _fsdp_torch
 from gradq.metrics import Metrics
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
 from gradq.testing import run_ranks
@@ -112,6 +118,64 @@ def test_the_same_bits_whatever_moves_them(kind, device_type):
     counts = run_ranks(same_bits, world_size, kind, device_type, timeout=110.0)
     assert counts == [counts[0]] * world_size
     assert counts[0] > 3 * 2 * len(SPECS[device_type])
+
+
+def shards(mesh) -> list[torch.Tensor]:
+    """Gradients of two steps of FSDP2, and what its forward computes with gathered weights of 8 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 70), nn.Tanh(), nn.Linear(70, 41))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    handle = gradq.compress(model, "int8", gather_spec="int8")
+    results = []
+    for step in range(2):
+        torch.manual_seed(10 * step + dist.get_rank())
+        out = model(torch.randn(8, 40))
+        out.square().sum().backward()
+        results += [out.detach(), *(p.grad.to_local().clone() for p in model.parameters())]
+        model.zero_grad()
+    handle.close()
+    return results
+
+
+def same_shards(rank: int, kind: str) -> int:
+    """FSDP2 on the CPU's own way and on another; the number of tensors compared."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    truth = shards(mesh)
+    as_on_cuda(kind)
+    got = shards(mesh)
+    assert all(torch.equal(a, b) for a, b in zip(got, truth, strict=True))
+    return len(truth)
+
+
+@pytest.mark.parametrize("kind", ["stream", "staged"])
+def test_the_same_shards_whatever_moves_them(kind):
+    assert run_ranks(same_shards, 3, kind, timeout=110.0) == [2 * (1 + 4)] * 3
+
+
+def no_feedback(rank: int) -> list[str]:
+    """What is said of feedback where units are on a GPU (or would be)."""
+    model = nn.Linear(40, 70)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    handle = gradq.compress(model, "int8")
+    found = []
+    with mock.patch.object(_fsdp_torch.Unit, "device", torch.device("cuda")):
+        for spec in ("int8", "int4"):
+            try:
+                handle._feedback = True
+                handle.set_spec(spec)
+            except UnsupportedError as error:
+                found.append(str(error))
+    handle.close()
+    return found
+
+
+def test_fsdp_on_cuda_refuses_feedback_by_name():
+    for found in run_ranks(no_feedback, 2):
+        assert [text.startswith("FSDP2 on cuda has no error feedback, which 'weight'") for text in found] == [
+            True,
+            True,
+        ]
 
 
 def differ(rank: int) -> str:
