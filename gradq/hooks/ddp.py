@@ -54,9 +54,9 @@ class HookState:
             "powersgd:4": matrices as a product of rank 4, one average a step, always with error feedback (see
             `gradq.collectives.low_rank`); all else exact. "powersgd:4+int8" sends what is left in that codec.
         group: the process group DDP averages over; DDP's own, or the default group.
-        feedback: error feedback: "auto" (at 4 bits and below, top-k and low rank), True or False. It keeps
-            two fp32 copies of the compressed gradients. Top-k and low rank do not converge without it, so
-            False is an error there.
+        feedback: error feedback: "auto" (at 4 bits and below, top-k and low rank; not for unbiased rotated
+            codecs, which learn better without), True or False. It keeps two fp32 copies of the compressed
+            gradients. Top-k and low rank do not converge without it, so False is an error there.
         exact: names or shell patterns of parameters that travel exact besides those with fewer than 1024
             elements or one dimension; or a predicate over `ParameterInfo` that decides alone. See
             `FixedPolicy` for casts such as "bf16".

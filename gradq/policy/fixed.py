@@ -39,7 +39,7 @@ class FixedPolicy:
             nothing for casts such as "bf16", which send all parameters in that dtype. Exact parameters
             travel in their own dtype. With low rank the default rule and the patterns keep parameters out
             of it too.
-        feedback: "auto" (at 4 bits and below, and for low rank), True or False.
+        feedback: "auto" (what the codec wants, see `Codec.wants_feedback`, and for low rank), True or False.
     """
 
     spec: Spec

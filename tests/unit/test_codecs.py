@@ -85,6 +85,9 @@ def test_every_registered_codec_is_in_the_table():
         ("int4(rounding=nearest)", False, True, True),
         ("int2", True, False, True),
         ("int2(rounding=nearest)", False, True, True),
+        ("rot2", True, False, False),
+        ("rot4(scale=mse)", False, True, True),
+        ("trellis2", True, False, False),
     ],
 )
 def test_claims(spec, unbiased, contractive, wants_feedback):
