@@ -16,10 +16,17 @@ __all__ = ["Group", "break_even", "groups"]
 
 @dataclass(frozen=True)
 class Group:
-    """Scenarios that differ in their link only, slowest first; an unshaped link stands last."""
+    """Scenarios that differ in their link only, slowest first; an unshaped link stands last.
+
+    Attributes:
+        title: what they have in common.
+        summaries: one a link.
+        others: more of the same links, for their losses.
+    """
 
     title: str
     summaries: tuple[Summary, ...]
+    others: tuple[Summary, ...] = ()
 
     def codecs(self) -> list[str]:
         """All that ran, in order."""
@@ -58,7 +65,8 @@ class Group:
 
     def _loss(self, codec: str) -> str:
         """Of the record with the most seeds: losses do not depend on the link."""
-        rows = [row for summary in self.summaries if (row := summary.row(codec)) and row.losses]
+        members = (*self.summaries, *self.others)
+        rows = [row for summary in members if (row := summary.row(codec)) and row.losses]
         losses = [row.losses for row in rows if row.losses and row.losses.within_two_sd is not None]
         if not losses:
             return ""
@@ -68,7 +76,11 @@ class Group:
 
 
 def groups(summaries: Sequence[Summary]) -> list[Group]:
-    """Summaries of the same model, ranks and accumulation over at least two links."""
+    """Summaries of the same model, ranks and accumulation over at least two links.
+
+    Of two with the same link the times are taken from the one with more nodes: losses are also measured with
+    all ranks on one, where the time does not matter.
+    """
     by_key: dict[str, list[Summary]] = {}
     for summary in summaries:
         scenario = summary.scenario
@@ -80,9 +92,13 @@ def groups(summaries: Sequence[Summary]) -> list[Group]:
         by_key.setdefault(key, []).append(summary)
     found = []
     for key, members in by_key.items():
-        members.sort(key=lambda summary: summary.scenario.link.rate_bps or math.inf)
-        if len({summary.scenario.link.rate_bps for summary in members}) > 1:
-            found.append(Group(key, tuple(members)))
+        columns: dict[float, Summary] = {}
+        for summary in sorted(members, key=lambda summary: -summary.scenario.nodes):
+            columns.setdefault(summary.scenario.link.rate_bps or math.inf, summary)
+        if len(columns) > 1:
+            chosen = tuple(columns[rate] for rate in sorted(columns))
+            others = tuple(summary for summary in members if summary not in chosen)
+            found.append(Group(key, chosen, others))
     return found
 
 

@@ -59,10 +59,7 @@ from gradq.kernels.rotated import COLUMNS, TILE, payload_bytes
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
 _NUM_WARPS = 8  # a thread holds one element of [256], and has `swap` move the data once
-_REGISTERS = {
-    False: 48,
-    True: 64,
-}  # of a thread, without and with a new residual: more would leave idle units
+_REGISTERS = {False: 48, True: 64}  # of a thread that encodes, by whether it writes a residual
 
 
 @jit

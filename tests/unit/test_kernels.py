@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import itertools
 import math
 import random
@@ -308,3 +310,27 @@ def check_refusals(spec: str, device: str) -> None:
             codec.encode(torch.randn(2000, device=device)[::2], payload, context=context)
         with pytest.raises(KernelError, match="float64"):
             codec.decode(payload, torch.empty(1000, dtype=torch.float64, device=device))
+
+
+def test_fused_products_are_rounded_once():
+    """As the C library's fmaf does, also where a sum in fp64 falls on a tie of fp32, and beyond its range."""
+    name = ctypes.util.find_library("m")
+    if name is None:
+        pytest.skip("no C library to compare with")
+    fmaf = ctypes.CDLL(name).fmaf
+    fmaf.restype, fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, 20_000, generator=generator)
+    c[::2] *= 2.0 ** -torch.randint(0, 60, (10_000,), generator=generator)
+    tie = 1.0 + 2.0**-12  # its square ends in a half of the last bit of fp32
+    cases = [(tie, tie, 2.0**-80), (tie, tie, -(2.0**-80)), (tie, tie, 0.0), (-tie, tie, 2.0**-80)]
+    cases += [(3e38, 10.0, -3e38), (1e-30, 1e-12, 1e-45), (0.0, -1.0, 0.0), (math.inf, 1.0, 1.0)]
+    a, b, c = (
+        torch.cat((x, torch.tensor(y))) for x, y in zip((a, b, c), zip(*cases, strict=True), strict=True)
+    )
+    expected = torch.tensor(
+        [fmaf(*values) for values in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
+    )
+    assert torch.equal(bits(reference.fused(a, b, c)), bits(expected))
+    assert not torch.equal(reference.fused(a, b, c), a * b + c)
+    assert reference.fused(torch.tensor(math.nan), 1.0, 1.0).isnan()

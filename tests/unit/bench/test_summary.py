@@ -211,10 +211,10 @@ def test_break_even():
 
 
 def test_groups_differ_in_their_link_only(tmp_path):
-    summaries = []
+    summaries, two_nodes = [], {"nodes": 2, "ranks_per_node": 1, "seeds": [0]}
     for index, rate in enumerate((1e9, None, 1e8)):
         scenario = Scenario.from_dict(
-            SCENARIO.to_dict() | {"name": f"s{index}", "link": {"rate_bps": rate}, "seeds": [0]}
+            SCENARIO.to_dict() | two_nodes | {"name": f"s{index}", "link": {"rate_bps": rate}}
         )
         summaries.append(write(tmp_path / f"s{index}.jsonl", seeds=(0,), scenario=scenario))
     (group,) = groups(summaries)
@@ -222,6 +222,11 @@ def test_groups_differ_in_their_link_only(tmp_path):
     assert "| int4 | 0.307 | 0.307 | 0.307 |" in group.table()
     assert group.ratios()["int4"] == [(1e8, pytest.approx(31 / 101)), (1e9, pytest.approx(31 / 101))]
     assert groups(summaries[:1]) == []
+    losses = write(tmp_path / "losses.jsonl")  # on one node
+    (group,) = groups([losses, *summaries])
+    assert [summary.scenario.name for summary in group.summaries] == ["s2", "s0", "s1"], "times are of nodes"
+    assert group.others == (losses,)
+    assert f"± {losses.row('int4').losses.sd:.4f}, yes |" in group.table(), "losses are of both"
 
 
 def test_an_empty_record_gives_no_verdict(tmp_path):
