@@ -10,12 +10,9 @@ form. With more warps than 4, as now, it was not run on a GPU.
 
 from __future__ import annotations
 
-# Triton unrolls loops over tuples, and a tuple grows by a sum.
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment,misc,var-annotated"
 import triton.language as tl
 
-from gradq.kernels.cuda_rotated_tools import TWICE, bf16_scales, index, level, unit
+from gradq.kernels.cuda_rotated_tools import TWICE, bf16_scales, index, level, split, unit
 from gradq.kernels.cuda_tools import as_bits, as_float, jit, load_number, mix32, store_number
 
 __all__ = ["decode_tail", "encode_tail", "window"]
@@ -92,24 +89,9 @@ def _unrotate(
 
 
 @jit
-def _split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
-    """The 2**STEPS tensors along the last STEPS indices, each of size 2."""
-    parts = (whole,)
-    for step in tl.static_range(STEPS):
-        first = ()
-        second = ()
-        for k in tl.static_range(1 << step):
-            a, b = tl.split(parts[k])
-            first = first + (a,)
-            second = second + (b,)
-        parts = first + second
-    return parts
-
-
-@jit
 def _add_up(terms: tl.tensor) -> tl.tensor:
     """[4 accumulators, 16 columns, ... 64 steps] to [16]: step after step, then (0 + 1) + (2 + 3)."""
-    parts = _split(tl.reshape(terms, [64, 2, 2, 2, 2, 2, 2]), 6)
+    parts = split(tl.reshape(terms, [64, 2, 2, 2, 2, 2, 2]), 6)
     total = tl.zeros([64], tl.float32)
     for step in tl.static_range(64):
         total = total + parts[step]

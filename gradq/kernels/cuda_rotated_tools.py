@@ -24,6 +24,7 @@ __all__ = [
     "negated",
     "sign_words",
     "signed_unit",
+    "split",
     "swap",
     "to_columns",
     "transform",
@@ -73,18 +74,24 @@ def _joined(parts: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _parted(whole: tl.tensor) -> tl.tensor:
-    """[M, 16] to sixteen [M]."""
-    parts = (tl.reshape(whole, [whole.shape[0], 2, 2, 2, 2]),)
-    for _ in tl.static_range(4):
+def split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
+    """The 2**STEPS tensors along the last STEPS indices, each of size 2, the last one changing fastest."""
+    parts = (whole,)
+    for step in tl.static_range(STEPS):
         first = ()
         second = ()
-        for k in tl.static_range(len(parts)):
+        for k in tl.static_range(1 << step):
             a, b = tl.split(parts[k])
             first = first + (a,)
             second = second + (b,)
         parts = first + second
     return parts
+
+
+@jit
+def _parted(whole: tl.tensor) -> tl.tensor:
+    """[M, 16] to sixteen [M]."""
+    return split(tl.reshape(whole, [whole.shape[0], 2, 2, 2, 2]), 4)
 
 
 @jit
