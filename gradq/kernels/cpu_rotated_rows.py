@@ -93,7 +93,7 @@ def fold(sums_at: Any, groups: Any, folded_at: Any) -> None:
     """The four accumulators of each column to the sum over its group, 16 numbers."""
     for part in range(0, 16, LANES):
         at = sums_at + 4 * part
-        store_row(folded_at + 4 * part, four_sums(*load_four(at)))
+        store_row(folded_at + 4 * part, four_sums(*_load_four(at)))
     if groups != 16:
         folded, sums = f32_at(folded_at, 16), f32_at(sums_at, 16)
         for g in range(16):
@@ -105,13 +105,13 @@ def fold(sums_at: Any, groups: Any, folded_at: Any) -> None:
 
 
 @inline
-def close_sixteen(at: Any, which: Any) -> None:
+def _close_sixteen(at: Any, which: Any) -> None:
     """The sums of sixteen rows are complete: keep them, and begin again."""
     for offset in range(0, 64, 4 * LANES):
         sums_at = at + SUMS + offset
-        store_row(at + PARTIAL + 64 * which + offset, four_sums(*load_four(sums_at)))
+        store_row(at + PARTIAL + 64 * which + offset, four_sums(*_load_four(sums_at)))
         zero = constant_row(np.float32(0))
-        store_four(sums_at, zero, zero, zero, zero)
+        _store_four(sums_at, zero, zero, zero, zero)
 
 
 @inline
@@ -123,17 +123,17 @@ def add_sixteens(partial_at: Any, sums_at: Any) -> None:
             store_row(a_at, load_row(a_at) + load_row(a_at + 64 * count))
     zero = constant_row(np.float32(0))
     for offset in range(0, 64, 4 * LANES):
-        store_four(sums_at + offset, load_row(partial_at + offset), zero, zero, zero)
+        _store_four(sums_at + offset, load_row(partial_at + offset), zero, zero, zero)
 
 
 @inline
-def load_four(at: Any) -> Any:
+def _load_four(at: Any) -> Any:
     """Four rows of scratch."""
     return load_row(at), load_row(at + 64), load_row(at + 128), load_row(at + 192)
 
 
 @inline
-def store_four(at: Any, s0: Any, s1: Any, s2: Any, s3: Any) -> None:
+def _store_four(at: Any, s0: Any, s1: Any, s2: Any, s3: Any) -> None:
     """Four rows to scratch."""
     store_row(at, s0)
     store_row(at + 64, s1)
@@ -279,7 +279,7 @@ def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, 
             bits = as_words(value) & constant_words(_MAGNITUDE)
             store_words(to + _LARGEST, maximum_words(load_words(to + _LARGEST), bits))
         if rows == 256 and row & 15 == 15:
-            close_sixteen(at, row >> 4)
+            _close_sixteen(at, row >> 4)
     if rows == 256:
         add_sixteens(at + PARTIAL, at + SUMS)
 
