@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,8 @@ def choice_of(label: str) -> Record:
     return {"codec": codec} | DEFAULTS | choice
 
 
-def run(key: Record, progress: Progress, task: Any) -> Record:
-    """One training run.
+def run(key: Record, progress: Progress, task: Any, stop: threading.Event) -> Record:
+    """One training run, until it ends or stop is set.
 
     Raises:
         SystemExit: it failed; its last words are in the message.
@@ -121,8 +121,7 @@ def run(key: Record, progress: Progress, task: Any) -> Record:
             subprocess.Popen(command, env=environment, stdout=stderr, stderr=stderr) as process,
         ):
             try:
-                while process.poll() is None:
-                    time.sleep(0.5)
+                while process.poll() is None and not stop.wait(0.5):
                     done = max((r["step"] for r in read(log) if r["record"] == "step"), default=0)
                     progress.advance(task, done - shown)
                     shown = done
@@ -247,17 +246,23 @@ def main() -> None:
 
         def one(key: Record) -> Record:
             progress.update(task, description=f"seed {key['seed']} {label_of(key)}")
-            return run(key, progress, task)
+            return run(key, progress, task, stop)
 
+        stop = threading.Event()
         with ThreadPoolExecutor(args.jobs) as pool:
-            for future in as_completed([pool.submit(one, key) for key in todo]):
-                record = future.result()
-                finished[key_of(record)] = record
-                with args.partial.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-                if not console.is_terminal:
-                    said = f"seed {record['seed']} {label_of(record)}"
-                    console.print(f"{said}: validation loss {record['val_loss']:.4f}")
+            try:
+                for future in as_completed([pool.submit(one, key) for key in todo]):
+                    record = future.result()
+                    finished[key_of(record)] = record
+                    with args.partial.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+                    if not console.is_terminal:
+                        said = f"seed {record['seed']} {label_of(record)}"
+                        console.print(f"{said}: validation loss {record['val_loss']:.4f}")
+            except BaseException:  # a run failed, or Ctrl-C: neither waits for the others
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     runs = [finished[key_of(key)] for key in keys]
     rows = compare(runs, args.codecs, args.seeds)
     title = (

@@ -346,6 +346,10 @@ def parse_args() -> argparse.Namespace:
         least = name in ("steps", "batch_size", "seq_len", "accumulate", "log_every")
         if isinstance(value, int) and value < least:
             parser.error(f"{name} is {value}; it must be at least {int(least)}")
+    try:
+        rules_of(args.codec)
+    except json.JSONDecodeError as error:
+        parser.error(f"--codec {args.codec}: rules are JSON, and this is not: {error}")
     if args.stop_at > args.steps:
         parser.error(f"--stop-at {args.stop_at} lies beyond --steps {args.steps}")
     if (args.resume or args.checkpoint_every) and not args.checkpoint:

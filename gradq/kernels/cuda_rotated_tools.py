@@ -1,7 +1,7 @@
 """What the Triton kernels of the rotated codecs share; for the forms of a tile see `cuda_rotated`."""
 
 # Triton unrolls loops over tuples, and a tuple grows by a sum.
-# ruff: noqa: RUF005, SIM108
+# ruff: noqa: RUF005
 # mypy: disable-error-code="assignment,misc,var-annotated"
 
 from __future__ import annotations
@@ -49,10 +49,7 @@ def _stage(z: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
     """Sums and differences at a distance."""
     after = ()
     for k in tl.static_range(16):
-        if k & DISTANCE:
-            after = after + (z[k - DISTANCE] - z[k],)
-        else:
-            after = after + (z[k] + z[k + DISTANCE],)
+        after = after + (z[k - DISTANCE] - z[k] if k & DISTANCE else z[k] + z[k + DISTANCE],)
     return after
 
 

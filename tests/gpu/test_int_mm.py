@@ -11,10 +11,11 @@ from torch.export.passes import move_to_device_pass
 
 from gradq import export, quant
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "unit" / folder) for folder in ("export", "quant")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "export"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "quant"))
 
-import models  # noqa: E402
-from nets import prepared  # noqa: E402
+import models
+from nets import prepared
 
 pytestmark = pytest.mark.gpu
 
