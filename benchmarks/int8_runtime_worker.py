@@ -82,16 +82,18 @@ RUNTIMES = {
 }
 
 
-def both(model: nn.Module, qmodel: nn.Module, one: Tensor, runtime: str, folder: Path) -> dict[str, Any]:
-    """(runner, bytes) of fp32 and int8, for inputs of batch 1."""
+def both(model: nn.Module, qmodel: nn.Module, example: Tensor, runtime: str, folder: Path) -> dict[str, Any]:
+    """(runner, bytes) of fp32 and int8, for inputs of the example's batch size."""
     convert, suffix, _, operators = RUNTIMES[runtime]
     programs = {
-        "fp32": torch.export.export(model, (one,), strict=False),
-        "int8": export.exported_program(qmodel, example_inputs=one, operators=operators, dynamic_batch=False),
+        "fp32": torch.export.export(model, (example,), strict=False),
+        "int8": export.exported_program(
+            qmodel, example_inputs=example, operators=operators, dynamic_batch=False
+        ),
     }
     out = {}
     for name, program in programs.items():
-        path = folder / f"{name}{suffix}"
+        path = folder / f"{name}-{len(example)}{suffix}"
         out[name] = (convert(program, path), path.stat().st_size)
     return out
 
@@ -125,25 +127,31 @@ def nmse(got: Tensor, truth: Tensor) -> float:
 
 
 @torch.no_grad()
-def large(kind: str, runtime: str, smoke: bool, seconds: float, folder: Path) -> dict[str, Any]:
-    """Size, latency and agreement of the large model of a kind."""
-    model, inputs = zoo.large(kind, smoke)
+def large(kind: str, runtime: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Size, agreement and, by batch size, latency of the large model of a kind."""
+    model, inputs = zoo.large(kind, args.smoke)
     batches = [inputs(4) for _ in range(2)]
     qmodel, whole = quantized(model, kind, batches, observer="minmax", weight_observer="minmax")
-    found, tests = both(model, whole, inputs(1), runtime, folder), [inputs(1) for _ in range(4)]
-    outputs = {n: torch.cat([call(x).clone() for x in tests]) for n, (call, _) in found.items()}
-    truth = torch.cat([model(x) for x in tests])
-    integers = torch.cat([reference(qmodel, whole, x) for x in tests])
-    calls = {n: lambda c=call: c(tests[0]) for n, (call, _) in found.items()}
-    times = summarize(interleave(calls, seconds=seconds, min_rounds=5), "fp32")
-    return {
-        "fp32_mb": found["fp32"][1] / 1e6, "int8_mb": found["int8"][1] / 1e6,
-        "fp32_ms": times["fp32"].median_ms, "int8_ms": times["int8"].median_ms,
-        "int8_low_ms": times["int8"].low_ms, "int8_high_ms": times["int8"].high_ms,
-        "faster": times["int8"].ratio, "rounds": times["int8"].rounds,
-        "nmse_runtime_fp32": nmse(outputs["fp32"], truth), "nmse_fp32": nmse(outputs["int8"], truth),
-        "nmse_reference": nmse(outputs["int8"], integers),
-    }  # fmt: skip
+    out: dict[str, Any] = {"latency": {}}
+    for batch in args.batches:
+        found, tests = both(model, whole, inputs(batch), runtime, folder), [inputs(batch) for _ in range(4)]
+        if not out["latency"]:
+            outputs = {n: torch.cat([call(x).clone() for x in tests]) for n, (call, _) in found.items()}
+            truth = torch.cat([model(x) for x in tests])
+            integers = torch.cat([reference(qmodel, whole, x) for x in tests])
+            out |= {
+                "fp32_mb": found["fp32"][1] / 1e6, "int8_mb": found["int8"][1] / 1e6,
+                "nmse_runtime_fp32": nmse(outputs["fp32"], truth), "nmse_fp32": nmse(outputs["int8"], truth),
+                "nmse_reference": nmse(outputs["int8"], integers),
+            }  # fmt: skip
+        calls = {n: lambda c=call, x=tests[0]: c(x) for n, (call, _) in found.items()}
+        times = summarize(interleave(calls, seconds=args.seconds, min_rounds=5), "fp32")
+        out["latency"][batch] = {
+            "fp32_ms": times["fp32"].median_ms, "int8_ms": times["int8"].median_ms,
+            "int8_low_ms": times["int8"].low_ms, "int8_high_ms": times["int8"].high_ms,
+            "faster": times["int8"].ratio, "rounds": times["int8"].rounds,
+        }  # fmt: skip
+    return out
 
 
 def digits(kind: str, runtime: str, smoke: bool, folder: Path) -> dict[str, float]:
@@ -166,6 +174,7 @@ def main() -> None:
     parser.add_argument("kind", choices=zoo.KINDS)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--no-digits", action="store_true")
     args = parser.parse_args()
@@ -174,7 +183,7 @@ def main() -> None:
     result: dict[str, Any] = {"runtime": args.runtime, "kind": args.kind}
     result["version"] = version(RUNTIMES[args.runtime][2])
     with tempfile.TemporaryDirectory() as folder:
-        result |= large(args.kind, args.runtime, args.smoke, args.seconds, Path(folder))
+        result |= large(args.kind, args.runtime, args, Path(folder))
         if not args.no_digits:
             try:
                 result["digits"] = digits(args.kind, args.runtime, args.smoke, Path(folder))

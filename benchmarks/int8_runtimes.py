@@ -6,8 +6,9 @@
 A model prepared and calibrated by gradq becomes a graph of PT2E's quantize and dequantize operators with
 gradq's ranges (`gradq.export.exported_program`, operators="pt2e"), which the runtime's converter lowers.
 All that happens in the runtime's own environment, by benchmarks/int8_runtime_worker.py. fp32 and int8 of a
-runtime run in turns on one thread at batch 1. Compared with fp32 and with gradq's integer reference: large
-models on random inputs, small ones on the 450 held-out digits. What fails is named with its error.
+runtime run in turns on one thread, at each batch size from a file made for it. Compared with fp32 and with
+gradq's integer reference: large models on random inputs, small ones on the 450 held-out digits. What fails is
+named with its error.
 
 Writes benchmarks/results/int8_runtimes.md and a JSON record.
 """
@@ -38,6 +39,7 @@ def run(runtime: str, python: str, kind: str, args: argparse.Namespace) -> dict[
         out = Path(folder) / "result.json"
         command = [python, str(HERE / "int8_runtime_worker.py"), runtime, kind, str(out)]
         command += ["--seconds", str(args.seconds), *(["--smoke"] if args.smoke else [])]
+        command += ["--batches", *map(str, args.batches)]
         command += ["--no-digits"] if args.no_digits else []
         variables = {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
@@ -54,22 +56,24 @@ def run(runtime: str, python: str, kind: str, args: argparse.Namespace) -> dict[
 def table(results: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
     lines = [
-        "| runtime | model | fp32, MB | int8, MB | smaller | fp32, ms | int8, ms (10 … 90 %) | faster | "
-        "error against fp32 / reference (NMSE) | digits: fp32, int8, reference, % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| runtime | model | fp32, MB | int8, MB | smaller | batch | fp32, ms | int8, ms (10 … 90 %) | "
+        "faster | error against fp32 / reference (NMSE) | digits: fp32, int8, reference, % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         if "error" in r:
-            lines.append(f"| {r['runtime']} | {r['kind']} | failed: {r['error']} | | | | | | | |")
+            lines.append(f"| {r['runtime']} | {r['kind']} | failed: {r['error']} | | | | | | | | |")
             continue
         d = r.get("digits") or {}
         digits = d.get("error") or ", ".join(f"{d[k]:.2f}" for k in ("fp32", "int8", "reference") if k in d)
-        lines.append(
-            f"| {r['runtime']} {r['version']} | {r['kind']} | {r['fp32_mb']:.2f} | {r['int8_mb']:.2f} | "
-            f"{r['fp32_mb'] / r['int8_mb']:.2f} | {r['fp32_ms']:.3g} | {r['int8_ms']:.3g} "
-            f"({r['int8_low_ms']:.3g} … {r['int8_high_ms']:.3g}) | {r['faster']:.2f} | "
-            f"{r['nmse_fp32']:.1e} / {r['nmse_reference']:.1e} | {digits or '-'} |"
-        )
+        for batch, found in r["latency"].items():
+            lines.append(
+                f"| {r['runtime']} {r['version']} | {r['kind']} | {r['fp32_mb']:.2f} | {r['int8_mb']:.2f} | "
+                f"{r['fp32_mb'] / r['int8_mb']:.2f} | {batch} | {found['fp32_ms']:.3g} | "
+                f"{found['int8_ms']:.3g} ({found['int8_low_ms']:.3g} … {found['int8_high_ms']:.3g}) | "
+                f"{found['faster']:.2f} | {r['nmse_fp32']:.1e} / {r['nmse_reference']:.1e} | "
+                f"{digits or '-'} |"
+            )
     return lines
 
 
@@ -79,7 +83,8 @@ def main() -> None:
     parser.add_argument("--executorch", help="a Python with executorch")
     parser.add_argument("--litert", help="a Python with litert-torch and ai-edge-litert")
     parser.add_argument("--models", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing, per model and runtime")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing, per model, runtime and batch")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     parser.add_argument("--no-digits", action="store_true", help="leave out training on digits")
     parser.add_argument("--smoke", action="store_true", help="tiny models")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "int8_runtimes.md")
@@ -99,7 +104,7 @@ def main() -> None:
                 "# INT8 in ExecuTorch and LiteRT",
                 "",
                 f"`benchmarks/int8_environments.sh`, {time.strftime('%Y-%m-%d')}, {facts['cpu']}, 1 thread, "
-                f"batch 1, in turns, {args.seconds:g} s each; load average at the start {load:.1f}. Weights "
+                f"in turns, {args.seconds:g} s each; load average at the start {load:.1f}. Weights "
                 "s8 per channel, static asymmetric activations with ranges from gradq; the transformer's are "
                 "dynamic.",
                 "",

@@ -4,8 +4,9 @@ The life of a gradient:
 
 1. A hook hands over a bucket; its parameters are looked up once per bucket layout (`_bucket`).
 2. The policy has said which codec each parameter travels in; small ones travel exact in the same payload.
-3. The collective encodes, exchanges, averages and decodes, stage by stage on the executor's threads (`_run`;
-   read `collectives/direct.py`, then `two_phase.py`).
+3. The bucket is cut into parts (`collectives/parts.py`). For each the collective encodes, exchanges, averages
+   and decodes, stage by stage on the executor's threads (`_run`; read `collectives/direct.py`, then
+   `two_phase.py`).
 4. After the last bucket of a step the residuals are committed, unless a gradient was not finite (`finish`).
 """
 
@@ -22,7 +23,17 @@ from torch.futures import Future
 
 from gradq import wire
 from gradq.adaptive import Learner
-from gradq.collectives import Collective, Executor, Segment, Setting, Step, choose, join, open_channels
+from gradq.collectives import (
+    Collective,
+    Executor,
+    Segment,
+    Setting,
+    Step,
+    choose,
+    join,
+    open_channels,
+    parts_of,
+)
 from gradq.collectives.base import Pending
 from gradq.collectives.streams import done
 from gradq.feedback import Feedback, still_finite
@@ -40,7 +51,7 @@ _log = logging.getLogger("gradq")
 class _Bucket:
     names: tuple[str, ...]
     dtype: torch.dtype
-    collective: Collective
+    parts: list[tuple[slice, Collective]]
     work: Tensor | None  # fp32 copy of a bucket in a narrower dtype
 
 
@@ -143,6 +154,7 @@ class GradientSync:
             "collective": config.collective,
             "local_world_size": config.local_world_size,
             "residual_dtype": config.residual_dtype,
+            "part_numel": config.part_numel,
             "step": self.step,
             "parameters": described,
         }
@@ -175,7 +187,11 @@ class GradientSync:
             return self._all_reduce(flat, dense_bytes, index, last)
         bucket = self._bucket(flat, tuple(names), index)
         step = Step(self.step, index, self._loss_scale, self._sample)
-        return self._executor.submit(self._run(bucket, flat, step, last), flat)
+        futures = [
+            self._executor.submit(self._run(bucket, number, flat, step, last), flat)
+            for number in range(len(bucket.parts))
+        ]
+        return futures[-1]  # the others are done before it
 
     def begin(self) -> None:
         """Start a step."""
@@ -184,30 +200,32 @@ class GradientSync:
         self._loss_scale = float(self.config.loss_scale())
 
     def _bucket(self, flat: Tensor, names: tuple[str, ...], index: int) -> _Bucket:
-        """The bucket's collective and buffers, made anew when DDP has changed its layout."""
+        """The bucket's collectives and buffers, made anew when DDP has changed its layout."""
         bucket = self._buckets.get(index)
         if bucket is None or bucket.names != names or bucket.dtype != flat.dtype:
-            segments: dict[type[Collective], list[Segment]] = {}
-            start = 0
-            for name in names:
-                segments.setdefault(self._collectives[name], []).append(self.segment(name, start))
-                start += self.parameters[name].numel
+            work_dtype = flat.dtype if flat.dtype == torch.float64 else torch.float32
+            work = None if flat.dtype == work_dtype else torch.empty_like(flat, dtype=work_dtype)
+            setting, used = self._setting(flat.device), set(self._collectives.values())
+            ways = [(self._collectives[name], self.segment(name)) for name in names]
+            # a stream runs one stage after another whatever their size
+            most = self.config.part_numel if flat.is_cpu else max(flat.numel(), 1)
+            parts, start = [], 0
+            for part in parts_of(ways, most):
+                stop = start + sum(segment.numel for _, segment in part)
+                parts.append((slice(start, stop), join(part, used, work_dtype, setting)))
+                start = stop
             assert start == flat.numel(), (
                 f"bucket {index} has {flat.numel()} elements, its parameters {start}"
             )
-            work_dtype = flat.dtype if flat.dtype == torch.float64 else torch.float32
-            work = None if flat.dtype == work_dtype else torch.empty_like(flat, dtype=work_dtype)
-            setting = self._setting(flat.device)
-            collective = join(segments, set(self._collectives.values()), work_dtype, setting)
-            bucket = self._buckets[index] = _Bucket(names, flat.dtype, collective, work)
+            bucket = self._buckets[index] = _Bucket(names, flat.dtype, parts, work)
         return bucket
 
-    def segment(self, name: str, start: int = 0) -> Segment:
-        """How a parameter travels if it starts at this element of a bucket."""
+    def segment(self, name: str) -> Segment:
+        """How a parameter travels, in a bucket of its own."""
         info, entry, local = self.parameters[name], self.plan[name], self.config.local_world_size
         return Segment(
             name=name,
-            start=start,
+            start=0,
             numel=info.numel,
             rotation=info.index,
             phase1=entry.phase1,
@@ -239,16 +257,20 @@ class GradientSync:
             local_world_size=self.config.local_world_size,
         )
 
-    def _run(self, bucket: _Bucket, flat: Tensor, step: Step, last: bool) -> Iterator[Pending]:
-        """The stages of one bucket, for the executor."""
-        work = flat if bucket.work is None else bucket.work.copy_(flat)
-        self.learner.measure([self.parameters[name] for name in bucket.names], work, step)
-        yield from bucket.collective.average(work, step)
+    def _run(self, bucket: _Bucket, number: int, flat: Tensor, step: Step, last: bool) -> Iterator[Pending]:
+        """The stages of one part of a bucket, for the executor."""
+        work = flat if bucket.work is None else bucket.work
+        if number == 0:
+            if work is not flat:
+                work.copy_(flat)
+            self.learner.measure([self.parameters[name] for name in bucket.names], work, step)
+        where, collective = bucket.parts[number]
+        yield from collective.average(work[where], step)
         if work is not flat:
-            flat.copy_(work)
+            flat[where].copy_(work[where])
         if self._has_feedback:
-            self._finite = still_finite(self._finite, flat)
-        if last:
+            self._finite = still_finite(self._finite, flat[where])
+        if last and number == len(bucket.parts) - 1:
             self.finish()
 
     def finish(self) -> None:

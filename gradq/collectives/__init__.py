@@ -12,6 +12,7 @@ from gradq.collectives.executor import Executor
 from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
 from gradq.collectives.joined import Joined, join
 from gradq.collectives.low_rank import LowRank, basis_numel
+from gradq.collectives.parts import Way, parts_of
 from gradq.collectives.reduce_scatter import ReduceScatter, ShardSegment
 from gradq.collectives.sparse import sparse
 from gradq.collectives.two_phase import TwoPhase
@@ -32,10 +33,12 @@ __all__ = [
     "Setting",
     "ShardSegment",
     "Step",
+    "Way",
     "basis_numel",
     "choose",
     "join",
     "open_channels",
+    "parts_of",
     "ranks_per_node",
 ]
 

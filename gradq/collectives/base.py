@@ -223,6 +223,7 @@ class Collective(ABC):
     """
 
     num_channels: ClassVar[int]
+    cuts_segments: ClassVar[bool] = False  # whether a part of a parameter is averaged as it is in the whole
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, setting: Setting) -> None:
         self.segments = tuple(segments)
@@ -230,7 +231,17 @@ class Collective(ABC):
         self.setting = setting
         self._ids = {segment.name: rng.name_id(segment.name) for segment in segments}
         described = [
-            (s.name, s.start, s.numel, s.rotation, str(s.phase1), str(s.phase2), s.feedback1, s.feedback2)
+            (
+                s.name,
+                s.offset,
+                s.start,
+                s.numel,
+                s.rotation,
+                str(s.phase1),
+                str(s.phase2),
+                s.feedback1,
+                s.feedback2,
+            )
             for s in self.segments
         ]
         self._layout = wire.layout_digest(f"{type(self).__name__} {described}")

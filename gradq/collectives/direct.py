@@ -21,6 +21,7 @@ class Direct(Collective):
     """All-gather of the encoded gradients; every rank decodes all W and takes the mean."""
 
     num_channels = 1
+    cuts_segments = True
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, setting: Setting) -> None:
         super().__init__(segments, dtype, setting)

@@ -10,12 +10,13 @@ bucket of a step, if it had fewer, would end the step while an earlier one is st
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gradq.collectives.base import Collective, Pending, Segment, Setting, Step
+from gradq.collectives.parts import Way
 
 __all__ = ["Joined", "join"]
 
@@ -67,18 +68,18 @@ class Joined(Collective):
 
 
 def join(
-    segments: Mapping[type[Collective], Sequence[Segment]],
-    used: Collection[type[Collective]],
-    dtype: torch.dtype,
-    setting: Setting,
+    ways: Sequence[Way], used: Collection[type[Collective]], dtype: torch.dtype, setting: Setting
 ) -> Collective:
-    """One collective for a bucket.
+    """One collective for a bucket, or for a part of it.
 
     Args:
-        segments: of the bucket, by how they travel.
+        ways: what it holds and how that travels.
         used: the collectives of the whole plan; if it is one, no joining is needed.
         dtype: of the bucket, see `Collective`.
         setting: see `Collective`.
     """
+    segments: dict[type[Collective], list[Segment]] = {}
+    for collective, segment in ways:
+        segments.setdefault(collective, []).append(segment)
     parts = [collective(own, dtype, setting) for collective, own in segments.items()]
     return parts[0] if len(used) == 1 else Joined(parts, max(c.num_channels for c in used))

@@ -37,6 +37,7 @@ class TwoPhase(Collective):
     """Each rank averages the pieces it owns and hands them back to all."""
 
     num_channels = 2
+    cuts_segments = True
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, setting: Setting) -> None:
         super().__init__(segments, dtype, setting)

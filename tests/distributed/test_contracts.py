@@ -254,7 +254,8 @@ def broken_codec(rank: int) -> tuple[str, str]:
     backward(model, rank, 0)
     backward(model, rank, 1)  # DDP rebuilds its buckets
     for bucket in handle.sync._buckets.values():
-        bucket.collective.encode1 = explode
+        for _, collective in bucket.parts:
+            collective.encode1 = explode
     try:
         backward(model, rank, 2)
     except RuntimeError as error:

@@ -43,6 +43,7 @@ def trial(rng: random.Random) -> dict:
         "collective": rng.choice(["direct", "two_phase"]),
         "exact": rng.choice(["default", "nothing"]),
         "seed": rng.randrange(1 << 40),
+        "part_numel": rng.choice([100, 1000, 1 << 20]),
         "skew_ms": rng.choice([0, 2, 10]),
     }
 
@@ -70,7 +71,7 @@ def run(rank: int, jobs: list[dict]) -> list[list[dict[str, Tensor]]]:
     outcomes = []
     for job in jobs:
         infos, policy = infos_and_policy(job)
-        config = SyncConfig(seed=job["seed"], collective=job["collective"])
+        config = SyncConfig(seed=job["seed"], collective=job["collective"], part_numel=job["part_numel"])
         sync = GradientSync(infos, policy, job["spec"], group, config)
         delays = random.Random(job["seed"] + rank)
         collectives = []
@@ -83,9 +84,10 @@ def run(rank: int, jobs: list[dict]) -> list[list[dict[str, Tensor]]]:
                 names = [infos[i].name for i in members]
                 futures.append(sync.average(flat, names, index=index, last=index == len(layout) - 1))
                 for bucket in sync._buckets.values():  # sleeps between the stages, too
-                    if bucket.collective not in collectives:
-                        collectives.append(bucket.collective)
-                        slow_down(bucket.collective, delays, job["skew_ms"])
+                    for _, collective in bucket.parts:
+                        if collective not in collectives:
+                            collectives.append(collective)
+                            slow_down(collective, delays, job["skew_ms"])
             step_outcome = {}
             for members, future in zip(layout, futures, strict=True):
                 parts = future.wait().split([infos[i].numel for i in members])

@@ -1,0 +1,73 @@
+"""Parts of a bucket: everything in order, once, at the grain; and what may not be cut stays whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradq.codecs import from_spec
+from gradq.collectives import Direct, Hierarchical, LowRank, Segment, TwoPhase, parts_of
+
+CODEC = from_spec("int4(block_size=64)")
+
+
+def segment(name: str, numel: int, *, feedback2: bool = False) -> Segment:
+    return Segment(
+        name=name,
+        start=0,
+        numel=numel,
+        rotation=0,
+        phase1=CODEC,
+        phase2=CODEC,
+        feedback1=True,
+        feedback2=feedback2,
+    )
+
+
+@given(
+    numels=st.lists(st.integers(0, 2000), min_size=1, max_size=6),
+    ways=st.lists(st.sampled_from([Direct, TwoPhase, Hierarchical, LowRank]), min_size=6, max_size=6),
+    feedback2=st.booleans(),
+    most=st.integers(1, 1500),
+)
+def test_parts_hold_the_bucket(numels, ways, feedback2, most):
+    bucket = [
+        (way, segment(f"p{i}", numel, feedback2=feedback2))
+        for i, (way, numel) in enumerate(zip(ways, numels, strict=False))
+    ]
+    parts = list(parts_of(bucket, most))
+    assert all(parts)
+    seen = {found.name: [] for _, found in bucket}
+    order = []
+    way_of = {whole.name: way for way, whole in bucket}
+    for part in parts:
+        at = 0
+        for way, found in part:
+            assert found.start == at
+            at += found.numel
+            seen[found.name].append(found)
+            order.append(found.name)
+            assert way is way_of[found.name]
+        room = max(most, -(-most // 64) * 64)
+        assert at <= room or len(part) == 1
+    assert order == sorted(order)
+    for way, whole in bucket:
+        pieces = seen[whole.name]
+        if not way.cuts_segments or feedback2 or whole.numel <= most:
+            assert [replace(piece, start=0) for piece in pieces] == [whole]
+            continue
+        at = 0
+        for piece in pieces:
+            assert (piece.offset, piece.whole) == (at, whole.numel)
+            assert piece.offset % whole.grain == 0
+            assert 0 < piece.numel <= max(2 * most, 64)
+            at += piece.numel
+        assert at == whole.numel
+
+
+@pytest.mark.parametrize(("numel", "most", "want"), [(640, 320, [320, 320]), (641, 320, [192, 256, 193])])
+def test_pieces_are_nearly_equal(numel, most, want):
+    assert [s.numel for part in parts_of([(Direct, segment("p", numel))], most) for _, s in part] == want
