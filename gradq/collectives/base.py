@@ -231,17 +231,8 @@ class Collective(ABC):
         self.setting = setting
         self._ids = {segment.name: rng.name_id(segment.name) for segment in segments}
         described = [
-            (
-                s.name,
-                s.offset,
-                s.start,
-                s.numel,
-                s.rotation,
-                str(s.phase1),
-                str(s.phase2),
-                s.feedback1,
-                s.feedback2,
-            )
+            (s.name, s.start, s.numel, s.rotation, str(s.phase1), str(s.phase2), s.feedback1, s.feedback2)
+            + ((s.offset, s.whole) if s.whole else ())
             for s in self.segments
         ]
         self._layout = wire.layout_digest(f"{type(self).__name__} {described}")

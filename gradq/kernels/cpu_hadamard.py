@@ -16,18 +16,19 @@ from gradq.kernels.vector import (
     as_words,
     constant_row,
     constant_words,
-    hadamard_rows,
     lane_numbers,
     load_row,
     load_words,
     store_row,
     store_words,
 )
+from gradq.kernels.vector_blocks import hadamard_rows
 
 __all__ = [
     "flip_signs",
     "high_stages",
     "low_stages",
+    "mix_words",
     "rotate",
     "sign_bits",
     "sign_words",
@@ -40,14 +41,16 @@ __all__ = [
 def sign_words(tile_key: Any, rows: Any, words_at: Any) -> None:
     """128 words for the first signs; for the second, which full tiles do without, 128 more."""
     for w in range(0, 128, LANES):
-        store_words(words_at + 4 * w, _mix(lane_numbers(np.uint32(tile_key + np.uint32(w)))))
+        store_words(words_at + 4 * w, mix_words(lane_numbers(np.uint32(tile_key + np.uint32(w)))))
     if rows != 256:
         for w in range(0, 128, LANES):
-            store_words(words_at + 512 + 4 * w, _mix(lane_numbers(np.uint32(tile_key + np.uint32(256 + w)))))
+            store_words(
+                words_at + 512 + 4 * w, mix_words(lane_numbers(np.uint32(tile_key + np.uint32(256 + w))))
+            )
 
 
 @inline
-def _mix(h: Any) -> Any:
+def mix_words(h: Any) -> Any:
     """`numba_tools.mix32` of a row."""
     h = h ^ (h >> constant_words(np.uint32(16)))
     h = h * constant_words(np.uint32(0x7FEB352D))

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradq.kernels.cpu_hadamard import high_stages, low_stages, rotate, sign_words, window
+from gradq.kernels.cpu_hadamard import high_stages, low_stages, mix_words, rotate, sign_words, window
 from gradq.kernels.cpu_rotated_rows import (
     CHOICES,
     CODES,
+    COUNT,
     ENERGY,
+    GROUP,
     INVERSE,
     NEAR,
     NORMS,
@@ -53,13 +55,28 @@ from gradq.kernels.numba_tools import (
     pack,
     row_addresses,
     u8_at,
+    u32_at,
     unpack,
 )
 from gradq.kernels.rotated import POLYNOMIALS, TRELLIS_POLYNOMIALS, Polynomials, payload_bytes
-from gradq.kernels.vector import LANES, constant_row, load_row, select_less, square_root, store_row
+from gradq.kernels.vector import (
+    LANES,
+    as_row,
+    as_words,
+    constant_row,
+    constant_words,
+    load_row,
+    load_words,
+    mask_at_least,
+    select_less,
+    square_root,
+    store_halves,
+    store_row,
+)
 
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
+_LARGEST_DENORMAL = np.float32(2.0**-126 - 2.0**-149)
 _STREAM_FROM = 65536  # from this many elements outputs are written past the cache
 
 
@@ -128,22 +145,24 @@ def _gain(rows: Any) -> Any:
 
 
 @inline
-def _invert(at: Any, rows: Any, groups: Any, gain: Any) -> None:
-    """Step 3: 1 / σ of each column's group, 0 for one without energy."""
-    count_C = f32_at(at + INVERSE, 16)
+def _count_groups(at: Any, rows: Any, groups: Any) -> None:
+    """Which group each column belongs to, and how many elements that has, for tiles of this size."""
+    group_C, count_C = u32_at(at + GROUP, 16), f32_at(at + COUNT, 16)
     for c in range(16):
-        count_C[c] = np.float32(256)
-        if rows != 256:
-            g = c * groups // 16
-            first, end = (g * 16 + groups - 1) // groups, ((g + 1) * 16 + groups - 1) // groups
-            count_C[c] = np.float32((end - first) * rows)
+        g = c * groups // 16
+        first, end = (g * 16 + groups - 1) // groups, ((g + 1) * 16 + groups - 1) // groups
+        group_C[c] = np.uint32(g)
+        count_C[c] = np.float32((end - first) * rows)
+
+
+@inline
+def _invert(at: Any, gain: Any) -> None:
+    """Step 3: 1 / σ of each column's group, 0 for one without energy."""
     least, none = constant_row(np.float32(2.0**-120)), constant_row(np.float32(0))
-    for inverse_at in range(at + INVERSE, at + INVERSE + 64, 4 * LANES):
-        energy = load_row(inverse_at + ENERGY - INVERSE)
-        inverse = constant_row(np.float32(1)) / square_root(
-            energy * constant_row(gain) / load_row(inverse_at)
-        )
-        store_row(inverse_at, select_less(energy, least, none, inverse))
+    for part in range(0, 64, 4 * LANES):
+        energy, count = load_row(at + ENERGY + part), load_row(at + COUNT + part)
+        inverse = constant_row(np.float32(1)) / square_root(energy * constant_row(gain) / count)
+        store_row(at + INVERSE + part, select_less(energy, least, none, inverse))
 
 
 @jit
@@ -169,25 +188,41 @@ def _round_scales(at: Any, groups: Any, to_unit: Any, gain: Any, unbiased: Any, 
     fold(at + SUMS, groups, at + SCALE)
     fold(at + NORMS, groups, at + NEAR)
     least, none = constant_row(np.float32(2.0**-120)), constant_row(np.float32(0))
+    lost = False
     for part in range(0, 64, 4 * LANES):
         energy, inner = load_row(at + ENERGY + part), load_row(at + SCALE + part)
         if unbiased:  # noqa: SIM108 (Numba drops the branch)
             scale = energy / inner
         else:
             scale = (inner / load_row(at + NEAR + part)) / constant_row(gain)
-        store_row(at + SCALE + part, select_less(energy, least, none, scale / constant_row(to_unit)))
-    scale_C, lost = f32_at(at + SCALE, 16), False
-    for c in range(16):
-        bits = np.uint32(0)
-        if scale_C[c] >= np.float32(2.0**-126):
-            word = np.uint32(0x8000)
-            if unbiased:
-                g = np.uint32(c if groups == 16 else c * groups // 16)
-                word = mix32(np.uint32(key + np.uint32(128) + g)) & np.uint32(0xFFFF)
-            bits = np.uint32(np.uint32(as_bits(scale_C[c]) + word) & np.uint32(0xFFFF0000))
-        scale_C[c] = as_float(bits)
-        lost = lost or not scale_C[c] * np.float32(4096) < np.float32(np.inf)
+        scale = select_less(energy, least, none, scale / constant_row(to_unit))
+        word = constant_words(np.uint32(0x8000))
+        if unbiased:
+            group = load_words(at + GROUP + part) + constant_words(np.uint32(key + np.uint32(128)))
+            word = mix_words(group) & constant_words(np.uint32(0xFFFF))
+        rounded = as_row((as_words(scale) + word) & constant_words(np.uint32(0xFFFF0000)))
+        # below 2**-126 it is 0
+        scale = select_less(constant_row(_LARGEST_DENORMAL), scale, rounded, none)
+        store_row(at + SCALE + part, scale)
+        # not scale * 4096 < Inf
+        lost = lost or mask_at_least(as_words(scale), constant_words(np.uint32(0x79800000))) != 0
     return lost
+
+
+@inline
+def _write_scales(at: Any, groups: Any, lost: Any, scales_at: Any) -> None:
+    """The upper halves of the scales, NaN for all if one is lost."""
+    if groups == 16:
+        for part in range(0, 16, LANES):
+            bits = load_words(at + SCALE + 4 * part) >> constant_words(np.uint32(16))
+            store_halves(scales_at + 2 * part, constant_words(np.uint32(0x7FC0)) if lost else bits)
+        return
+    scale_C, scales = f32_at(at + SCALE, 16), u8_at(scales_at, 2 * groups)
+    for c in range(16):
+        g, bits = c * groups // 16, np.uint32(0x7FC0)
+        if not lost:
+            bits = np.uint32(as_bits(scale_C[c]) >> np.uint32(16))
+        scales[2 * g], scales[2 * g + 1] = np.uint8(bits), np.uint8(bits >> np.uint32(8))
 
 
 @inline
@@ -226,13 +261,12 @@ def _encode(
     memory = np.empty(SCRATCH_BYTES + 64, np.uint8)
     at = aligned(memory.ctypes.data)
     store_quantizer(at, constants)
-    scale_C = f32_at(at + SCALE, 16)
     unscale, factor = np.float32(loss_scale), np.float32(inverse_loss_scale)
     for k in range(4):
         payload[k] = np.uint8(np.uint32(base) >> np.uint32(8 * k))
     stream = n >= _STREAM_FROM and new_residual_at & 63 == 0
     with_residual = new_residual_at != 0
-    scales_at = 4
+    scales_at = payload_at + 4
     codes_at = payload_at + 4 + 2 * ((n + 255) // 256)
     for tile in range((n + 4095) // 4096):
         start = 16384 * tile  # bytes
@@ -251,7 +285,9 @@ def _encode(
                     padded[j] = x_L[j] + residual_L[j] * unscale if add_at != 0 else x_L[j]
             from_at, add_at = at + PADDED, 0
         exponent, to_unit = _start(from_at, add_at, at, rows, groups, unscale)
-        _invert(at, rows, groups, gain)
+        if tile == 0 or L != 4096:
+            _count_groups(at, rows, groups)
+        _invert(at, gain)
         if trellis:
             _trellis(at, rows, num_bits)
         elif rows == 256:
@@ -260,11 +296,7 @@ def _encode(
         else:
             quantize_rows(at, rows, num_bits)
         lost = _round_scales(at, groups, to_unit, gain, unbiased, tile_key) or exponent == 255
-        for c in range(16):
-            bits = np.uint32(0x7FC0) if lost else np.uint32(as_bits(scale_C[c]) >> np.uint32(16))
-            g = c if groups == 16 else c * groups // 16
-            payload[scales_at + 2 * g] = np.uint8(bits)
-            payload[scales_at + 2 * g + 1] = np.uint8(bits >> np.uint32(8))
+        _write_scales(at, groups, lost, scales_at)
         scales_at += 2 * groups
         if not _is_packed(num_bits, trellis, rows):
             _pack(at, codes_at, rows, num_bits)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradq.kernels.cpu_hadamard import low_stages, sign_bits, unrotate
-from gradq.kernels.numba_tools import f32_at, inline, jit, u32_at
+from gradq.kernels.numba_tools import as_float, f32_at, inline, jit, u32_at
 from gradq.kernels.vector import (
     HAS_LOOKUP,
     LANES,
@@ -37,7 +37,9 @@ from gradq.kernels.vector import (
 __all__ = [
     "CHOICES",
     "CODES",
+    "COUNT",
     "ENERGY",
+    "GROUP",
     "INVERSE",
     "NEAR",
     "NORMS",
@@ -45,6 +47,7 @@ __all__ = [
     "PADDED",
     "PARTIAL",
     "PARTIAL_NORMS",
+    "QUANTIZER",
     "SCALE",
     "SCRATCH_BYTES",
     "SUMS",
@@ -72,8 +75,9 @@ SUMS, _LARGEST, NORMS = 27648, 27648 + 256, 27648 + 256
 # The sums of sixteen rows at a time of a full tile, sixteen of them, and those of `NORMS`.
 PARTIAL, PARTIAL_NORMS = CHOICES, CHOICES + 1024
 # 16 numbers each: energies, 1 / σ, scales, ones; then the constants of `store_quantizer` as rows.
-ENERGY, INVERSE, SCALE, ONES, _QUANTIZER = 28160, 28224, 28288, 28352, 28416
-PADDED = _QUANTIZER + 14 * 64  # the values of a last tile whose end is no whole row
+ENERGY, INVERSE, SCALE, ONES, QUANTIZER = 28160, 28224, 28288, 28352, 28416
+GROUP, COUNT = QUANTIZER + 14 * 64, QUANTIZER + 15 * 64  # of each column; see `cpu_rotated`
+PADDED = QUANTIZER + 16 * 64  # the values of a last tile whose end is no whole row
 SCRATCH_BYTES = PADDED + 16384
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
@@ -159,10 +163,10 @@ def largest_of(at: Any) -> Any:
 @inline
 def is_ordinary(at: Any) -> Any:
     """Whether the sums of squares show that the largest magnitude is within 2**-40 ... 2**40."""
-    sums, total = f32_at(at + SUMS, 64), np.float32(0)
-    for k in range(64):
-        total += sums[k]
-    return np.float32(2.0**-60) < total < np.float32(2.0**76)
+    bits, largest = u32_at(at + SUMS, 16), np.uint32(0)  # sums of squares are ordered as their bits are
+    for c in range(16):
+        largest = max(largest, bits[c])
+    return np.float32(2.0**-60) < as_float(largest) < np.float32(2.0**72)
 
 
 @inline
@@ -175,7 +179,7 @@ def _add(at: Any, term: Any) -> None:
 
 @inline
 def _store_constant(at: Any, k: Any, value: Any) -> None:
-    store_row(at + _QUANTIZER + 64 * k, constant_row(np.float32(value)))
+    store_row(at + QUANTIZER + 64 * k, constant_row(np.float32(value)))
 
 
 @jit
@@ -195,7 +199,7 @@ def store_quantizer(at: int, constants: Any) -> None:
     _store_constant(at, 7, constants[9] - np.float32(0.5))
     for k in range(4):
         _store_constant(at, 8 + k, constants[5 + k])
-    table, level, to_level = f32_at(at + _QUANTIZER + 64 * 12, 16), f32_at(at + NEAR, LANES), _to_level(at)
+    table, level, to_level = f32_at(at + QUANTIZER + 64 * 12, 16), f32_at(at + NEAR, LANES), _to_level(at)
     for code in range(16):
         store_row(at + NEAR, _polynomial(constant_words(np.uint32(code)), to_level))
         table[code] = level[0]
@@ -203,7 +207,7 @@ def store_quantizer(at: int, constants: Any) -> None:
 
 @inline
 def _constant(at: Any, k: Any) -> Any:
-    return load_row(at + _QUANTIZER + 64 * k)
+    return load_row(at + QUANTIZER + 64 * k)
 
 
 @inline
@@ -214,7 +218,7 @@ def _to_level(at: Any) -> Any:
 @inline
 def quantizer_of(at: Any) -> Any:
     """What `store_quantizer` stored, for `quantize_value` and (its last element) `level_of`."""
-    table_at = at + _QUANTIZER + 64 * 12
+    table_at = at + QUANTIZER + 64 * 12
     return (
         _constant(at, 0),
         _constant(at, 1),

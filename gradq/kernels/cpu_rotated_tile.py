@@ -25,32 +25,40 @@ from gradq.kernels.cpu_rotated_rows import (
     ONES,
     PARTIAL,
     PARTIAL_NORMS,
+    QUANTIZER,
     SCALE,
     SUMS,
     WORDS,
     add_sixteens,
     four_sums,
-    level_of,
-    quantize_value,
-    quantizer_of,
 )
 from gradq.kernels.numba_tools import inline, jit
 from gradq.kernels.vector import (
     LANES,
-    as_row,
-    as_words,
     constant_row,
     constant_words,
     fused,
-    hadamard_rows,
-    load_bytes,
     load_row,
     load_words,
     prefetch,
-    store_bytes,
     store_row,
-    store_words,
-    stream_row,
+)
+from gradq.kernels.vector_blocks import (
+    add_block,
+    decode_block,
+    divide_block,
+    finish_block,
+    finish_block_streamed,
+    hadamard_rows,
+    levels_block_of_4,
+    levels_block_of_fewer,
+    levels_block_of_more,
+    quantize_block_of_4,
+    quantize_block_of_fewer,
+    quantize_block_of_more,
+    start_block,
+    start_block_with_residual,
+    stream_block,
 )
 
 __all__ = ["decode_tile", "finish_tile", "levels_of_tile", "quantize_tile", "start_tile"]
@@ -65,62 +73,23 @@ def _signs(at: Any, block: Any, part: Any) -> Any:
     return word >> constant_words(np.uint32(16 * (block & 1)))
 
 
-@inline
-def _sign(word: Any) -> Any:
-    return word << constant_words(np.uint32(31))
-
-
 # --- start ---------------------------------------------------------------------------------------------
 
 
 @jit
 def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
     """X + unscale * residual, signed and transformed (distances 1 to 8), to the tile; sums."""
-    if residual_at != 0:
-        _start(x_at, residual_at, at, np.float32(unscale), True)
-    else:
-        _start(x_at, residual_at, at, np.float32(unscale), False)
-    add_sixteens(at + PARTIAL, at + SUMS)
-
-
-@inline
-def _start(x_at: Any, residual_at: Any, at: Any, unscale: Any, with_residual: Any) -> None:
+    loss, ones = constant_row(np.float32(unscale)), load_row(at + ONES)
     for block in range(16):
         for part in range(0, 16, LANES):
             offset, word = 1024 * block + 4 * part, _signs(at, block, part)
+            from_at, add_at, to_at = x_at + offset, residual_at + offset, at + offset
             sums_at = at + PARTIAL + 64 * block + 4 * part
-            near_at = at + NEAR
-            _start_block(x_at + offset, residual_at + offset, near_at, word, unscale, sums_at, with_residual)
-            hadamard_rows(near_at, 64, at + offset, 64, load_row(at + ONES))
-
-
-@inline
-def _start_block(
-    x_at: Any, residual_at: Any, near_at: Any, word: Any, unscale: Any, sums_at: Any, with_residual: Any
-) -> None:
-    s0 = s1 = s2 = s3 = constant_row(np.float32(0))
-    loss, one = constant_row(unscale), constant_words(np.uint32(1))
-    for offset in range(0, 1024, 256):
-        from_at, add_at, to = x_at + offset, residual_at + offset, near_at + offset
-        z = _start_row(from_at, add_at, to, word, loss, with_residual)
-        s0, word = fused(z, z, s0), word >> one
-        z = _start_row(from_at + 64, add_at + 64, to + 64, word, loss, with_residual)
-        s1, word = fused(z, z, s1), word >> one
-        z = _start_row(from_at + 128, add_at + 128, to + 128, word, loss, with_residual)
-        s2, word = fused(z, z, s2), word >> one
-        z = _start_row(from_at + 192, add_at + 192, to + 192, word, loss, with_residual)
-        s3, word = fused(z, z, s3), word >> one
-    store_row(sums_at, four_sums(s0, s1, s2, s3))
-
-
-@inline
-def _start_row(x_at: Any, residual_at: Any, near_at: Any, word: Any, loss: Any, with_residual: Any) -> Any:
-    value = load_row(x_at)
-    if with_residual:
-        value = value + load_row(residual_at) * loss
-    z = as_row(as_words(value) ^ _sign(word))
-    store_row(near_at, z)
-    return z
+            if residual_at != 0:
+                start_block_with_residual(from_at, add_at, loss, word, sums_at, to_at, ones)
+            else:
+                start_block(from_at, add_at, loss, word, sums_at, to_at, ones)
+    add_sixteens(at + PARTIAL, at + SUMS)
 
 
 # --- quantize ------------------------------------------------------------------------------------------
@@ -141,97 +110,66 @@ def quantize_tile(
         next_x_at: where the next tile will be read.
         next_residual_at: and its residual.
     """
-    ahead = next_x_at, next_residual_at
-    if num_bits == 4:
-        _quantize(at, codes_at, with_residual, True, True, ahead)
-    elif num_bits < 4:
-        _quantize(at, at + CODES, with_residual, False, True, ahead)
-    else:
-        _quantize(at, at + CODES, with_residual, False, False, ahead)
+    ones, near_at, quantizer_at = load_row(at + ONES), at + NEAR, at + QUANTIZER
+    for first in range(16):
+        for part in range(0, 16, LANES):
+            z_at, inverse = at + 64 * first + 4 * part, load_row(at + INVERSE + 4 * part)
+            offset = 16 * first + part
+            to_at = (codes_at if num_bits == 4 else at + CODES) + offset
+            if num_bits == 4:
+                quantize_block_of_4(z_at, near_at, inverse, quantizer_at, to_at, ones)
+            elif num_bits < 4:
+                quantize_block_of_fewer(z_at, near_at, inverse, quantizer_at, to_at, ones)
+            else:
+                quantize_block_of_more(z_at, near_at, inverse, quantizer_at, to_at, ones)
+            _sum_block(near_at, at + PARTIAL + 64 * first + 4 * part)
+            if part == 0:
+                _prefetch(next_x_at + 1024 * first)
+            if part == 16 - LANES:
+                _prefetch(next_residual_at + 1024 * first)
+            if with_residual:
+                hadamard_rows(near_at + 16 * _STEP, _STEP, z_at, 1024, ones)
     add_sixteens(at + PARTIAL, at + SUMS)
     add_sixteens(at + PARTIAL_NORMS, at + NORMS)
 
 
 @inline
-def _quantize(at: Any, codes_at: Any, with_residual: Any, pack_four: Any, use_table: Any, ahead: Any) -> None:
-    for first in range(16):
-        for part in range(0, 16, LANES):
-            z_at, to_at = at + 64 * first + 4 * part, codes_at + 16 * first + part
-            hadamard_rows(z_at, 1024, at + NEAR, _STEP, load_row(at + ONES))
-            sums_at = at + PARTIAL + 64 * first + 4 * part
-            _quantize_block(at, to_at, part, sums_at, pack_four, use_table, ahead[part // 8] + 1024 * first)
-            if LANES == 16:
-                for line in range(0, 1024, 64):
-                    prefetch(ahead[1] + 1024 * first + line)
-            if with_residual:
-                hadamard_rows(at + NEAR, _STEP, z_at, 1024, load_row(at + ONES))
+def _prefetch(at: Any) -> None:
+    for line in range(0, 1024, 64):
+        prefetch(at + line)
 
 
 @inline
-def _quantize_block(
-    at: Any, to_at: Any, part: Any, sums_at: Any, pack_four: Any, use_table: Any, ahead_at: Any
-) -> None:
-    """Two loops: of one the chains of operations are too long for the processor to overlap enough rows."""
-    near_at, codes_at = at + NEAR, at + NEAR + 16 * _STEP
-    inverse, quantizer = load_row(at + INVERSE + 4 * part), quantizer_of(at)
-    for offset in range(0, 16 * _STEP, _STEP):
-        prefetch(ahead_at + offset * (64 // _STEP))
-        store_words(codes_at + offset, quantize_value(load_row(near_at + offset), inverse, quantizer))
-    levels = quantizer[7]
+def _sum_block(near_at: Any, sums_at: Any) -> None:
     i0 = i1 = i2 = i3 = n0 = n1 = n2 = n3 = constant_row(np.float32(0))
-    for offset in range(0, 16 * _STEP, 4 * _STEP):
-        z_at, code_at = near_at + offset, codes_at + offset
-        i0, n0 = _level_row(z_at, code_at, levels, use_table, i0, n0)
-        i1, n1 = _level_row(z_at + _STEP, code_at + _STEP, levels, use_table, i1, n1)
-        i2, n2 = _level_row(z_at + 2 * _STEP, code_at + 2 * _STEP, levels, use_table, i2, n2)
-        i3, n3 = _level_row(z_at + 3 * _STEP, code_at + 3 * _STEP, levels, use_table, i3, n3)
+    for z_at in range(near_at, near_at + 16 * _STEP, 4 * _STEP):
+        i0, n0 = _sum_row(z_at, i0, n0)
+        i1, n1 = _sum_row(z_at + _STEP, i1, n1)
+        i2, n2 = _sum_row(z_at + 2 * _STEP, i2, n2)
+        i3, n3 = _sum_row(z_at + 3 * _STEP, i3, n3)
     store_row(sums_at, four_sums(i0, i1, i2, i3))
     store_row(sums_at + PARTIAL_NORMS - PARTIAL, four_sums(n0, n1, n2, n3))
-    if pack_four:
-        for k in range(8):
-            low, high = load_words(codes_at + _STEP * k), load_words(codes_at + _STEP * (k + 8))
-            store_bytes(to_at + 256 * k, low | (high << constant_words(np.uint32(4))))
-    else:
-        for k in range(16):
-            store_bytes(to_at + 256 * k, load_words(codes_at + _STEP * k))
 
 
 @inline
-def _level_row(z_at: Any, code_at: Any, levels: Any, use_table: Any, inner: Any, norm: Any) -> Any:
-    z, level = load_row(z_at), level_of(load_words(code_at), levels, use_table)
-    store_row(z_at, level)
-    return fused(level, z, inner), fused(level, level, norm)
+def _sum_row(z_at: Any, inner: Any, norm: Any) -> Any:
+    level = load_row(z_at + 16 * _STEP)
+    return fused(level, load_row(z_at), inner), fused(level, level, norm)
 
 
 @jit
 def levels_of_tile(at: int, packed_at: int, num_bits: int) -> None:
     """The levels of codes that stand as `quantize_tile` wrote them, transformed at distances 16 to 128."""
-    if num_bits == 4:
-        _levels(at, packed_at, True, True)
-    elif num_bits < 4:
-        _levels(at, at + CODES, False, True)
-    else:
-        _levels(at, at + CODES, False, False)
-
-
-@inline
-def _levels(at: Any, codes_at: Any, packed_four: Any, use_table: Any) -> None:
-    near_at, levels = at + NEAR, quantizer_of(at)[7]
+    ones, quantizer_at = load_row(at + ONES), at + QUANTIZER
     for first in range(16):
         for part in range(0, 16, LANES):
-            from_at = codes_at + 16 * first + part
-            if packed_four:
-                for k in range(8):
-                    code = load_bytes(from_at + 256 * k)
-                    low = level_of(code & constant_words(np.uint32(15)), levels, use_table)
-                    high = level_of(code >> constant_words(np.uint32(4)), levels, use_table)
-                    store_row(near_at + _STEP * k, low)
-                    store_row(near_at + _STEP * (k + 8), high)
+            to_at, offset = at + 64 * first + 4 * part, 16 * first + part
+            if num_bits == 4:
+                levels_block_of_4(packed_at + offset, quantizer_at, to_at, ones)
+            elif num_bits < 4:
+                levels_block_of_fewer(at + CODES + offset, quantizer_at, to_at, ones)
             else:
-                for k in range(16):
-                    level = level_of(load_bytes(from_at + 256 * k), levels, use_table)
-                    store_row(near_at + _STEP * k, level)
-            hadamard_rows(near_at, _STEP, at + 64 * first + 4 * part, 1024, load_row(at + ONES))
+                levels_block_of_more(at + CODES + offset, quantizer_at, to_at, ones)
 
 
 # --- finish --------------------------------------------------------------------------------------------
@@ -242,86 +180,41 @@ def finish_tile(
     x_at: int, residual_at: int, at: int, unscale: float, factor: float, new_at: int, stream: bool
 ) -> None:
     """What is lost of x + unscale * residual, times factor, to new: past the cache if asked."""
-    if stream:
-        _finish(x_at, residual_at, at, np.float32(unscale), np.float32(factor), new_at, True)
-    else:
-        _finish(x_at, residual_at, at, np.float32(unscale), np.float32(factor), new_at, False)
-
-
-@inline
-def _low_stages_near(at: Any, block: Any) -> None:
-    for part in range(0, 64, 4 * LANES):
-        hadamard_rows(at + 1024 * block + part, 64, at + NEAR + part, 64, load_row(at + ONES))
-
-
-@inline
-def _finish(
-    x_at: Any, residual_at: Any, at: Any, unscale: Any, factor: Any, new_at: Any, stream: Any
-) -> None:
-    one, loss = constant_words(np.uint32(1)), constant_row(unscale)
+    loss, times, ones = (
+        constant_row(np.float32(unscale)),
+        constant_row(np.float32(factor)),
+        load_row(at + ONES),
+    )
     for block in range(16):
-        _low_stages_near(at, block)
-        left, right = _signs(at, block, 0), _signs(at, block, 16 - LANES)
-        for k in range(16):
-            offset = 1024 * block + 64 * k
-            value = load_row(x_at + offset) + load_row(residual_at + offset) * loss
-            _finish_row(value, at, k, 0, left, factor, new_at + offset, stream)
-            left = left >> one
-            if LANES == 8:
-                value = load_row(x_at + offset + 32) + load_row(residual_at + offset + 32) * loss
-                _finish_row(value, at, k, 32, right, factor, new_at + offset, stream)
-                right = right >> one
-
-
-@inline
-def _finish_row(
-    value: Any, at: Any, k: Any, part: Any, word: Any, factor: Any, to_at: Any, stream: Any
-) -> None:
-    decoded = load_row(at + NEAR + 64 * k + part) * load_row(at + SCALE + part)
-    error = (value - as_row(as_words(decoded) ^ _sign(word))) * constant_row(factor)
-    if stream:
-        stream_row(to_at + part, error)
-    else:
-        store_row(to_at + part, error)
+        for part in range(0, 16, LANES):
+            offset, word, scale = (
+                1024 * block + 4 * part,
+                _signs(at, block, part),
+                load_row(at + SCALE + 4 * part),
+            )
+            z_at, from_at, add_at, to_at = at + offset, x_at + offset, residual_at + offset, new_at + offset
+            if stream:
+                finish_block_streamed(z_at, from_at, add_at, loss, scale, word, times, to_at, ones)
+            else:
+                finish_block(z_at, from_at, add_at, loss, scale, word, times, to_at, ones)
 
 
 @jit
 def decode_tile(at: int, out_at: int, add: bool, divisor: float, stream: bool) -> None:
     """Decoded values to out, or onto it and divided (unless divisor is 0)."""
-    if add:
-        _decode(at, out_at, True, np.float32(divisor), False)
-    elif stream:
-        _decode(at, out_at, False, np.float32(0), True)
-    else:
-        _decode(at, out_at, False, np.float32(0), False)
-
-
-@inline
-def _decode(at: Any, out_at: Any, add: Any, divisor: Any, stream: Any) -> None:
-    one = constant_words(np.uint32(1))
+    by, ones = constant_row(np.float32(divisor)), load_row(at + ONES)
     for block in range(16):
-        _low_stages_near(at, block)
-        left, right = _signs(at, block, 0), _signs(at, block, 16 - LANES)
-        for k in range(16):
-            to_at = out_at + 1024 * block + 64 * k
-            _decode_row(at, k, 0, left, to_at, add, divisor, stream)
-            left = left >> one
-            if LANES == 8:
-                _decode_row(at, k, 32, right, to_at, add, divisor, stream)
-                right = right >> one
-
-
-@inline
-def _decode_row(
-    at: Any, k: Any, part: Any, word: Any, to_at: Any, add: Any, divisor: Any, stream: Any
-) -> None:
-    value = load_row(at + NEAR + 64 * k + part) * load_row(at + SCALE + part)
-    value = as_row(as_words(value) ^ _sign(word))
-    if add:
-        value = load_row(to_at + part) + value
-        if divisor != np.float32(0):
-            value = value / constant_row(divisor)
-    if stream:
-        stream_row(to_at + part, value)
-    else:
-        store_row(to_at + part, value)
+        for part in range(0, 16, LANES):
+            offset, word, scale = (
+                1024 * block + 4 * part,
+                _signs(at, block, part),
+                load_row(at + SCALE + 4 * part),
+            )
+            if not add and stream:
+                stream_block(at + offset, scale, word, by, out_at + offset, ones)
+            elif not add:
+                decode_block(at + offset, scale, word, by, out_at + offset, ones)
+            elif divisor == 0:
+                add_block(at + offset, scale, word, by, out_at + offset, ones)
+            else:
+                divide_block(at + offset, scale, word, by, out_at + offset, ones)

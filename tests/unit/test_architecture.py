@@ -42,10 +42,11 @@ APART = {
     "quant": {"errors", "kernels"},
     "export": {"errors", "kernels", "quant"},
 }
+VECTORS = ("gradq.kernels.vector", "gradq.kernels.vector_blocks", "gradq.kernels.vector_ir")
 # Extra packages, and the modules that may import them at the top.
 HEAVY = {
-    "numba": {"gradq.kernels.cpu", "gradq.kernels.numba_tools", "gradq.kernels.vector"},
-    "llvmlite": {"gradq.kernels.cpu", "gradq.kernels.vector"},
+    "numba": {"gradq.kernels.cpu", "gradq.kernels.numba_tools", *VECTORS},
+    "llvmlite": {"gradq.kernels.cpu", *VECTORS},
     "triton": {
         "gradq.kernels.cuda",
         "gradq.kernels.cuda_rotated",
