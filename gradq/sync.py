@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -23,17 +23,7 @@ from torch.futures import Future
 
 from gradq import wire
 from gradq.adaptive import Learner
-from gradq.collectives import (
-    Collective,
-    Executor,
-    Segment,
-    Setting,
-    Step,
-    choose,
-    join,
-    open_channels,
-    parts_of,
-)
+from gradq.collectives import Bucket, Executor, Segment, Setting, Step, choose, open_channels
 from gradq.collectives.base import Pending
 from gradq.collectives.streams import done
 from gradq.feedback import Feedback, still_finite
@@ -45,14 +35,6 @@ from gradq.sync_config import SyncConfig
 __all__ = ["GradientSync"]
 
 _log = logging.getLogger("gradq")
-
-
-@dataclass
-class _Bucket:
-    names: tuple[str, ...]
-    dtype: torch.dtype
-    parts: list[tuple[slice, Collective]]
-    work: Tensor | None  # fp32 copy of a bucket in a narrower dtype
 
 
 class GradientSync:
@@ -87,7 +69,7 @@ class GradientSync:
         self.sample_next = False
         self._finite: bool | Tensor = True
         self._sample, self._loss_scale = False, 1.0
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[int, Bucket] = {}
         self._executor = Executor.on(self.device)
         self.plan: Plan = {}
         self.learner = Learner(group, self.metrics, config.seed)
@@ -154,7 +136,7 @@ class GradientSync:
             "collective": config.collective,
             "local_world_size": config.local_world_size,
             "residual_dtype": config.residual_dtype,
-            "part_numel": config.part_numel,
+            "piece_numel": config.piece_numel,
             "step": self.step,
             "parameters": described,
         }
@@ -188,7 +170,7 @@ class GradientSync:
         bucket = self._bucket(flat, tuple(names), index)
         step = Step(self.step, index, self._loss_scale, self._sample)
         futures = [
-            self._executor.submit(self._run(bucket, number, flat, step, last), flat)
+            self._executor.submit(self._run(bucket, number, flat, step, names, last), flat)
             for number in range(len(bucket.parts))
         ]
         return futures[-1]  # the others are done before it
@@ -199,25 +181,15 @@ class GradientSync:
         self.sample_next = False
         self._loss_scale = float(self.config.loss_scale())
 
-    def _bucket(self, flat: Tensor, names: tuple[str, ...], index: int) -> _Bucket:
+    def _bucket(self, flat: Tensor, names: tuple[str, ...], index: int) -> Bucket:
         """The bucket's collectives and buffers, made anew when DDP has changed its layout."""
         bucket = self._buckets.get(index)
-        if bucket is None or bucket.names != names or bucket.dtype != flat.dtype:
-            work_dtype = flat.dtype if flat.dtype == torch.float64 else torch.float32
-            work = None if flat.dtype == work_dtype else torch.empty_like(flat, dtype=work_dtype)
-            setting, used = self._setting(flat.device), set(self._collectives.values())
+        if bucket is None or not bucket.fits(flat, names):
             ways = [(self._collectives[name], self.segment(name)) for name in names]
-            # a stream runs one stage after another whatever their size
-            most = self.config.part_numel if flat.is_cpu else max(flat.numel(), 1)
-            parts, start = [], 0
-            for part in parts_of(ways, most):
-                stop = start + sum(segment.numel for _, segment in part)
-                parts.append((slice(start, stop), join(part, used, work_dtype, setting)))
-                start = stop
-            assert start == flat.numel(), (
-                f"bucket {index} has {flat.numel()} elements, its parameters {start}"
-            )
-            bucket = self._buckets[index] = _Bucket(names, flat.dtype, parts, work)
+            # a stream runs one stage after another, whatever their size
+            most = self.config.piece_numel * self.world_size if flat.is_cpu else max(flat.numel(), 1)
+            used, setting = set(self._collectives.values()), self._setting(flat.device)
+            bucket = self._buckets[index] = Bucket(flat, names, ways, used, setting, most)
         return bucket
 
     def segment(self, name: str) -> Segment:
@@ -257,19 +229,15 @@ class GradientSync:
             local_world_size=self.config.local_world_size,
         )
 
-    def _run(self, bucket: _Bucket, number: int, flat: Tensor, step: Step, last: bool) -> Iterator[Pending]:
+    def _run(
+        self, bucket: Bucket, number: int, flat: Tensor, step: Step, names: Sequence[str], last: bool
+    ) -> Iterator[Pending]:
         """The stages of one part of a bucket, for the executor."""
-        work = flat if bucket.work is None else bucket.work
         if number == 0:
-            if work is not flat:
-                work.copy_(flat)
-            self.learner.measure([self.parameters[name] for name in bucket.names], work, step)
-        where, collective = bucket.parts[number]
-        yield from collective.average(work[where], step)
-        if work is not flat:
-            flat[where].copy_(work[where])
+            self.learner.measure([self.parameters[name] for name in names], bucket.open(flat), step)
+        yield from bucket.average(number, flat, step)
         if self._has_feedback:
-            self._finite = still_finite(self._finite, flat[where])
+            self._finite = still_finite(self._finite, flat[bucket.parts[number][0]])
         if last and number == len(bucket.parts) - 1:
             self.finish()
 

@@ -20,7 +20,8 @@ class SyncConfig:
         residual_dtype: "fp32" or "bf16".
         timeout: of an exchange; None takes the process group's.
         loss_scale: asked at the start of every step.
-        part_numel: elements of a bucket that travel together, on the CPU; see `collectives.parts`.
+        piece_numel: on the CPU a bucket travels in parts of as many elements for each rank; see
+            `collectives.parts`.
     """
 
     seed: int = 0
@@ -29,4 +30,4 @@ class SyncConfig:
     residual_dtype: str = "fp32"
     timeout: timedelta | None = None
     loss_scale: Callable[[], float] = lambda: 1.0
-    part_numel: int = 1 << 20
+    piece_numel: int = 1 << 19

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from gradq.collectives.all_gather import AllGather
 from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
+from gradq.collectives.bucket import Bucket
 from gradq.collectives.channels import open_channels
 from gradq.collectives.direct import Direct
 from gradq.collectives.executor import Executor
 from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
-from gradq.collectives.joined import Joined, join
+from gradq.collectives.joined import Joined
 from gradq.collectives.low_rank import LowRank, basis_numel
-from gradq.collectives.parts import Way, parts_of
+from gradq.collectives.parts import parts_of
 from gradq.collectives.reduce_scatter import ReduceScatter, ShardSegment
 from gradq.collectives.sparse import sparse
 from gradq.collectives.two_phase import TwoPhase
@@ -22,6 +23,7 @@ __all__ = [
     "COLLECTIVES",
     "PER_PARAMETER",
     "AllGather",
+    "Bucket",
     "Collective",
     "Executor",
     "Hierarchical",
@@ -33,10 +35,8 @@ __all__ = [
     "Setting",
     "ShardSegment",
     "Step",
-    "Way",
     "basis_numel",
     "choose",
-    "join",
     "open_channels",
     "parts_of",
     "ranks_per_node",

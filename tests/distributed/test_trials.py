@@ -43,7 +43,7 @@ def trial(rng: random.Random) -> dict:
         "collective": rng.choice(["direct", "two_phase"]),
         "exact": rng.choice(["default", "nothing"]),
         "seed": rng.randrange(1 << 40),
-        "part_numel": rng.choice([100, 1000, 1 << 20]),
+        "piece_numel": rng.choice([40, 500, 1 << 19]),
         "skew_ms": rng.choice([0, 2, 10]),
     }
 
@@ -71,7 +71,7 @@ def run(rank: int, jobs: list[dict]) -> list[list[dict[str, Tensor]]]:
     outcomes = []
     for job in jobs:
         infos, policy = infos_and_policy(job)
-        config = SyncConfig(seed=job["seed"], collective=job["collective"], part_numel=job["part_numel"])
+        config = SyncConfig(seed=job["seed"], collective=job["collective"], piece_numel=job["piece_numel"])
         sync = GradientSync(infos, policy, job["spec"], group, config)
         delays = random.Random(job["seed"] + rank)
         collectives = []
