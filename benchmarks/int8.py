@@ -80,8 +80,10 @@ def configs(kind: str, target: str, *, large: bool) -> dict[str, quant.Config]:
     if kind in ("transformer", "mlp"):
         out["gradq dynamic"] = quant.Config(weights=wide, activations="int8-batch", **how)
     if kind == "mlp":
-        groups = "int4-g128" if large else "int4-g32"
-        out["gradq w4 MatMulNBits"] = quant.Config(weights=groups, activations="int8-token", **how)
+        for bits in (8, 4):
+            groups = f"int{bits}-g{128 if large else 32}"
+            config = quant.Config(weights=groups, activations="int8-token", **how)
+            out[f"gradq w{bits} MatMulNBits"] = config
     return out
 
 
