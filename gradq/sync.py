@@ -237,7 +237,8 @@ class GradientSync:
             self.learner.measure([self.parameters[name] for name in names], bucket.open(flat), step)
         yield from bucket.average(number, flat, step)
         if self._has_feedback:
-            self._finite = still_finite(self._finite, flat[bucket.parts[number][0]])
+            for piece in bucket.doubtful(number, flat):
+                self._finite = still_finite(self._finite, piece)
         if last and number == len(bucket.parts) - 1:
             self.finish()
 

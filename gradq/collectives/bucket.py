@@ -64,3 +64,9 @@ class Bucket:
         yield from collective.average(work[where], step)
         if work is not flat:
             flat[where].copy_(work[where])
+
+    def doubtful(self, number: int, flat: Tensor) -> list[Tensor]:
+        """What of a part's mean must be read to know whether it is finite."""
+        where, collective = self.parts[number]
+        narrow = flat.dtype == torch.float16  # what was finite may be Inf there
+        return [flat[where]] if narrow else collective.doubtful(flat[where])

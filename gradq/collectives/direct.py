@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives.base import Collective, Pending, Segment, Setting, Step
+from gradq.collectives.base import Collective, Pending, Segment, Setting, Step, merged
 
 __all__ = ["Direct"]
 
@@ -50,3 +50,14 @@ class Direct(Collective):
             for segment, payload_WN in zip(self.segments, self._payloads, strict=True):
                 out = flat[segment.start : segment.start + segment.numel]
                 segment.phase1.decode_mean(payload_WN, out)
+
+    def doubtful(self, flat: Tensor) -> list[Tensor]:
+        """See `Collective.doubtful`."""
+        if not flat.is_cpu:
+            return [flat]
+        ranges = [
+            (segment.start, segment.start + segment.numel)
+            for segment, payload_WN in zip(self.segments, self._payloads, strict=True)
+            if not segment.phase1.surely_finite(payload_WN, segment.numel)
+        ]
+        return [flat[start:stop] for start, stop in merged(ranges)]

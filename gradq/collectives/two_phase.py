@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives.base import Collective, Pending, Segment, Setting, Step
+from gradq.collectives.base import Collective, Pending, Segment, Setting, Step, merged
 
 __all__ = ["TwoPhase"]
 
@@ -98,3 +98,17 @@ class TwoPhase(Collective):
                     piece.segment.phase2.decode(
                         message[piece.at2 : piece.at2 + piece.nbytes2], flat[piece.flat]
                     )
+
+    def doubtful(self, flat: Tensor) -> list[Tensor]:
+        """See `Collective.doubtful`."""
+        if not flat.is_cpu:
+            return [flat]
+        ranges = [
+            (piece.flat.start, piece.flat.stop)
+            for pieces, message in zip(self._pieces, self._means, strict=True)
+            for piece in pieces
+            if not piece.segment.phase2.surely_finite(
+                message[None, piece.at2 : piece.at2 + piece.nbytes2], piece.numel
+            )
+        ]
+        return [flat[start:stop] for start, stop in merged(sorted(ranges))]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradq import rng
 from gradq.codecs import from_spec
 from gradq.collectives import Direct, Hierarchical, LowRank, Segment, TwoPhase, parts_of
 
@@ -71,3 +74,22 @@ def test_parts_hold_the_bucket(numels, ways, feedback2, most):
 @pytest.mark.parametrize(("numel", "most", "want"), [(640, 320, [320, 320]), (641, 320, [192, 256, 193])])
 def test_pieces_are_nearly_equal(numel, most, want):
     assert [s.numel for part in parts_of([(Direct, segment("p", numel))], most) for _, s in part] == want
+
+
+@settings(deadline=None)  # the first call compiles
+@given(numel=st.integers(1, 700), ranks=st.integers(1, 4), at=st.integers(0, 10**6), bad=st.booleans())
+@pytest.mark.parametrize("spec", ["int4", "int8(scale_dtype=fp16)", "int2(scale_dtype=fp32)", "nf4", "fp32"])
+def test_a_glance_at_payloads_misses_nothing(spec, numel, ranks, at, bad):
+    """And sees, where a codec can, that ordinary gradients are finite."""
+    codec = from_spec(spec)
+    messages = torch.zeros(ranks, -(-codec.nbytes(numel) // 8) * 8, dtype=torch.uint8)
+    payloads = messages[:, : codec.nbytes(numel)]
+    for rank, payload in enumerate(payloads):
+        x = torch.randn(numel, generator=torch.Generator().manual_seed(at + rank))
+        if bad and rank == at % ranks:
+            x[at % numel] = (math.nan, math.inf)[at % 2]
+        codec.encode(x, payload, context=rng.EncodeContext(key=at))
+    mean = torch.empty(numel)
+    codec.decode_mean(payloads, mean)
+    assert bool(mean.isfinite().all()) is not bad
+    assert codec.surely_finite(payloads, numel) is (not bad and spec.startswith("int"))
