@@ -8,9 +8,9 @@ A cell is a model, a number of ranks and a rate; it has a record of its own, and
 measured again. The models of a group of cells (same model and ranks) are made and warmed up once, then the
 link is changed from cell to cell, measured with raw TCP, and the codecs take turns. Slow links need few
 samples: every cell gets at least `--min-turns`, the time that is left goes to the cells where a turn is
-cheap. Groups with the targets come first. A rank takes 8 samples a step: then computing takes about as much
-of plain DDP's step as on the machine where the targets were set (.11 at 1 Gbit/s and 4 ranks). Ctrl-C keeps all finished cells. At two ranks one phase suffices,
-so int4+int4 would be int4 again and is left out.
+cheap. Groups with the targets come first. Ctrl-C keeps all finished cells. A rank takes 8 samples a step:
+then computing takes about as much of plain DDP's step as on the machine where the targets were set (.11 at
+1 Gbit/s and 4 ranks). At two ranks one phase suffices, so int4+int4 would be int4 again and is left out.
 """
 
 from __future__ import annotations
