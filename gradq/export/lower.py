@@ -444,17 +444,17 @@ class _Lowering:
                 "activations and symmetric weights"
             )
         last, f = b.constant(f"{name}.last", np.array([-1], np.int64)), np.float32
-        zero, span = b.constant("zero", np.array(0, f)), b.constant("levels", np.array(255, f))
+        zero = b.constant("zero", np.array(0, f))
         tiny, one = b.constant("tiny", np.array(2.0**-126, f)), b.constant("one", np.array(1, f))
         high = b.node("Max", [b.node("ReduceMax", [x, last], f"{name}.max"), zero], f"{name}.high")
         low = b.node("Min", [b.node("ReduceMin", [x, last], f"{name}.min"), zero], f"{name}.low")
-        if fmt.symmetric:
-            most = b.node("Max", [high, b.node("Neg", [low], f"{name}.neg")], f"{name}.largest")
-            span = b.constant("half_levels", np.array(127, f))
-            width, offset = most, b.constant("middle", np.array(128, f))
+        if fmt.symmetric:  # codes from -128 to 127
+            up = b.node("Div", [high, b.constant("largest_code", np.array(127, f))], f"{name}.step_up")
+            down = b.node("Div", [low, b.constant("smallest_code", np.array(-128, f))], f"{name}.step_down")
+            step, offset = b.node("Max", [up, down], f"{name}.step"), b.constant("middle", np.array(128, f))
         else:
             width = b.node("Sub", [high, low], f"{name}.width")
-        step = b.node("Div", [width, span], f"{name}.step")
+            step = b.node("Div", [width, b.constant("levels", np.array(255, f))], f"{name}.step")
         empty = b.node("LessOrEqual", [step, zero], f"{name}.empty")
         step = b.node("Max", [step, tiny], f"{name}.step_normal")
         step = b.node("Where", [empty, one, step], f"{name}.step_safe")
