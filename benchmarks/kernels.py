@@ -26,7 +26,8 @@ from llvmlite import binding
 from torch import Tensor
 
 from gradq.bench.records import environment, write_record
-from gradq.kernels import cpu, cpu_low_rank, cpu_topk
+from gradq.kernels import cpu, cpu_low_rank, cpu_rotated, cpu_topk
+from gradq.kernels.rotated import payload_bytes as rotated_bytes
 from gradq.kernels.topk import TopK
 from gradq.kernels.topk import payload_bytes as topk_bytes
 
@@ -190,6 +191,41 @@ def topk_rows(x: Tensor, residual: Tensor, new_residual: Tensor, out: Tensor) ->
     return rows
 
 
+def rotated_rows(x: Tensor, residual: Tensor, new_residual: Tensor, out: Tensor) -> list[Row]:
+    """Rotated codecs: alone, unbiased; with feedback, with the scale of least error."""
+    rows: list[Row] = []
+    for num_bits in (4, 2):
+        payloads = torch.empty(4, rotated_bytes(x.numel(), num_bits), dtype=torch.uint8)
+
+        def encode(
+            feedback: bool, payload: Tensor = payloads[0], base: int = 1, num_bits: int = num_bits
+        ) -> None:
+            cpu_rotated.rotated_encode(
+                x,
+                payload,
+                num_bits=num_bits,
+                trellis=False,
+                unbiased=not feedback,
+                base=base,
+                residual=residual if feedback else None,
+                new_residual=new_residual if feedback else None,
+                loss_scale=1.0,
+            )
+
+        for rank, payload in enumerate(payloads):
+            encode(False, payload, rank)
+        form = {"num_bits": num_bits, "trellis": False}
+        calls: dict[str, Callable[[], object]] = {
+            "encode": lambda encode=encode: encode(False),
+            "encode, feedback": lambda encode=encode: encode(True),
+            "decode": lambda p=payloads, f=form: cpu_rotated.rotated_decode(p[0], out, **f),
+            "mean of 4": lambda p=payloads, f=form: cpu_rotated.rotated_decode_mean(p, out, **f),
+        }
+        for operation, call in calls.items():
+            rows.append((f"rot{num_bits} {operation}", {"operation": operation, "num_bits": num_bits}, call))
+    return rows
+
+
 def low_rank_rows(x: Tensor, residual: Tensor, new_residual: Tensor, out: Tensor) -> list[Row]:
     """Low rank on a square matrix."""
     rows: list[Row] = []
@@ -263,6 +299,7 @@ def main() -> None:
     facts, clock = environment() | {"cpu_target": binding.get_host_cpu_name()}, CLOCKS[arguments.clock]
     copy_name, memcpy = faster_copy(x, out, clock)
     rows = encode_rows(x, widest, residual, new_residual) + decode_rows(x, payloads, out) + exact_rows(x, out)
+    rows += rotated_rows(x, residual, new_residual, out)
     rows += topk_rows(x, residual, new_residual, out) + low_rank_rows(x, residual, new_residual, out)
     rows = [row for row in rows if re.search(arguments.only, row[0])]
     records = measure(memcpy, rows, arguments.rounds, clock)
