@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes one virtual environment for ExecuTorch and one for LiteRT in a folder (default: .runtimes), then runs
+# Makes virtual environments for ExecuTorch, LiteRT and OpenVINO in a folder (default: .runtimes), then runs
 # benchmarks/int8_runtimes.py with them from the environment of gradq. Needs about 6 GB and, by the network,
 # 5 to 20 minutes. What cannot be installed is named, and its rows are left out.
 #
@@ -13,10 +13,11 @@ folder="$(cd "$folder" && pwd)"
 # The versions that were run; torchao's own limit is below 0.19, torch's is that of both converters.
 declare -A packages=(
   [executorch]="torch==2.13.0 torchao==0.18.0 executorch==1.5.1 scikit-learn"
+  [openvino]="torch==2.13.0 openvino==2026.4.1 onnx onnxscript scikit-learn"
   [litert]="torch==2.13.0 torchao==0.18.0 litert-torch==0.10.0 ai-edge-litert==2.3.0 scikit-learn"
 )
 arguments=()
-for name in executorch litert; do
+for name in executorch litert openvino; do
   python="$folder/$name/bin/python"
   if [ ! -e "$folder/$name/.installed" ]; then
     echo "==> installing $name: ${packages[$name]}"

@@ -76,40 +76,57 @@ def litert(program: torch.export.ExportedProgram, path: Path) -> Runner:
     return call
 
 
+def openvino(_: None, path: Path) -> Runner:
+    """Load an ONNX file; one thread, fp32 where it is not INT8."""
+    from openvino import Core
+
+    options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    model = Core().compile_model(str(path), "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"})
+    request = model.create_infer_request()
+
+    def call(x: Tensor) -> Tensor:
+        request.infer([x.numpy()])
+        return torch.from_numpy(request.get_output_tensor(0).data)
+
+    return call
+
+
 RUNTIMES = {
     "executorch": (executorch, ".pte", "executorch", "pt2e"),
     "litert": (litert, ".tflite", "litert-torch", "pt2e-float"),
+    "openvino": (openvino, ".onnx", "openvino", "onnx"),
 }
 
 
 def both(model: nn.Module, qmodel: nn.Module, example: Tensor, runtime: str, folder: Path) -> dict[str, Any]:
     """(runner, bytes) of fp32 and int8, for inputs of the example's batch size."""
     convert, suffix, _, operators = RUNTIMES[runtime]
-    programs = {
-        "fp32": torch.export.export(model, (example,), strict=False),
-        "int8": export.exported_program(
-            qmodel, example_inputs=example, operators=operators, dynamic_batch=False
-        ),
-    }
-    out = {}
-    for name, program in programs.items():
-        path = folder / f"{name}-{len(example)}{suffix}"
-        out[name] = (convert(program, path), path.stat().st_size)
-    return out
+    paths = {name: folder / f"{name}-{len(example)}{suffix}" for name in ("fp32", "int8")}
+    programs: dict[str, Any] = dict.fromkeys(paths)
+    fixed: dict[str, Any] = {"example_inputs": example, "dynamic_batch": False}
+    if operators == "onnx":
+        export.float_onnx(qmodel, paths["fp32"], **fixed)
+        export.onnx(qmodel, paths["int8"], runtime="tensorrt", **fixed)  # OpenVINO takes the same form
+    else:
+        programs["fp32"] = torch.export.export(model, (example,), strict=False)
+        programs["int8"] = export.exported_program(qmodel, operators=operators, **fixed)
+    return {name: (convert(programs[name], path), path.stat().st_size) for name, path in paths.items()}
 
 
-def quantized(model: nn.Module, kind: str, batches: list[Tensor], **how: str) -> tuple[nn.Module, nn.Module]:
+def quantized(
+    model: nn.Module, kind: str, runtime: str, batches: list[Tensor], **how: str
+) -> tuple[nn.Module, nn.Module]:
     """The calibrated model, and the same with a quantizer behind its output, which XNNPACK wants.
 
-    Transformers take dynamic ranges: only inputs of matrix products are quantized, their outputs are float.
+    XNNPACK's transformers take dynamic ranges: only inputs of matrix products are quantized, their outputs
+    are float. OpenVINO takes static symmetric ranges of everything.
     """
-    dynamic = kind == "transformer"
-    config = quant.Config(
-        weights="int8", activations="int8-batch" if dynamic else "int8", embeddings=None, **how
-    )
+    dynamic, symmetric = kind == "transformer", RUNTIMES[runtime][3] == "onnx"
+    activations = "int8-sym" if symmetric else "int8-batch" if dynamic else "int8"
+    config = quant.Config(weights="int8", activations=activations, embeddings=None, **how)
     qmodel = quant.prepare(model, batches[0][:1], config)
     quant.calibrate(qmodel, batches, show_progress=False)
-    if dynamic:
+    if dynamic or symmetric:
         return qmodel, qmodel
     whole = nn.Sequential(qmodel, quant.ActQuant("int8", observer="minmax", name="output"))
     return qmodel, quant.calibrate(whole, batches, show_progress=False)
@@ -131,7 +148,7 @@ def large(kind: str, runtime: str, args: argparse.Namespace, folder: Path) -> di
     """Size, agreement and, by batch size, latency of the large model of a kind."""
     model, inputs = zoo.large(kind, args.smoke)
     batches = [inputs(4) for _ in range(2)]
-    qmodel, whole = quantized(model, kind, batches, observer="minmax", weight_observer="minmax")
+    qmodel, whole = quantized(model, kind, runtime, batches, observer="minmax", weight_observer="minmax")
     out: dict[str, Any] = {"latency": {}}
     for batch in args.batches:
         found, tests = both(model, whole, inputs(batch), runtime, folder), [inputs(batch) for _ in range(4)]
@@ -157,7 +174,7 @@ def large(kind: str, runtime: str, args: argparse.Namespace, folder: Path) -> di
 def digits(kind: str, runtime: str, smoke: bool, folder: Path) -> dict[str, float]:
     """Accuracy of a small model of the kind, in per cent, and how often the reference chooses the same."""
     model, calibration, images, labels = zoo.trained(kind, 0, smoke)
-    qmodel, whole = quantized(model, kind, calibration)
+    qmodel, whole = quantized(model, kind, runtime, calibration)
     with torch.no_grad():
         call = both(model, whole, images[:1], runtime, folder)["int8"][0]
         theirs = torch.cat([call(x[None]).clone() for x in images]).argmax(-1)

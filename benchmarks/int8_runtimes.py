@@ -1,10 +1,11 @@
-"""ExecuTorch (.pte) and LiteRT (.tflite): gradq's ranges in the runtimes of phones and small devices.
+"""ExecuTorch (.pte), LiteRT (.tflite) and OpenVINO (ONNX): gradq's ranges in other runtimes.
 
     benchmarks/int8_environments.sh D                     # makes the environments and runs this script
     python benchmarks/int8_runtimes.py --executorch D/executorch/bin/python --litert D/litert/bin/python
 
 A model prepared and calibrated by gradq becomes a graph of PT2E's quantize and dequantize operators with
-gradq's ranges (`gradq.export.exported_program`, operators="pt2e"), which the runtime's converter lowers.
+gradq's ranges (`gradq.export.exported_program`, operators="pt2e"), which the runtime's converter lowers;
+OpenVINO reads the ONNX file that is written for TensorRT.
 All that happens in the runtime's own environment, by benchmarks/int8_runtime_worker.py. fp32 and int8 of a
 runtime run in turns on one thread, at each batch size from a file made for it. Compared with fp32 and with
 gradq's integer reference: large models on random inputs, small ones on the 450 held-out digits. What fails is
@@ -82,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--executorch", help="a Python with executorch")
     parser.add_argument("--litert", help="a Python with litert-torch and ai-edge-litert")
+    parser.add_argument("--openvino", help="a Python with openvino, onnx and onnxscript")
     parser.add_argument("--models", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing, per model, runtime and batch")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny models")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "int8_runtimes.md")
     args = parser.parse_args()
-    pythons = {"executorch": args.executorch, "litert": args.litert}
+    pythons = {"executorch": args.executorch, "litert": args.litert, "openvino": args.openvino}
     if not any(pythons.values()):
         parser.error("name at least one Python; benchmarks/int8_environments.sh makes them")
     facts, load, results = environment(), os.getloadavg()[0], []
@@ -101,12 +103,12 @@ def main() -> None:
             results.append(run(runtime, python, kind, args))
             print(results[-1], flush=True)
             lines = [
-                "# INT8 in ExecuTorch and LiteRT",
+                "# INT8 in ExecuTorch, LiteRT and OpenVINO",
                 "",
                 f"`benchmarks/int8_environments.sh`, {time.strftime('%Y-%m-%d')}, {facts['cpu']}, 1 thread, "
                 f"in turns, {args.seconds:g} s each; load average at the start {load:.1f}. Weights "
-                "s8 per channel, static asymmetric activations with ranges from gradq; the transformer's are "
-                "dynamic.",
+                "s8 per channel, static asymmetric activations with ranges from gradq: symmetric for OpenVINO,"
+                " dynamic for the transformer in the others.",
                 "",
                 *table(results),
             ]
