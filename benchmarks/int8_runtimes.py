@@ -107,7 +107,7 @@ def main() -> None:
                 "",
                 f"`benchmarks/int8_environments.sh`, {time.strftime('%Y-%m-%d')}, {facts['cpu']}, 1 thread, "
                 f"in turns, {args.seconds:g} s each; load average at the start {load:.1f}. Weights "
-                "s8 per channel, static asymmetric activations with ranges from gradq: symmetric for OpenVINO,"
+                "s8 per channel, static asymmetric activations with ranges of gradq: symmetric for OpenVINO,"
                 " dynamic for the transformer in the others.",
                 "",
                 *table(results),
