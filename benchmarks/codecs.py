@@ -10,6 +10,7 @@ is measured.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -53,4 +54,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     asked = sys.argv[1:]
     out = [] if "--out" in asked else ["--out", str(HERE / "results" / "codecs")]
-    sys.exit(run(["bench", "codecs", "--gradients", f"{__file__}:gradients", *out, *asked]))
+    source = f"{os.path.relpath(__file__)}:gradients"
+    sys.exit(run(["bench", "codecs", "--gradients", source, *out, *asked]))
