@@ -144,8 +144,9 @@ def nmse(got: Tensor, truth: Tensor) -> float:
 
 
 @torch.no_grad()
-def large(kind: str, runtime: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def large(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Size, agreement and, by batch size, latency of the large model of a kind."""
+    kind, runtime = args.kind, args.runtime
     model, inputs = zoo.large(kind, args.smoke)
     batches = [inputs(4) for _ in range(2)]
     qmodel, whole = quantized(model, kind, runtime, batches, observer="minmax", weight_observer="minmax")
@@ -200,7 +201,7 @@ def main() -> None:
     result: dict[str, Any] = {"runtime": args.runtime, "kind": args.kind}
     result["version"] = version(RUNTIMES[args.runtime][2])
     with tempfile.TemporaryDirectory() as folder:
-        result |= large(args.kind, args.runtime, args, Path(folder))
+        result |= large(args, Path(folder))
         if not args.no_digits:
             try:
                 result["digits"] = digits(args.kind, args.runtime, args.smoke, Path(folder))

@@ -56,6 +56,7 @@ def train_loop(config: dict[str, Any]) -> None:
             first = progress["progress"]["step"]
     for step in range(first, config["steps"]):
         if rank == 1 and step == config["kill_at"] and first == 0:
+            ray.train.get_all_reported_checkpoints()  # returns when Ray has them
             os.kill(os.getpid(), signal.SIGKILL)  # what the fault test asks for
         generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step * 1009 + rank)
         starts = torch.randint(len(text) - seq_len, (config["batch_size"],), generator=generator)

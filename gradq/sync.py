@@ -170,7 +170,7 @@ class GradientSync:
         bucket = self._bucket(flat, tuple(names), index)
         step = Step(self.step, index, self._loss_scale, self._sample)
         futures = [
-            self._executor.submit(self._run(bucket, number, flat, step, names, last), flat)
+            self._executor.submit(self._run(bucket, number, flat, step, last), flat)
             for number in range(len(bucket.parts))
         ]
         return futures[-1]  # the others are done before it
@@ -229,12 +229,10 @@ class GradientSync:
             local_world_size=self.config.local_world_size,
         )
 
-    def _run(
-        self, bucket: Bucket, number: int, flat: Tensor, step: Step, names: Sequence[str], last: bool
-    ) -> Iterator[Pending]:
+    def _run(self, bucket: Bucket, number: int, flat: Tensor, step: Step, last: bool) -> Iterator[Pending]:
         """The stages of one part of a bucket, for the executor."""
         if number == 0:
-            self.learner.measure([self.parameters[name] for name in names], bucket.open(flat), step)
+            self.learner.measure([self.parameters[name] for name in bucket.names], bucket.open(flat), step)
         yield from bucket.average(number, flat, step)
         if self._has_feedback:
             for piece in bucket.doubtful(number, flat):

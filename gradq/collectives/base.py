@@ -266,7 +266,10 @@ class Collective(ABC):
         """Replace flat by its mean over ranks; the same bits on every rank."""
 
     def doubtful(self, flat: Tensor) -> list[Tensor]:
-        """What of the mean must be read, after `average`, to know whether it is finite. Here: all of it."""
+        """What of the mean in host memory must be read, after `average`, to know that it is finite.
+
+        Here: all of it.
+        """
         return [flat]
 
     def post(self, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step) -> Pending:

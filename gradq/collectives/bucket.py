@@ -26,6 +26,7 @@ class Bucket:
         most: elements of a part.
 
     Attributes:
+        names: see above.
         parts: where in the bucket each part stands, and its collective.
     """
 
@@ -38,7 +39,7 @@ class Bucket:
         setting: Setting,
         most: int,
     ) -> None:
-        self._names, self._dtype = names, flat.dtype
+        self.names, self._dtype = names, flat.dtype
         dtype = flat.dtype if flat.dtype == torch.float64 else torch.float32
         self._work = None if flat.dtype == dtype else torch.empty_like(flat, dtype=dtype)
         self.parts: list[tuple[slice, Collective]] = []
@@ -51,7 +52,7 @@ class Bucket:
 
     def fits(self, flat: Tensor, names: tuple[str, ...]) -> bool:
         """Whether a bucket has this layout."""
-        return self._names == names and self._dtype == flat.dtype
+        return self.names == names and self._dtype == flat.dtype
 
     def open(self, flat: Tensor) -> Tensor:
         """The bucket in the dtype that codecs work in; parts are averaged there once this was called."""
@@ -68,5 +69,6 @@ class Bucket:
     def doubtful(self, number: int, flat: Tensor) -> list[Tensor]:
         """What of a part's mean must be read to know whether it is finite."""
         where, collective = self.parts[number]
-        narrow = flat.dtype == torch.float16  # what was finite may be Inf there
-        return [flat[where]] if narrow else collective.doubtful(flat[where])
+        # a device is not asked; what is finite in fp32 may be Inf in fp16
+        whole = not flat.is_cpu or flat.dtype == torch.float16
+        return [flat[where]] if whole else collective.doubtful(flat[where])

@@ -53,8 +53,6 @@ class Direct(Collective):
 
     def doubtful(self, flat: Tensor) -> list[Tensor]:
         """See `Collective.doubtful`."""
-        if not flat.is_cpu:
-            return [flat]
         ranges = [
             (segment.start, segment.start + segment.numel)
             for segment, payload_WN in zip(self.segments, self._payloads, strict=True)

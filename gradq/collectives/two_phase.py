@@ -101,8 +101,6 @@ class TwoPhase(Collective):
 
     def doubtful(self, flat: Tensor) -> list[Tensor]:
         """See `Collective.doubtful`."""
-        if not flat.is_cpu:
-            return [flat]
         ranges = [
             (piece.flat.start, piece.flat.stop)
             for pieces, message in zip(self._pieces, self._means, strict=True)

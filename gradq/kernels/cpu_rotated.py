@@ -217,9 +217,9 @@ def _write_scales(at: Any, groups: Any, lost: Any, scales_at: Any) -> None:
             bits = load_words(at + SCALE + 4 * part) >> constant_words(np.uint32(16))
             store_halves(scales_at + 2 * part, constant_words(np.uint32(0x7FC0)) if lost else bits)
         return
-    scale_C, scales = f32_at(at + SCALE, 16), u8_at(scales_at, 2 * groups)
+    scale_C, group_C, scales = f32_at(at + SCALE, 16), u32_at(at + GROUP, 16), u8_at(scales_at, 2 * groups)
     for c in range(16):
-        g, bits = c * groups // 16, np.uint32(0x7FC0)
+        g, bits = group_C[c], np.uint32(0x7FC0)
         if not lost:
             bits = np.uint32(as_bits(scale_C[c]) >> np.uint32(16))
         scales[2 * g], scales[2 * g + 1] = np.uint8(bits), np.uint8(bits >> np.uint32(8))

@@ -13,7 +13,6 @@ import numpy as np
 from gradq.kernels.cpu_hadamard import low_stages, sign_bits, unrotate
 from gradq.kernels.numba_tools import as_float, f32_at, inline, jit, u32_at
 from gradq.kernels.vector import (
-    HAS_LOOKUP,
     LANES,
     as_row,
     as_words,
@@ -23,16 +22,12 @@ from gradq.kernels.vector import (
     load_bytes,
     load_row,
     load_words,
-    lookup,
-    maximum,
     maximum_words,
-    minimum,
     store_bytes,
     store_row,
     store_words,
-    to_float,
-    to_int,
 )
+from gradq.kernels.vector_blocks import code_of, level_computed, level_looked_up
 
 __all__ = [
     "CHOICES",
@@ -59,10 +54,8 @@ __all__ = [
     "four_sums",
     "is_ordinary",
     "largest_of",
-    "level_of",
     "levels_of_rows",
     "quantize_rows",
-    "quantize_value",
     "quantizer_of",
     "start_rows",
     "store_quantizer",
@@ -152,21 +145,24 @@ def four_sums(s0: Any, s1: Any, s2: Any, s3: Any) -> Any:
 
 
 @inline
+def _largest_word(words_at: Any) -> Any:
+    """Of 16; numbers that are not negative are ordered as their bits are."""
+    words, largest = u32_at(words_at, 16), np.uint32(0)
+    for c in range(16):
+        largest = max(largest, words[c])
+    return largest
+
+
+@inline
 def largest_of(at: Any) -> Any:
     """The bits of the largest magnitude that `start_rows` met."""
-    bits, largest = u32_at(at + _LARGEST, 16), np.uint32(0)
-    for c in range(16):
-        largest = max(largest, bits[c])
-    return largest
+    return _largest_word(at + _LARGEST)
 
 
 @inline
 def is_ordinary(at: Any) -> Any:
     """Whether the sums of squares show that the largest magnitude is within 2**-40 ... 2**40."""
-    bits, largest = u32_at(at + SUMS, 16), np.uint32(0)  # sums of squares are ordered as their bits are
-    for c in range(16):
-        largest = max(largest, bits[c])
-    return np.float32(2.0**-60) < as_float(largest) < np.float32(2.0**72)
+    return np.float32(2.0**-60) < as_float(_largest_word(at + SUMS)) < np.float32(2.0**72)
 
 
 @inline
@@ -184,7 +180,9 @@ def _store_constant(at: Any, k: Any, value: Any) -> None:
 
 @jit
 def store_quantizer(at: int, constants: Any) -> None:
-    """Constants as rows for `quantizer_of`: -top, top, `to_index`, half the codes; middle, `to_level`, table.
+    """Constants as rows: -top, top, `to_index`, half the codes; middle, `to_level`; table.
+
+    `quantizer_of` and `vector_blocks` read them.
 
     Args:
         at: scratch.
@@ -199,9 +197,9 @@ def store_quantizer(at: int, constants: Any) -> None:
     _store_constant(at, 7, constants[9] - np.float32(0.5))
     for k in range(4):
         _store_constant(at, 8 + k, constants[5 + k])
-    table, level, to_level = f32_at(at + QUANTIZER + 64 * 12, 16), f32_at(at + NEAR, LANES), _to_level(at)
+    table, level = f32_at(at + QUANTIZER + 64 * 12, 16), f32_at(at + NEAR, LANES)
     for code in range(16):
-        store_row(at + NEAR, _polynomial(constant_words(np.uint32(code)), to_level))
+        store_row(at + NEAR, level_computed(constant_words(np.uint32(code)), at + QUANTIZER))
         table[code] = level[0]
 
 
@@ -211,14 +209,8 @@ def _constant(at: Any, k: Any) -> Any:
 
 
 @inline
-def _to_level(at: Any) -> Any:
-    return _constant(at, 7), _constant(at, 8), _constant(at, 9), _constant(at, 10), _constant(at, 11)
-
-
-@inline
 def quantizer_of(at: Any) -> Any:
-    """What `store_quantizer` stored, for `quantize_value` and (its last element) `level_of`."""
-    table_at = at + QUANTIZER + 64 * 12
+    """What the trellis needs of `store_quantizer`: -top, top, `to_index`, half; then middle, `to_level`."""
     return (
         _constant(at, 0),
         _constant(at, 1),
@@ -227,36 +219,16 @@ def quantizer_of(at: Any) -> Any:
         _constant(at, 4),
         _constant(at, 5),
         _constant(at, 6),
-        (_to_level(at), load_row(table_at), load_row(table_at + 64 - 4 * LANES)),
+        (_constant(at, 7), _constant(at, 8), _constant(at, 9), _constant(at, 10), _constant(at, 11)),
     )
 
 
 @inline
-def _polynomial(code: Any, to_level: Any) -> Any:
-    middle, a0, a1, a2, a3 = to_level
-    m = to_float(code) - middle
-    m2 = m * m
-    return m * fused(m2, fused(m2, fused(m2, a3, a2), a1), a0)
-
-
-@inline
-def level_of(code: Any, levels: Any, use_table: Any) -> Any:
-    """The levels of a row of codes: looked up where 16 are enough and the machine can, or computed."""
-    to_level, low, high = levels
-    if HAS_LOOKUP:
-        if use_table:
-            return lookup(low, high, code)
-        return _polynomial(code, to_level)
-    return _polynomial(code, to_level)
-
-
-@inline
-def quantize_value(z: Any, inverse: Any, quantizer: Any) -> Any:
-    """Codes of a row."""
-    bottom, top, k0, k1, k2, k3, half, _ = quantizer
-    y = minimum(maximum(z * inverse, bottom), top)
-    y2 = y * y
-    return to_int(fused(y, fused(y2, fused(y2, fused(y2, k3, k2), k1), k0), half))
+def _level_of(code: Any, at: Any, num_bits: Any) -> Any:
+    """The levels of a row of codes."""
+    if num_bits <= 4:
+        return level_looked_up(code, at + QUANTIZER)
+    return level_computed(code, at + QUANTIZER)
 
 
 # --- tiles of any size ---------------------------------------------------------------------------------
@@ -292,13 +264,12 @@ def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, 
 def quantize_rows(at: int, rows: int, num_bits: int) -> None:
     """Codes of the tile, a byte each; it becomes the levels. Sums ⟨level, z⟩ and (at NORMS) ‖level‖²."""
     clear_sums(at)
-    quantizer = quantizer_of(at)
     for row in range(rows):
         for part in range(0, 16, LANES):
             z_at, to = at + 64 * row + 4 * part, at + 64 * (row & 3) + 4 * part
             z = load_row(z_at)
-            code = quantize_value(z, load_row(at + INVERSE + 4 * part), quantizer)
-            level = level_of(code, quantizer[7], num_bits <= 4)
+            code = code_of(z, load_row(at + INVERSE + 4 * part), at + QUANTIZER)
+            level = _level_of(code, at, num_bits)
             store_bytes(at + CODES + 16 * row + part, code)
             store_row(z_at, level)
             _add(to + SUMS, level * z)
@@ -308,11 +279,10 @@ def quantize_rows(at: int, rows: int, num_bits: int) -> None:
 @jit
 def levels_of_rows(at: int, rows: int, num_bits: int) -> None:
     """The codes' levels to the tile."""
-    levels = quantizer_of(at)[7]
     for row in range(rows):
         for part in range(0, 16, LANES):
             code = load_bytes(at + CODES + 16 * row + part)
-            store_row(at + 64 * row + 4 * part, level_of(code, levels, num_bits <= 4))
+            store_row(at + 64 * row + 4 * part, _level_of(code, at, num_bits))
 
 
 @jit

@@ -66,7 +66,7 @@ def trellis_encode(
     at: Any, codes_at: Any, rows: Any, num_bits: Any, constants: Any, inverse: Any, choices_at: Any
 ) -> Any:
     """Codes of z; z becomes the levels. Returns the four accumulators of ⟨level, z⟩ and of ‖level‖²."""
-    to_level = constants[7][0]
+    to_level = constants[7]
     middle = to_level[0]
     most = _row((1 << (num_bits - 1)) - 0.5)
     c0, c1, c2, c3 = _row(0), _row(1e30), _row(1e30), _row(1e30)
@@ -125,7 +125,7 @@ def trellis_encode(
 @inline
 def trellis_levels(codes_at: Any, at: Any, rows: Any, constants: Any) -> None:
     """Levels of codes."""
-    to_level = constants[7][0]
+    to_level = constants[7]
     middle = to_level[0]
     one = _word(1)
     last, before = _word(0), _word(0)

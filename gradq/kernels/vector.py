@@ -18,10 +18,9 @@ from numba.core import types
 from numba.extending import overload
 
 from gradq.kernels import vector_ir
-from gradq.kernels.vector_ir import BYTES, FLOATS, HALVES, HAS_LOOKUP, INTS, LANES, ROW, WORDS, operation
+from gradq.kernels.vector_ir import BYTES, FLOATS, HALVES, INTS, LANES, ROW, WORDS, operation
 
 __all__ = [
-    "HAS_LOOKUP",
     "LANES",
     "as_row",
     "as_words",
@@ -32,9 +31,7 @@ __all__ = [
     "load_bytes",
     "load_row",
     "load_words",
-    "lookup",
     "mask_at_least",
-    "maximum",
     "maximum_words",
     "minimum",
     "prefetch",
@@ -93,14 +90,10 @@ prefetch = operation(types.int64, vector_ir.prefetch, types.intp)
 prefetch_to_write = operation(types.int64, _fixed(vector_ir.prefetch, True), types.intp)
 square_root = operation(ROW, vector_ir.square_root, ROW)
 fused = operation(ROW, vector_ir.fused, ROW, ROW, ROW)  # a b + c, rounded once
-# lookup(low, high, index): table[index], index < 16; only where HAS_LOOKUP. The table's first LANES
-# entries are low; high holds entries 8 to 15 where LANES is 8, and is not read where it is 16.
-lookup = operation(ROW, vector_ir.lookup, ROW, ROW, WORDS)
 # bit j of the result: whether a[j] >= b[j]
 mask_at_least = operation(types.int64, _mask_at_least, WORDS, WORDS)
 trailing_zeros = operation(types.int64, _trailing_zeros, types.int64)  # zeros below the lowest one; 64 of 0
 minimum = operation(ROW, vector_ir.smaller, ROW, ROW)
-maximum = operation(ROW, vector_ir.larger, ROW, ROW)
 maximum_words = operation(
     WORDS, lambda builder, a, b: builder.select(builder.icmp_unsigned(">", a, b), a, b), WORDS, WORDS
 )

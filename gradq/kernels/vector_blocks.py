@@ -10,7 +10,7 @@ through. Rows of a block that belong together in memory are 64 bytes apart (16 c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -38,11 +38,14 @@ from gradq.kernels.vector_ir import (
 
 __all__ = [
     "add_block",
+    "code_of",
     "decode_block",
     "divide_block",
     "finish_block",
     "finish_block_streamed",
     "hadamard_rows",
+    "level_computed",
+    "level_looked_up",
     "levels_block_of_4",
     "levels_block_of_fewer",
     "levels_block_of_more",
@@ -164,29 +167,53 @@ def _level(builder: Any, code: Any, quantizer_at: Any, use_table: bool) -> Any:
     return lookup(builder, *table, code)
 
 
+def _constants(builder: Any, quantizer_at: Any) -> list[Any]:
+    """What `_codes` needs of what `cpu_rotated_rows.store_quantizer` stored."""
+    return [_row_at(builder, quantizer_at, 64 * k) for k in range(7)]
+
+
+def _codes(builder: Any, zs: Sequence[Any], inverse: Any, constants: Sequence[Any]) -> list[Any]:
+    """Codes of rows, all of them a step further at a time."""
+    bottom, top, k0, k1, k2, k3, half = constants
+    ys = [builder.fmul(z, inverse) for z in zs]
+    ys = [smaller(builder, larger(builder, y, bottom), top) for y in ys]
+    squares = [builder.fmul(y, y) for y in ys]
+    found = [fused(builder, y2, k3, k2) for y2 in squares]
+    for k in (k1, k0):
+        found = [fused(builder, y2, f, k) for y2, f in zip(squares, found, strict=True)]
+    found = [fused(builder, y, f, half) for y, f in zip(ys, found, strict=True)]
+    return [builder.fptosi(f, INTS) for f in found]
+
+
+# code_of(row, 1 / σ, the quantizer's constants), and the level of a code by table (of 16, where the machine
+# can) or computed: for what is done with single rows
+code_of = operation(
+    WORDS,
+    lambda builder, z, inverse, at: _codes(builder, [z], inverse, _constants(builder, at))[0],
+    ROW,
+    ROW,
+    types.intp,
+)
+level_looked_up = operation(ROW, lambda builder, code, at: _level(builder, code, at, True), WORDS, types.intp)
+level_computed = operation(ROW, _polynomial, WORDS, types.intp)
+
+
 def _quantize(pack_four: bool, use_table: bool) -> Callable[..., Any]:
     def emit(
         builder: Any, z_at: Any, near_at: Any, inverse: Any, quantizer_at: Any, codes_at: Any, ones: Any
     ) -> Any:
-        bottom, top, k0, k1, k2, k3, half = (_row_at(builder, quantizer_at, 64 * k) for k in range(7))
-        waiting: list[tuple[int, Any]] = []
+        constants = _constants(builder, quantizer_at)
+        waiting: dict[int, Any] = {}
 
         def put(k: int, z: Any) -> None:
             store(builder, _at(builder, near_at, _STEP * k), z)
-            waiting.append((k, z))
+            waiting[k] = z
             if len(waiting) == _AHEAD:
-                quantize([k for k, _ in waiting], [z for _, z in waiting])
+                quantize()
                 waiting.clear()
 
-        def quantize(ks: list[int], zs: list[Any]) -> None:
-            ys = [builder.fmul(z, inverse) for z in zs]
-            ys = [smaller(builder, larger(builder, y, bottom), top) for y in ys]
-            squares = [builder.fmul(y, y) for y in ys]
-            found = [fused(builder, y2, k3, k2) for y2 in squares]
-            for k in (k1, k0):
-                found = [fused(builder, y2, f, k) for y2, f in zip(squares, found, strict=True)]
-            found = [fused(builder, y, f, half) for y, f in zip(ys, found, strict=True)]
-            codes = [builder.fptosi(f, INTS) for f in found]
+        def quantize() -> None:
+            ks, codes = list(waiting), _codes(builder, list(waiting.values()), inverse, constants)
             levels = [_level(builder, code, quantizer_at, use_table) for code in codes]
             for k, level in zip(ks, levels, strict=True):
                 store(builder, _at(builder, near_at, _STEP * (16 + k)), level)

@@ -124,7 +124,11 @@ def square_root(builder: Any, a: Any) -> Any:
 
 
 def lookup(builder: Any, low: Any, high: Any, index: Any) -> Any:
-    """table[index], index < 16; see `vector.lookup`."""
+    """table[index], index < 16; only where HAS_LOOKUP.
+
+    The table's first LANES entries are low; high holds entries 8 to 15 where LANES is 8, and is not read
+    where it is 16.
+    """
     kind = ir.FunctionType(FLOATS, [FLOATS, INTS])
     if LANES == 16:
         function = _declare(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")

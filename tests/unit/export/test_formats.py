@@ -122,9 +122,12 @@ def test_every_kind_of_layer(name, target, tmp_path):
     expected = torch.utils._pytree.tree_leaves(quant.integer_reference(qmodel)(batches[0]))
     for got, want in zip(run(path, batches[0]), expected, strict=True):
         close(got, want, share=0.99, tolerance=5e-2 if target == "edge-int4" else 2e-3)
+    unexpected = export.operators(path).unexpected
     if target == "arm" and export.features() == "x86-vnni":
-        return  # there ONNX Runtime 1.32 leaves s8 activations in float, right but slow
-    assert not export.operators(path).unexpected
+        # there ONNX Runtime 1.32 leaves s8 activations in float, right but slow, unless a session asks for
+        # session.qdqisint8allowed
+        unexpected = [name for name in unexpected if "on a dequantized weight" not in name]
+    assert not unexpected
 
 
 @pytest.mark.slow
@@ -141,9 +144,8 @@ def test_layers_placed_by_hand(tmp_path):
 def test_fixed_batch_and_external_data(tmp_path, monkeypatch):
     from gradq.export import write
 
-    model = nn.Sequential(
-        nn.Linear(12, 200), nn.ReLU(), nn.Linear(200, 4)
-    ).eval()  # onnx keeps tensors below 1 KB
+    layers = nn.Linear(12, 200), nn.ReLU(), nn.Linear(200, 4)
+    model = nn.Sequential(*layers).eval()  # onnx keeps tensors below 1 KB inside
     batches = [torch.randn(6, 12) for _ in range(2)]
     qmodel = prepared(model, batches)
     monkeypatch.setattr(write, "_EXTERNAL_FROM", 100)
