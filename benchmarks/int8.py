@@ -4,11 +4,13 @@
     python benchmarks/int8.py --models mlp --seconds 5
     python benchmarks/int8.py --smoke                  # tiny models, under two minutes
 
-Contenders, all in one process and in turns: fp32; gradq's exports; onnxruntime.quantization (static U8S8, and
-dynamic where it applies); torchao PT2E if --torchao names a Python that has it. Sizes are bytes of files,
-latencies medians over rounds, ratios (to fp32, and to the fastest file of onnxruntime.quantization) medians
-of the rounds' own ratios. Accuracy is that of small models of the same kind trained on scikit-learn's digits,
-computed by ONNX Runtime on 450 held-out images.
+Contenders, all in one process and in turns of 50 ms or one call: fp32; gradq's exports;
+onnxruntime.quantization (static U8S8, and dynamic where it applies); torchao PT2E if --torchao names a
+Python that has it. Sizes are bytes of files, latencies medians over rounds, ratios (to fp32, and to the
+fastest file of onnxruntime.quantization) medians of the rounds' own ratios. A turn counts with the later
+half of its calls, as a service calls a session again and again; "cold" is the first call of a turn, after
+the other contenders have emptied the caches. Accuracy is that of small models of the same kind trained on
+scikit-learn's digits, computed by ONNX Runtime on 450 held-out images.
 
 Writes benchmarks/results/int8.csv, .md, .png and a JSON record.
 """
@@ -57,6 +59,8 @@ class Row:
     faster: float
     faster_low: float
     faster_high: float
+    cold_ms: float
+    cold_faster: float
     rounds: int
     peer: float  # the fastest onnxruntime.quantization file's time over its time, round by round
     peer_low: float
@@ -126,7 +130,7 @@ def measure(
         outputs = {n: s.run(None, feeds[n])[0] for n, s in sessions.items()}
         calls = {n: lambda s=s, f=feeds[n]: s.run(None, f) for n, s in sessions.items()}
         raw = interleave(calls, seconds=args.seconds, min_rounds=7, clock=clock)
-        times = summarize(raw, "fp32")
+        times, cold = summarize(raw, "fp32"), summarize(raw, "fp32", first=True)
         best = min((n for n in times if n.startswith("onnxruntime")), key=lambda n: times[n].median_ms)
         peers_times = summarize(raw, best)
         truth = outputs["fp32"].astype(np.float64)
@@ -136,7 +140,8 @@ def measure(
             rows.append(
                 Row(
                     kind, name, size / 1e6, base / size, batch, latency.median_ms, latency.low_ms,
-                    latency.high_ms, latency.ratio, latency.ratio_low, latency.ratio_high, latency.rounds,
+                    latency.high_ms, latency.ratio, latency.ratio_low, latency.ratio_high,
+                    cold[name].median_ms, cold[name].ratio, latency.rounds,
                     peers_times[name].ratio, peers_times[name].ratio_low, peers_times[name].ratio_high,
                     float((error**2).sum() / (truth**2).sum()), floats[name],
                 )
@@ -144,7 +149,7 @@ def measure(
             print(
                 f"{kind:12} batch {batch:3} {name:28} {size / 1e6:7.2f} MB {base / size:5.2f}x smaller "
                 f"{latency.median_ms:9.3f} ms {latency.ratio:5.2f}x faster "
-                f"({latency.ratio_low:.2f} … {latency.ratio_high:.2f}), "
+                f"({latency.ratio_low:.2f} … {latency.ratio_high:.2f}; cold {cold[name].ratio:.2f}), "
                 f"{peers_times[name].ratio:.2f}x as fast as {best}",
                 flush=True,
             )
@@ -199,15 +204,16 @@ def write(rows: list[Row], digits: list[dict[str, Any]], args: argparse.Namespac
         f"`python benchmarks/int8.py {' '.join(sys.argv[1:])}`, {time.strftime('%Y-%m-%d')}, {facts['cpu']} "
         f"({quant.detect_target()}), torch {facts['torch']}, 1 thread, in turns, {args.clock} time.",
         "",
-        "| model | contender | MB | smaller | batch | ms (10 … 90 %) | faster (10 … 90 %) | against the best "
-        "onnxruntime.quantization (10 … 90 %) | error (NMSE) | float products |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | contender | MB | smaller | batch | ms (10 … 90 %) | faster (10 … 90 %) | cold: ms, faster "
+        "| against the best onnxruntime.quantization (10 … 90 %) | error (NMSE) | float products |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
             f"| {r.model} | {r.contender} | {r.size_mb:.2f} | {r.smaller:.2f} | {r.batch} | "
             f"{r.median_ms:.3g} ({r.low_ms:.3g} … {r.high_ms:.3g}) | "
             f"{r.faster:.2f} ({r.faster_low:.2f} … {r.faster_high:.2f}) | "
+            f"{r.cold_ms:.3g}, {r.cold_faster:.2f} | "
             f"{r.peer:.2f} ({r.peer_low:.2f} … {r.peer_high:.2f}) | {r.nmse:.1e} | {r.float_products} |"
         )
     if digits:

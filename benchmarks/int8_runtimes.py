@@ -58,12 +58,13 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     """Markdown."""
     lines = [
         "| runtime | model | fp32, MB | int8, MB | smaller | batch | fp32, ms | int8, ms (10 … 90 %) | "
-        "faster | error against fp32 / reference (NMSE) | digits: fp32, int8, reference, % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "faster (10 … 90 %) | cold | error against fp32 / reference (NMSE) | "
+        "digits: fp32, int8, reference, % |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         if "error" in r:
-            lines.append(f"| {r['runtime']} | {r['kind']} | failed: {r['error']} | | | | | | | | |")
+            lines.append(f"| {r['runtime']} | {r['kind']} | failed: {r['error']} | | | | | | | | | |")
             continue
         d = r.get("digits") or {}
         digits = d.get("error") or ", ".join(f"{d[k]:.2f}" for k in ("fp32", "int8", "reference") if k in d)
@@ -72,7 +73,8 @@ def table(results: list[dict[str, Any]]) -> list[str]:
                 f"| {r['runtime']} {r['version']} | {r['kind']} | {r['fp32_mb']:.2f} | {r['int8_mb']:.2f} | "
                 f"{r['fp32_mb'] / r['int8_mb']:.2f} | {batch} | {found['fp32_ms']:.3g} | "
                 f"{found['int8_ms']:.3g} ({found['int8_low_ms']:.3g} … {found['int8_high_ms']:.3g}) | "
-                f"{found['faster']:.2f} | {r['nmse_fp32']:.1e} / {r['nmse_reference']:.1e} | "
+                f"{found['faster']:.2f} ({found['faster_low']:.2f} … {found['faster_high']:.2f}) | "
+                f"{found['cold']:.2f} | {r['nmse_fp32']:.1e} / {r['nmse_reference']:.1e} | "
                 f"{digits or '-'} |"
             )
     return lines

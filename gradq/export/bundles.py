@@ -223,7 +223,7 @@ def load(
         sample = _sample(manifest["inputs"], batch_size, sessions[names[0]])
         calls = {n: lambda s=s: s.run(None, sample) for n, s in sessions.items()}
         times = interleave(calls, seconds=seconds, min_rounds=3)
-        timings = {n: float(np.median(t)) for n, t in times.items()}
+        timings = {n: float(np.median([turn.ms for turn in turns])) for n, turns in times.items()}
         chosen = min(names, key=timings.__getitem__)
     else:
         chosen = names[0]
