@@ -15,6 +15,7 @@ There is no trellis: its search is one long chain of decisions.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradq.errors import KernelError
-from gradq.kernels.cuda_rotated_tail import decode_tail, encode_tail, window
+from gradq.kernels.cuda_rotated_tail import encode_tail, unrotated_tail, window
 from gradq.kernels.cuda_rotated_tools import (
     TWICE,
     add,
@@ -32,17 +33,18 @@ from gradq.kernels.cuda_rotated_tools import (
     index,
     inverse_unit,
     level,
+    load,
     negated,
+    places,
     sign_words,
     signed_unit,
+    store,
     swap,
     to_columns,
     transform,
-    unit,
 )
 from gradq.kernels.cuda_tools import (
     aligned,
-    as_bits,
     as_float,
     check,
     check_rows,
@@ -59,7 +61,11 @@ from gradq.kernels.rotated import COLUMNS, TILE, payload_bytes
 __all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
 
 _NUM_WARPS = 8  # a thread holds one element of [256], and has `swap` move the data once
-_REGISTERS = {False: 48, True: 64}  # of a thread that encodes, by whether it writes a residual
+# registers of a thread: of one that encodes, by whether it writes a residual, and of one that decodes, by
+# whether there is only one payload; a last tile would take more, and give full ones fewer threads
+_ENCODE_REGISTERS = {False: 48, True: 64}
+_DECODE_REGISTERS = {False: 64, True: 32}
+_FULL, _SHORT, _TAIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # a last tile of 256 rows; of fewer
 
 
 @jit
@@ -72,45 +78,84 @@ def _encode(
     codes_at: tl.tensor,
     loss_scale: tl.tensor,
     inverse_loss_scale: tl.tensor,
-    first: tl.tensor,
     left: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    factor: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     UNBIASED: tl.constexpr,
     READ: tl.constexpr,
     WRITE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    SHORT: tl.constexpr,
+    LAST: tl.constexpr,
 ) -> None:
-    """Encode the tiles from the first on; SHORT: one with only `left` elements in its 256 rows."""
-    tile = tl.program_id(0).to(tl.int64) + first
+    """Encode a tile; one with only `left` elements, if there is such a LAST, goes to the first program."""
+    if LAST == _FULL:
+        tile = tl.program_id(0).to(tl.int64)
+    else:
+        tile = (tl.program_id(0) + tl.num_programs(0) - 1).to(tl.int64) % tl.num_programs(0)
     if tile == 0:
         store_number(payload, base.to(tl.uint32), None, 4)
     x = move(x, tile * 4096, 16 if ALIGNED else 4)
     residual = move(residual, tile * 4096, 16 if ALIGNED else 4)
     new_residual = move(new_residual, tile * 4096, 16 if ALIGNED else 4)
     tile_key = mix32(base.to(tl.uint32) + tile.to(tl.uint32))
+    if LAST != _FULL and tl.program_id(0) == 0:
+        _encode_last(
+            x, residual, payload, codes_at, tile, tile_key, loss_scale, left, rows, size, factor,
+            BITS, LEVELS, UNBIASED, READ, ALIGNED, LAST,
+        )  # fmt: skip
+        if WRITE:
+            tl.debug_barrier()
+            _write_residual_of_last(
+                x, residual, new_residual, payload, codes_at, tile, tile_key, loss_scale, inverse_loss_scale,
+                left, rows, size, factor, BITS, LEVELS, ALIGNED, LAST,
+            )  # fmt: skip
+    else:
+        _encode_tile(
+            x, residual, payload, codes_at, tile, tile_key, loss_scale, left,
+            BITS, LEVELS, UNBIASED, READ, ALIGNED, False,
+        )  # fmt: skip
+        if WRITE:
+            tl.debug_barrier()
+            _write_residual(
+                x, residual, new_residual, payload, codes_at, tile, tile_key, loss_scale, inverse_loss_scale,
+                left, rows, size, factor, BITS, LEVELS, ALIGNED, _FULL,
+            )  # fmt: skip
 
-    # 1. values, and the exponent of the largest, 255 with NaN
-    at = _places()
-    values = ()
-    most = tl.zeros([256], tl.float32)
-    for k in tl.static_range(16):
-        value = _load(x, at + 16 * k, left, SHORT)
-        if READ:
-            value = value + _load(residual, at + 16 * k, left, SHORT) * loss_scale
-        most = tl.maximum(most, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
-        values = values + (value,)
-    exponent = (tl.max(as_bits(most).to(tl.int32), axis=0) >> 23) & 255
 
-    # 2. signs, unit, energy, transform
-    to_unit = unit(exponent)
+@jit
+def _encode_tile(
+    x: tl.tensor,
+    residual: tl.tensor,
+    payload: tl.tensor,
+    codes_at: tl.tensor,
+    tile: tl.tensor,
+    tile_key: tl.tensor,
+    loss_scale: tl.tensor,
+    left: tl.tensor,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SHORT: tl.constexpr,
+) -> None:
+    """Encode the tile of 256 rows that x and residual point to; SHORT: only `left` elements of it."""
+    # 1. values with their signs, unit, energy, transform
+    at = places()
     word = sign_words(tile_key)
-    z = signed_unit(values, word, exponent, to_unit)
-    energy = column_sums(z, z)
+    z = ()
+    for k in tl.static_range(16):
+        value = load(x, at + 16 * k, left, SHORT)
+        if READ:
+            value = value + load(residual, at + 16 * k, left, SHORT) * loss_scale
+        z = z + (negated(value, word, k),)
+    z, energy, exponent, to_unit = signed_unit(z)
     z = transform(swap(transform(z)))
 
-    # 3. codes and levels
+    # 2. codes and levels
     coded = energy >= 2.0**-120
     inverse = tl.where(coded, tl.div_rn(tl.full([16], 1.0, tl.float32), tl.sqrt_rn(energy)), 0.0)
     inverse = to_columns(inverse)
@@ -129,7 +174,7 @@ def _encode(
     if BITS & 1:
         _store_plane(packed, codes, 1, BITS & 6)
 
-    # 4. scales
+    # 3. scales
     if UNBIASED:
         scale = tl.div_rn(energy, inner)
         word16 = mix32(tile_key + (128 + tl.arange(0, 16)).to(tl.uint32)) & 0xFFFF
@@ -137,40 +182,79 @@ def _encode(
         scale = tl.div_rn(inner, column_sums(levels, levels)) * 0.00390625
         word16 = tl.full([16], 0x8000, tl.uint32)
     scale = tl.where(coded, scale * inverse_unit(to_unit), 0.0)
-    bits, scale, lost = bf16_scales(scale, word16, exponent)
+    bits = bf16_scales(scale, word16, exponent)
     store_number(payload + 4 + tile * 32 + 2 * tl.arange(0, 16), bits, None, 2)
 
-    # 5. what is lost; codes, x and the residual are read again, from the cache, which costs less than to
-    # keep what takes so many registers
-    if WRITE:
-        tl.debug_barrier()
-        decoded = transform(swap(transform(_levels(packed, BITS, LEVELS))))
-        scale = to_columns(scale)
-        for k in tl.static_range(16):
-            old = _load(residual, at + 16 * k, left, SHORT)
-            value = _load(x, at + 16 * k, left, SHORT) + old * loss_scale
-            error = (value - negated(decoded[k] * scale, word, k)) * inverse_loss_scale
-            _store(new_residual, at + 16 * k, tl.where(lost, old, error), left, SHORT)
 
-
-@jit
-def _load(numbers: tl.tensor, at: tl.tensor, left: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
-    return tl.load(numbers + at, mask=at < left, other=0.0) if SHORT else tl.load(numbers + at)
-
-
-@jit
-def _store(numbers: tl.tensor, at: tl.tensor, value: tl.tensor, left: tl.tensor, SHORT: tl.constexpr) -> None:
-    if SHORT:
-        tl.store(numbers + at, value, mask=at < left)
+@partial(jit, inline=False)
+def _encode_last(
+    x: tl.tensor,
+    residual: tl.tensor,
+    payload: tl.tensor,
+    codes_at: tl.tensor,
+    tile: tl.tensor,
+    tile_key: tl.tensor,
+    loss_scale: tl.tensor,
+    left: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    factor: tl.tensor,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    READ: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    KIND: tl.constexpr,
+) -> None:
+    if KIND == _TAIL:
+        encode_tail(
+            x, residual, payload, codes_at, tile, tile_key, loss_scale, left, rows, size, factor,
+            BITS, LEVELS, UNBIASED, READ,
+        )  # fmt: skip
     else:
-        tl.store(numbers + at, value)
+        _encode_tile(
+            x, residual, payload, codes_at, tile, tile_key, loss_scale, left,
+            BITS, LEVELS, UNBIASED, READ, ALIGNED, True,
+        )  # fmt: skip
 
 
 @jit
-def _places() -> tl.tensor:
-    """Where the first rows of the blocks of 16 stand, [256]."""
-    i = tl.arange(0, 256)
-    return (i >> 4) * 256 + (i & 15)
+def _write_residual(
+    x: tl.tensor,
+    residual: tl.tensor,
+    new_residual: tl.tensor,
+    payload: tl.tensor,
+    codes_at: tl.tensor,
+    tile: tl.tensor,
+    tile_key: tl.tensor,
+    loss_scale: tl.tensor,
+    inverse_loss_scale: tl.tensor,
+    left: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    factor: tl.tensor,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    KIND: tl.constexpr,
+) -> None:
+    """What an encoded tile has lost.
+
+    Codes, x and the residual are read again, from the cache: it costs less than to keep them in registers.
+    """
+    at = places()
+    decoded, scale = _decode(
+        payload, codes_at, tile, tile_key, left, rows, size, factor, BITS, LEVELS, ALIGNED, KIND
+    )
+    for k in tl.static_range(16):
+        old = load(residual, at + 16 * k, left, KIND != _FULL)
+        value = load(x, at + 16 * k, left, KIND != _FULL) + old * loss_scale
+        error = (value - decoded[k]) * inverse_loss_scale
+        error = tl.where(scale != scale, old, error)  # nothing was sent
+        store(new_residual, at + 16 * k, error, left, KIND != _FULL)
+
+
+_write_residual_of_last = jit(_write_residual.fn, inline=False)
 
 
 @jit
@@ -232,29 +316,71 @@ def _decode_mean(
     num_rows: tl.tensor,
     stride: tl.tensor,
     reciprocal: tl.tensor,
-    first: tl.tensor,
     left: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    factor: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     ALIGNED: tl.constexpr,
-    SHORT: tl.constexpr,
     SINGLE: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
+    LAST: tl.constexpr,
 ) -> None:
-    """Decode the tiles from the first on; SHORT: as for `_encode`."""
-    tile = tl.program_id(0).to(tl.int64) + first
+    """Decode a tile; see `_encode`."""
+    if LAST == _FULL:
+        tile = tl.program_id(0).to(tl.int64)
+    else:
+        tile = (tl.program_id(0) + tl.num_programs(0) - 1).to(tl.int64) % tl.num_programs(0)
     out = move(out, tile * 4096, 16 if ALIGNED else 4)
-    at = _places()
-    codes_at = codes_at + tile * (512 * BITS)
+    if LAST != _FULL and tl.program_id(0) == 0:
+        _mean_of_tile(
+            payloads, out, codes_at, num_rows, stride, reciprocal, tile, left, rows, size, factor,
+            BITS, LEVELS, ALIGNED, SINGLE, EXACT_RECIPROCAL, LAST,
+        )  # fmt: skip
+    else:
+        _mean_of_tile(
+            payloads, out, codes_at, num_rows, stride, reciprocal, tile, left, rows, size, factor,
+            BITS, LEVELS, ALIGNED, SINGLE, EXACT_RECIPROCAL, _FULL,
+        )  # fmt: skip
+
+
+@jit
+def _mean_of_tile(
+    payloads: tl.tensor,
+    out: tl.tensor,
+    codes_at: tl.tensor,
+    num_rows: tl.tensor,
+    stride: tl.tensor,
+    reciprocal: tl.tensor,
+    tile: tl.tensor,
+    left: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    factor: tl.tensor,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SINGLE: tl.constexpr,
+    EXACT_RECIPROCAL: tl.constexpr,
+    KIND: tl.constexpr,
+) -> None:
     if SINGLE:
-        total = _decode(payloads, tile, codes_at, BITS, LEVELS, ALIGNED)
+        tile_key = mix32(load_number(payloads, None, 4) + tile.to(tl.uint32))
+        total, _ = _decode(
+            payloads, codes_at, tile, tile_key, left, rows, size, factor, BITS, LEVELS, ALIGNED, KIND
+        )
     else:
         zero = tl.full([256], -1.0, tl.float32) * 0.0  # -0, which Triton knows no constant of: -0 + v is v
         total = (zero, zero, zero, zero) * 4
         for _ in range(num_rows):
-            decoded = _decode(payloads, tile, codes_at, BITS, LEVELS, ALIGNED)
-            total = add(total, decoded)
+            tile_key = mix32(load_number(payloads, None, 4) + tile.to(tl.uint32))
+            values, _ = _decode(
+                payloads, codes_at, tile, tile_key, left, rows, size, factor, BITS, LEVELS, ALIGNED, KIND
+            )
+            total = add(total, values)
             payloads = payloads + stride.to(tl.int64)
+    at = places()
     for k in tl.static_range(16):
         mean = total[k]
         if not SINGLE:
@@ -262,28 +388,41 @@ def _decode_mean(
                 mean = mean * reciprocal
             else:
                 mean = tl.div_rn(mean, tl.zeros([256], tl.float32) + num_rows.to(tl.float32))
-        _store(out, at + 16 * k, mean, left, SHORT)
+        store(out, at + 16 * k, mean, left, KIND != _FULL)
 
 
 @jit
 def _decode(
     payload: tl.tensor,
-    tile: tl.tensor,
     codes_at: tl.tensor,
+    tile: tl.tensor,
+    tile_key: tl.tensor,
+    left: tl.tensor,
+    rows: tl.tensor,
+    size: tl.tensor,
+    factor: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    KIND: tl.constexpr,
 ) -> tl.tensor:
-    """Sixteen [256] of values."""
-    packed = move(payload, codes_at, 4 if ALIGNED else 1) + tl.arange(0, 256)
-    word = sign_words(mix32(load_number(payload, None, 4) + tile.to(tl.uint32)))
+    """The values of a tile, [h, column], and their scales, [256]."""
     column = tl.arange(0, 256) & 15
+    if KIND == _TAIL:
+        column = column * ((left + 255) // 256) // 16
     scale = as_float(load_number(payload + 4 + tile * 32 + 2 * column, None, 2) << 16)
-    z = transform(swap(transform(_levels(packed, BITS, LEVELS))))
+    if KIND == _TAIL:
+        z = unrotated_tail(
+            payload + codes_at + tile * (512 * BITS), tile_key, rows, size, factor, BITS, LEVELS
+        )
+    else:
+        packed = move(payload, codes_at + tile * (512 * BITS), 4 if ALIGNED else 1) + tl.arange(0, 256)
+        z = transform(swap(transform(_levels(packed, BITS, LEVELS))))
+    word = sign_words(tile_key)
     values = ()
     for k in tl.static_range(16):
         values = values + (negated(z[k] * scale, word, k),)
-    return values
+    return values, scale
 
 
 def rotated_encode(
@@ -312,7 +451,6 @@ def rotated_encode(
     check(payload, torch.uint8, payload_bytes(n, num_bits), device)
     old = x if residual is None else check(residual, torch.float32, n, device)
     new = x if new_residual is None else check(new_residual, torch.float32, n, device)
-    scales = float(loss_scale), 1.0 / loss_scale
     how: dict[str, Any] = {
         "BITS": num_bits,
         "LEVELS": constants(num_bits),
@@ -320,17 +458,10 @@ def rotated_encode(
         "READ": residual is not None,
         "WRITE": new_residual is not None,
     }
-    tiles = {"num_warps": _NUM_WARPS, "maxnreg": _REGISTERS[new_residual is not None]}
-    args = (x, old, new, payload, signed32(base), _codes_at(n), *scales)
-    if full := n // TILE:
-        at_16 = aligned(x, old, new) and _codes_aligned(payload, 0, n)
-        form = {"ALIGNED": at_16, "SHORT": False} | tiles
-        launch(_encode, full, x, *args, 0, TILE, **form, **how)
-    if n % TILE > TILE - COLUMNS:
-        form = {"ALIGNED": False, "SHORT": True} | tiles
-        launch(_encode, 1, x, *args, full, n % TILE, **form, **how)
-    elif n % TILE:
-        launch(encode_tail, 1, x, *args, n, *window(n), num_warps=2 * _NUM_WARPS, **how)
+    can = aligned(x, old, new) and _codes_aligned(payload, 0, n)
+    form = {"ALIGNED": can, "num_warps": _NUM_WARPS, "maxnreg": _ENCODE_REGISTERS[new_residual is not None]}
+    args = (x, old, new, payload, signed32(base), _codes_at(n), float(loss_scale), 1.0 / loss_scale)
+    launch(_encode, -(-n // TILE), x, *args, n % TILE, *window(n), LAST=_last(n), **form, **how)
 
 
 def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
@@ -350,15 +481,17 @@ def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis
         "LEVELS": constants(num_bits),
         "EXACT_RECIPROCAL": num_rows & (num_rows - 1) == 0,
     }
+    single, can = num_rows == 1, aligned(out) and _codes_aligned(payloads, stride, n)
+    form = {"SINGLE": single, "ALIGNED": can, "num_warps": _NUM_WARPS, "maxnreg": _DECODE_REGISTERS[single]}
     args = (payloads, out, _codes_at(n), num_rows, stride, 1.0 / num_rows)
-    form: dict[str, Any] = {"SINGLE": num_rows == 1, "num_warps": _NUM_WARPS}
-    if full := n // TILE:
-        at_16 = aligned(out) and _codes_aligned(payloads, stride, n)
-        launch(_decode_mean, full, out, *args, 0, TILE, ALIGNED=at_16, SHORT=False, **form, **how)
-    if n % TILE > TILE - COLUMNS:
-        launch(_decode_mean, 1, out, *args, full, n % TILE, ALIGNED=False, SHORT=True, **form, **how)
-    elif n % TILE:
-        launch(decode_tail, 1, out, *args, n, *window(n), num_warps=_NUM_WARPS, **how)
+    launch(_decode_mean, -(-n // TILE), out, *args, n % TILE, *window(n), LAST=_last(n), **form, **how)
+
+
+def _last(n: int) -> int:
+    """What the last tile is."""
+    if n % TILE == 0:
+        return int(_FULL.value)
+    return int((_SHORT if n % TILE > TILE - COLUMNS else _TAIL).value)
 
 
 def _codes_at(n: int) -> int:

@@ -20,11 +20,17 @@ __all__ = [
     "constants",
     "index",
     "inverse_unit",
+    "joined",
     "level",
+    "load",
     "negated",
+    "parted",
+    "places",
     "sign_words",
     "signed_unit",
     "split",
+    "stage",
+    "store",
     "swap",
     "to_columns",
     "transform",
@@ -45,7 +51,7 @@ def constants(num_bits: int) -> tuple[float, ...]:
 
 
 @jit
-def _stage(z: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
+def stage(z: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
     """Sums and differences at a distance."""
     after = ()
     for k in tl.static_range(16):
@@ -56,17 +62,17 @@ def _stage(z: tl.tensor, DISTANCE: tl.constexpr) -> tl.tensor:
 @jit
 def transform(z: tl.tensor) -> tl.tensor:
     """Four stages of the transform, over the sixteen."""
-    return _stage(_stage(_stage(_stage(z, 1), 2), 4), 8)
+    return stage(stage(stage(stage(z, 1), 2), 4), 8)
 
 
 @jit
-def _joined(parts: tl.tensor) -> tl.tensor:
+def joined(parts: tl.tensor) -> tl.tensor:
     """Sixteen [256] to [256, 16]."""
     for step in tl.static_range(4):
-        joined = ()
+        pairs = ()
         for k in tl.static_range(8 >> step):
-            joined = joined + (tl.join(parts[k], parts[k + (8 >> step)]),)
-        parts = joined
+            pairs = pairs + (tl.join(parts[k], parts[k + (8 >> step)]),)
+        parts = pairs
     return tl.reshape(parts[0], [256, 16])
 
 
@@ -86,7 +92,7 @@ def split(whole: tl.tensor, STEPS: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def _parted(whole: tl.tensor) -> tl.tensor:
+def parted(whole: tl.tensor) -> tl.tensor:
     """[M, 16] to sixteen [M]."""
     return split(tl.reshape(whole, [whole.shape[0], 2, 2, 2, 2]), 4)
 
@@ -94,8 +100,8 @@ def _parted(whole: tl.tensor) -> tl.tensor:
 @jit
 def swap(z: tl.tensor) -> tl.tensor:
     """From one form to the other, through shared memory."""
-    whole = tl.reshape(_joined(z), [16, 16, 16])
-    return _parted(tl.reshape(tl.permute(whole, [2, 1, 0]), [256, 16]))
+    whole = tl.reshape(joined(z), [16, 16, 16])
+    return parted(tl.reshape(tl.permute(whole, [2, 1, 0]), [256, 16]))
 
 
 @jit
@@ -108,13 +114,14 @@ def column_sums(a: tl.tensor, b: tl.tensor) -> tl.tensor:
             total = fused(a[k + 4 * i], b[k + 4 * i], total)
         sums = sums + (total,)
     by_sixteen = (sums[0] + sums[1]) + (sums[2] + sums[3])
-    parts = _parted(tl.permute(tl.reshape(by_sixteen, [16, 16]), [1, 0]))
-    for step in tl.static_range(4):
+    by_block = tl.reshape(tl.permute(tl.reshape(by_sixteen, [8, 2, 16]), [1, 2, 0]), [32, 2, 2, 2])
+    parts = split(by_block, 3)
+    for step in tl.static_range(3):
         halves = ()
-        for k in tl.static_range(8 >> step):
-            halves = halves + (parts[k] + parts[k + (8 >> step)],)
+        for k in tl.static_range(4 >> step):
+            halves = halves + (parts[k] + parts[k + (4 >> step)],)
         parts = halves
-    return parts[0]
+    return tl.sum(tl.reshape(parts[0], [2, 16]), axis=0)
 
 
 @jit
@@ -130,6 +137,31 @@ def add(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     for k in tl.static_range(16):
         sums = sums + (a[k] + b[k],)
     return sums
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+@jit
+def places() -> tl.tensor:
+    """Where the first rows of the blocks of 16 stand, [256]."""
+    i = tl.arange(0, 256)
+    return (i >> 4) * 256 + (i & 15)
+
+
+@jit
+def load(numbers: tl.tensor, at: tl.tensor, left: tl.tensor, SHORT: tl.constexpr) -> tl.tensor:
+    """Numbers of a tile; SHORT: only the first `left`, then zeros."""
+    return tl.load(numbers + at, mask=at < left, other=0.0) if SHORT else tl.load(numbers + at)
+
+
+@jit
+def store(numbers: tl.tensor, at: tl.tensor, value: tl.tensor, left: tl.tensor, SHORT: tl.constexpr) -> None:
+    """As `load`."""
+    if SHORT:
+        tl.store(numbers + at, value, mask=at < left)
+    else:
+        tl.store(numbers + at, value)
 
 
 # --- elements ------------------------------------------------------------------------------------------
@@ -150,18 +182,29 @@ def negated(z: tl.tensor, words: tl.tensor, K: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def signed_unit(values: tl.tensor, words: tl.tensor, exponent: tl.tensor, to_unit: tl.tensor) -> tl.tensor:
-    """Sixteen values with their signs, times to_unit; zeros with NaN, Inf or denormals."""
-    z = ()
-    for k in tl.static_range(16):
-        z = z + (negated(values[k], words, k),)
-    if (exponent < 87) | (exponent >= 167):
+def signed_unit(z: tl.tensor) -> tl.tensor:
+    """Values with signs, of moderate size or scaled to it; energies [16]; the largest's exponent; unit.
+
+    The energies show most tiles to be moderate. Others, and those with NaN (exponent 255), are looked at
+    element by element; with NaN, Inf or denormals only they are zeros.
+    """
+    energy = column_sums(z, z)
+    most = tl.max((as_bits(energy) & 0x7FFFFFFF).to(tl.int32), axis=0)
+    exponent = 127 + tl.zeros_like(most)
+    to_unit = 1.0 + tl.zeros_like(most).to(tl.float32)
+    if (most < ((127 - 70) << 23)) | (most >= ((127 + 78) << 23)):  # root, over 256 rows: 2**-39 ... 2**39
+        largest = tl.zeros([256], tl.int32)
+        for k in tl.static_range(16):
+            largest = tl.maximum(largest, (as_bits(z[k]) & 0x7FFFFFFF).to(tl.int32))
+        exponent = tl.max(largest, axis=0) >> 23
+        to_unit = unit(exponent)
         usable = (exponent > 0) & (exponent < 255)
         scaled = ()
         for k in tl.static_range(16):
             scaled = scaled + (tl.where(usable, z[k] * to_unit, 0.0),)
         z = scaled
-    return z
+        energy = column_sums(z, z)
+    return z, energy, exponent, to_unit
 
 
 @jit
@@ -179,11 +222,25 @@ def unit(exponent: tl.tensor) -> tl.tensor:
 
 
 @jit
+def _polynomial(
+    x: tl.tensor, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C3: tl.constexpr
+) -> tl.tensor:
+    """c0 + c1 x + c2 x² + c3 x³ of finite x; without last coefficients of 0, which change nothing."""
+    value = tl.full(x.shape, C0, tl.float32)
+    if C3 != 0:
+        value = fused(x, fused(x, fused(x, C3, C2), C1), C0)
+    elif C2 != 0:
+        value = fused(x, fused(x, C2, C1), C0)
+    elif C1 != 0:
+        value = fused(x, C1, C0)
+    return value
+
+
+@jit
 def index(y: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
     """Codes of normalized values."""
     y = tl.minimum(tl.maximum(y, -LEVELS[0]), LEVELS[0])
-    y2 = y * y
-    slope = fused(y2, fused(y2, fused(y2, LEVELS[4], LEVELS[3]), LEVELS[2]), LEVELS[1])
+    slope = _polynomial(y * y, LEVELS[1], LEVELS[2], LEVELS[3], LEVELS[4])
     return fused(y, slope, 1.0 * (1 << (BITS - 1))).to(tl.int32)
 
 
@@ -191,15 +248,13 @@ def index(y: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
 def level(twice: tl.tensor, BITS: tl.constexpr, LEVELS: tl.constexpr) -> tl.tensor:
     """Levels of codes, given twice the codes plus TWICE."""
     m = as_float(twice.to(tl.uint32)) - (4194304.0 + ((1 << BITS) - 1) / 2)
-    m2 = m * m
-    return m * fused(m2, fused(m2, fused(m2, LEVELS[8], LEVELS[7]), LEVELS[6]), LEVELS[5])
+    return m * _polynomial(m * m, LEVELS[5], LEVELS[6], LEVELS[7], LEVELS[8])
 
 
 @jit
 def bf16_scales(scale: tl.tensor, word: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """Scales rounded by 16-bit words: their bits and values [G], and whether the tile is lost."""
+    """The bits of scales rounded by 16-bit words, [G]; NaN if the tile cannot be sent."""
     bits = tl.where(scale < 2.0**-126, 0, (as_bits(scale) + word) >> 16).to(tl.uint32)
-    value = as_float(bits << 16)
-    overflow = (as_bits(value * 4096.0) & 0x7FFFFFFF) >= 0x7F800000
+    overflow = (as_bits(as_float(bits << 16) * 4096.0) & 0x7FFFFFFF) >= 0x7F800000
     lost = (tl.max(overflow.to(tl.int32), axis=0) > 0) | (exponent == 255)
-    return tl.where(lost, 0x7FC0, bits).to(tl.uint32), value, lost
+    return tl.where(lost, 0x7FC0, bits).to(tl.uint32)

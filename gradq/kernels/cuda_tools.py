@@ -43,11 +43,16 @@ __all__ = [
 ]
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Compile with Triton on first use: one form a set of constants, whatever the values and addresses."""
+def jit(function: Callable[..., Any], *, inline: bool = True) -> Any:
+    """Compile with Triton on first use: one form a set of constants, whatever the values and addresses.
+
+    Args:
+        function: a kernel, or what a kernel calls.
+        inline: False for a function whose code is to stand apart from its callers'.
+    """
     parameters = inspect.signature(function).parameters.values()
     changing = [p.name for p in parameters if "constexpr" not in str(p.annotation)]
-    return triton.jit(function, do_not_specialize=changing)
+    return triton.jit(function, do_not_specialize=changing, noinline=not inline)
 
 
 def interpreted() -> bool:

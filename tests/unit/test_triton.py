@@ -35,7 +35,7 @@ def test_the_interpreter_equals_the_reference():
     assert int(passed[1]) > 40
 
 
-def ptx(kernel, capability: int, **constants: object) -> str:
+def ptx(kernel, capability: int, num_warps: int = 4, **constants: object) -> str:
     """What a kernel compiles to for a GPU that need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -46,7 +46,7 @@ def ptx(kernel, capability: int, **constants: object) -> str:
         for name in kernel.arg_names
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": 4, "enable_fp_fusion": False}
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 0
     return compiled.asm["ptx"]
@@ -60,13 +60,14 @@ def assert_rounds_as_ieee(text: str, *, num_fused: int = 0) -> None:
 
 
 UNIFORM = {"N": 16, "M": 32, "BLOCK": 256, "BITS": 4, "KIND": 1, "ALIGNED": 4}
+SUMS = 2 * 32  # fused products of a thread with 32 elements, of whole blocks and of a shorter one
 
 
 def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
     from gradq.kernels import cuda_uniform
 
     text = ptx(cuda_uniform._decode_mean, 80, **UNIFORM, EXACT_RECIPROCAL=False)
-    assert_rounds_as_ieee(text)
+    assert_rounds_as_ieee(text, num_fused=SUMS)
     assert "div.rn.f32" in text
     assert "st.global.v4" in text, "results are not written 16 bytes at a time"
 
@@ -74,7 +75,7 @@ def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_and_rounds_as_the_reference(capability):
-    from gradq.kernels import cuda, cuda_rotated, cuda_rotated_tail, cuda_uniform
+    from gradq.kernels import cuda, cuda_rotated, cuda_uniform
     from gradq.kernels.cuda_rotated_tools import constants
 
     feedback = {"READ": True, "WRITE": True}
@@ -83,22 +84,20 @@ def test_every_kernel_compiles_and_rounds_as_the_reference(capability):
         text = ptx(cuda_uniform._encode, capability, **form, STOCHASTIC=stochastic, **feedback)
         assert_rounds_as_ieee(text)
         assert "ld.global.v4" in text
-        assert_rounds_as_ieee(ptx(cuda_uniform._decode_mean, capability, **form, EXACT_RECIPROCAL=True))
-    index, level, total = 4 * 32, 3 * 32, 4 * 3 * 2  # fused products of a thread with 32 elements
-    full = {"ALIGNED": True, "SHORT": False}
-    for num_bits, unbiased in ((3, True), (4, False)):
-        form = {"BITS": num_bits, "LEVELS": constants(num_bits)}
-        encode = form | feedback | {"UNBIASED": unbiased}
-        text = ptx(cuda_rotated._encode, capability, **encode, **full)
-        assert_rounds_as_ieee(text, num_fused=index + 2 * level + (2 if unbiased else 3) * total)
+        text = ptx(cuda_uniform._decode_mean, capability, **form, EXACT_RECIPROCAL=True)
+        assert_rounds_as_ieee(text, num_fused=SUMS if kind else 0)
+    level, total = 3 * 16, 4 * 3  # fused products of a thread with 16 elements
+    for num_bits, unbiased, last in ((4, True, 0), (4, False, 1), (3, True, 2)):
+        form = {"BITS": num_bits, "LEVELS": constants(num_bits), "ALIGNED": True, "LAST": last}
+        index, tiles = num_bits * 16, 2 if last == 1 else 1  # the last coefficient of three bits is 0
+        encode = feedback | {"UNBIASED": unbiased}
+        text = ptx(cuda_rotated._encode, capability, 8, **form, **encode)
+        fused = tiles * (index + 2 * level + (3 if unbiased else 4) * total)
+        assert_rounds_as_ieee(text, num_fused=fused + (index + 3 * level if last == 2 else 0))
         assert "sqrt.rn.f32" in text
-        text = ptx(cuda_rotated_tail.encode_tail, capability, **encode)
-        assert_rounds_as_ieee(text, num_fused=index + level)
-        decode = form | {"EXACT_RECIPROCAL": unbiased}
-        text = ptx(cuda_rotated._decode_mean, capability, **decode, **full, SINGLE=not unbiased)
-        assert_rounds_as_ieee(text, num_fused=level)
-        text = ptx(cuda_rotated_tail.decode_tail, capability, **decode)
-        assert_rounds_as_ieee(text, num_fused=level)
+        decode = {"EXACT_RECIPROCAL": unbiased, "SINGLE": not unbiased}
+        text = ptx(cuda_rotated._decode_mean, capability, 8, **form, **decode)
+        assert_rounds_as_ieee(text, num_fused=3 * level if last == 2 else level)
     POINTERS["payloads"] = "*fp32"
     assert_rounds_as_ieee(ptx(cuda._exact_mean, capability, ELEMENTS=1024, DOUBLE=False))
     POINTERS["payloads"] = "*u8"
