@@ -116,6 +116,9 @@ def main() -> None:
             path = folder / f"{len(contenders)}.onnx"
             export.onnx(prepared(**made), path)
             contenders[what] = session(path)
+            if what == "s8 activations":
+                allowed = entry("session.qdqisint8allowed", "1")
+                contenders["s8 activations, session.qdqisint8allowed"] = session(path, allowed)
         clock = time.thread_time if args.clock == "cpu" else time.perf_counter
         for batch in args.batches:
             x = inputs(batch).numpy()

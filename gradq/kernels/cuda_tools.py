@@ -8,7 +8,8 @@ has bits of its own. Those of scales are written as integers and are equal on th
 NaN, whatever its bits.
 
 On a CPU the kernels run in Triton's interpreter only, for tests: TRITON_INTERPRET=1 must be set before triton
-is first imported. Run on an H100 with torch 2.11 and Triton 3.6: `pytest -m gpu tests/gpu`.
+is first imported. Run on an H100 with torch 2.11 and Triton 3.6: `pytest -m gpu tests/gpu`; what has changed
+since and was not run there says so.
 """
 
 from __future__ import annotations

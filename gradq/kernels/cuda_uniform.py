@@ -4,6 +4,8 @@ A program takes some blocks. A block of P elements (its length padded to 8) is c
 E = P / 8: planes of 4, 2 and 1 bits put elements into a byte that are P/2, P/4 or P/8 apart, so they are the
 same place in different octants, and packing needs no exchange between threads. Octants are tensors [N, M]: N
 blocks, M >= E a power of two. The last block, if it is shorter, has a program of its own.
+
+The decoder's sums in their present form were not run on a GPU, only in Triton's interpreter.
 """
 
 # Triton unrolls loops over tuples, and a tuple grows by a sum.

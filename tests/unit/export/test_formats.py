@@ -124,8 +124,8 @@ def test_every_kind_of_layer(name, target, tmp_path):
         close(got, want, share=0.99, tolerance=5e-2 if target == "edge-int4" else 2e-3)
     unexpected = export.operators(path).unexpected
     if target == "arm" and export.features() == "x86-vnni":
-        # there ONNX Runtime 1.32 leaves s8 activations in float, right but slow, unless a session asks for
-        # session.qdqisint8allowed
+        # there ONNX Runtime 1.32 leaves s8 activations in float: right, but slow. With
+        # session.qdqisint8allowed it does not, and is slower still (benchmarks/results/int8_tuning.md)
         unexpected = [name for name in unexpected if "on a dequantized weight" not in name]
     assert not unexpected
 
