@@ -90,7 +90,11 @@ def _encode(
     ALIGNED: tl.constexpr,
     LAST: tl.constexpr,
 ) -> None:
-    """Encode a tile; one with only `left` elements, if there is such a LAST, goes to the first program."""
+    """Encode a tile; one with only `left` elements, if there is such a LAST, goes to the first program.
+
+    left, rows, size, factor: of the last tile; other functions take them together.
+    """
+    last = left, rows, size, factor
     if LAST == _FULL:
         tile = tl.program_id(0).to(tl.int64)
     else:
@@ -103,14 +107,14 @@ def _encode(
     tile_key = mix32(base.to(tl.uint32) + tile.to(tl.uint32))
     if LAST != _FULL and tl.program_id(0) == 0:
         _encode_last(
-            x, residual, payload, codes_at, tile, tile_key, loss_scale, left, rows, size, factor,
+            x, residual, payload, codes_at, tile, tile_key, loss_scale, last,
             BITS, LEVELS, UNBIASED, READ, ALIGNED, LAST,
         )  # fmt: skip
         if WRITE:
             tl.debug_barrier()
             _write_residual_of_last(
                 x, residual, new_residual, payload, codes_at, tile, tile_key, loss_scale, inverse_loss_scale,
-                left, rows, size, factor, BITS, LEVELS, ALIGNED, LAST,
+                last, BITS, LEVELS, ALIGNED, LAST,
             )  # fmt: skip
     else:
         _encode_tile(
@@ -121,7 +125,7 @@ def _encode(
             tl.debug_barrier()
             _write_residual(
                 x, residual, new_residual, payload, codes_at, tile, tile_key, loss_scale, inverse_loss_scale,
-                left, rows, size, factor, BITS, LEVELS, ALIGNED, _FULL,
+                last, BITS, LEVELS, ALIGNED, _FULL,
             )  # fmt: skip
 
 
@@ -195,10 +199,7 @@ def _encode_last(
     tile: tl.tensor,
     tile_key: tl.tensor,
     loss_scale: tl.tensor,
-    left: tl.tensor,
-    rows: tl.tensor,
-    size: tl.tensor,
-    factor: tl.tensor,
+    last: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     UNBIASED: tl.constexpr,
@@ -208,12 +209,12 @@ def _encode_last(
 ) -> None:
     if KIND == _TAIL:
         encode_tail(
-            x, residual, payload, codes_at, tile, tile_key, loss_scale, left, rows, size, factor,
+            x, residual, payload, codes_at, tile, tile_key, loss_scale, last,
             BITS, LEVELS, UNBIASED, READ,
         )  # fmt: skip
     else:
         _encode_tile(
-            x, residual, payload, codes_at, tile, tile_key, loss_scale, left,
+            x, residual, payload, codes_at, tile, tile_key, loss_scale, last[0],
             BITS, LEVELS, UNBIASED, READ, ALIGNED, True,
         )  # fmt: skip
 
@@ -229,10 +230,7 @@ def _write_residual(
     tile_key: tl.tensor,
     loss_scale: tl.tensor,
     inverse_loss_scale: tl.tensor,
-    left: tl.tensor,
-    rows: tl.tensor,
-    size: tl.tensor,
-    factor: tl.tensor,
+    last: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -243,15 +241,13 @@ def _write_residual(
     Codes, x and the residual are read again, from the cache: it costs less than to keep them in registers.
     """
     at = places()
-    decoded, scale = _decode(
-        payload, codes_at, tile, tile_key, left, rows, size, factor, BITS, LEVELS, ALIGNED, KIND
-    )
+    decoded, scale = _decode(payload, codes_at, tile, tile_key, last, BITS, LEVELS, ALIGNED, KIND)
     for k in tl.static_range(16):
-        old = load(residual, at + 16 * k, left, KIND != _FULL)
-        value = load(x, at + 16 * k, left, KIND != _FULL) + old * loss_scale
+        old = load(residual, at + 16 * k, last[0], KIND != _FULL)
+        value = load(x, at + 16 * k, last[0], KIND != _FULL) + old * loss_scale
         error = (value - decoded[k]) * inverse_loss_scale
         error = tl.where(scale != scale, old, error)  # nothing was sent
-        store(new_residual, at + 16 * k, error, left, KIND != _FULL)
+        store(new_residual, at + 16 * k, error, last[0], KIND != _FULL)
 
 
 _write_residual_of_last = jit(_write_residual.fn, inline=False)
@@ -328,6 +324,7 @@ def _decode_mean(
     LAST: tl.constexpr,
 ) -> None:
     """Decode a tile; see `_encode`."""
+    last = left, rows, size, factor
     if LAST == _FULL:
         tile = tl.program_id(0).to(tl.int64)
     else:
@@ -335,12 +332,12 @@ def _decode_mean(
     out = move(out, tile * 4096, 16 if ALIGNED else 4)
     if LAST != _FULL and tl.program_id(0) == 0:
         _mean_of_tile(
-            payloads, out, codes_at, num_rows, stride, reciprocal, tile, left, rows, size, factor,
+            payloads, out, codes_at, num_rows, stride, reciprocal, tile, last,
             BITS, LEVELS, ALIGNED, SINGLE, EXACT_RECIPROCAL, LAST,
         )  # fmt: skip
     else:
         _mean_of_tile(
-            payloads, out, codes_at, num_rows, stride, reciprocal, tile, left, rows, size, factor,
+            payloads, out, codes_at, num_rows, stride, reciprocal, tile, last,
             BITS, LEVELS, ALIGNED, SINGLE, EXACT_RECIPROCAL, _FULL,
         )  # fmt: skip
 
@@ -354,10 +351,7 @@ def _mean_of_tile(
     stride: tl.tensor,
     reciprocal: tl.tensor,
     tile: tl.tensor,
-    left: tl.tensor,
-    rows: tl.tensor,
-    size: tl.tensor,
-    factor: tl.tensor,
+    last: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -367,17 +361,13 @@ def _mean_of_tile(
 ) -> None:
     if SINGLE:
         tile_key = mix32(load_number(payloads, None, 4) + tile.to(tl.uint32))
-        total, _ = _decode(
-            payloads, codes_at, tile, tile_key, left, rows, size, factor, BITS, LEVELS, ALIGNED, KIND
-        )
+        total, _ = _decode(payloads, codes_at, tile, tile_key, last, BITS, LEVELS, ALIGNED, KIND)
     else:
         zero = tl.full([256], -1.0, tl.float32) * 0.0  # -0, which Triton knows no constant of: -0 + v is v
         total = (zero, zero, zero, zero) * 4
         for _ in range(num_rows):
             tile_key = mix32(load_number(payloads, None, 4) + tile.to(tl.uint32))
-            values, _ = _decode(
-                payloads, codes_at, tile, tile_key, left, rows, size, factor, BITS, LEVELS, ALIGNED, KIND
-            )
+            values, _ = _decode(payloads, codes_at, tile, tile_key, last, BITS, LEVELS, ALIGNED, KIND)
             total = add(total, values)
             payloads = payloads + stride.to(tl.int64)
     at = places()
@@ -388,7 +378,7 @@ def _mean_of_tile(
                 mean = mean * reciprocal
             else:
                 mean = tl.div_rn(mean, tl.zeros([256], tl.float32) + num_rows.to(tl.float32))
-        store(out, at + 16 * k, mean, left, KIND != _FULL)
+        store(out, at + 16 * k, mean, last[0], KIND != _FULL)
 
 
 @jit
@@ -397,10 +387,7 @@ def _decode(
     codes_at: tl.tensor,
     tile: tl.tensor,
     tile_key: tl.tensor,
-    left: tl.tensor,
-    rows: tl.tensor,
-    size: tl.tensor,
-    factor: tl.tensor,
+    last: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -409,12 +396,10 @@ def _decode(
     """The values of a tile, [h, column], and their scales, [256]."""
     column = tl.arange(0, 256) & 15
     if KIND == _TAIL:
-        column = column * ((left + 255) // 256) // 16
+        column = column * ((last[0] + 255) // 256) // 16
     scale = as_float(load_number(payload + 4 + tile * 32 + 2 * column, None, 2) << 16)
     if KIND == _TAIL:
-        z = unrotated_tail(
-            payload + codes_at + tile * (512 * BITS), tile_key, rows, size, factor, BITS, LEVELS
-        )
+        z = unrotated_tail(payload + codes_at + tile * (512 * BITS), tile_key, last, BITS, LEVELS)
     else:
         packed = move(payload, codes_at + tile * (512 * BITS), 4 if ALIGNED else 1) + tl.arange(0, 256)
         z = transform(swap(transform(_levels(packed, BITS, LEVELS))))

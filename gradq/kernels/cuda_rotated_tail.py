@@ -274,16 +274,14 @@ def encode_tail(
     tile: tl.tensor,
     tile_key: tl.tensor,
     loss_scale: tl.tensor,
-    left: tl.tensor,
-    rows: tl.tensor,
-    size: tl.tensor,
-    factor: tl.tensor,
+    last: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
     UNBIASED: tl.constexpr,
     READ: tl.constexpr,
 ) -> None:
-    """As `cuda_rotated._encode_tile`, of `left` elements."""
+    """As `cuda_rotated._encode_tile`; last: its number of elements, and what `window` gives."""
+    left, rows, size, factor = last
     groups = (left + 255) // 256
     gain = tl.where(size == rows, rows, 1).to(tl.float32)
     second = _second_signs(tile_key + 256)
@@ -346,12 +344,11 @@ def encode_tail(
 def unrotated_tail(
     packed: tl.tensor,
     tile_key: tl.tensor,
-    rows: tl.tensor,
-    size: tl.tensor,
-    factor: tl.tensor,
+    last: tl.tensor,
     BITS: tl.constexpr,
     LEVELS: tl.constexpr,
 ) -> tl.tensor:
-    """The levels at packed, transformed back, [h, column]."""
-    first, last = _levels(packed, rows, 0, BITS, LEVELS), _levels(packed, rows, rows - size, BITS, LEVELS)
-    return _unrotate(first, last, _second_signs(tile_key + 256), rows, size, factor)
+    """The levels at packed, transformed back, [h, column]; last: as for `encode_tail`."""
+    _, rows, size, factor = last
+    first, front = _levels(packed, rows, 0, BITS, LEVELS), _levels(packed, rows, rows - size, BITS, LEVELS)
+    return _unrotate(first, front, _second_signs(tile_key + 256), rows, size, factor)
