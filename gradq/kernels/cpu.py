@@ -1,11 +1,13 @@
 """The Numba kernels: one pass over memory, byte for byte what `gradq.kernels.reference` writes.
 
-A block at a time, in scratch that stays in the L1 cache: add the residual and find absmax, round to one byte
-a code, pack the bytes. L elements in a block, P = L padded to 8, W rows; `_at` is an address, 0 for none.
+A few blocks at a time, in scratch that stays in the L1 cache: add the residual and find absmax, round to
+one byte a code, pack the bytes. L elements in a block, P = L padded to 8, W rows; `_at` is an address, 0 for
+none.
 
 What makes them fast. Every operand is cast to 32 bits (Numba widens to 64). Kernels take addresses: a call
-with six arrays costs more than a short segment. Loops over a constant length compile to far better code, so
-the usual block size has its own copy, by inlining. Outputs nobody reads soon are written past the cache.
+with six arrays costs more than a short segment. Loops over a constant length compile to far better code,
+so the usual block sizes have their own copies, by inlining. Outputs nobody reads soon are written past the
+cache.
 
 What keeps them right. No fast-math: NaN, Inf and the reference's rounding survive. absmax is the greatest bit
 pattern: integers have no NaN to lose.
@@ -34,10 +36,14 @@ from gradq.kernels.numba_tools import (
     jit,
     keep,
     mix32,
+    pack,
+    pack_words,
     row_addresses,
     u8_at,
     u16_at,
     u32_at,
+    unpack,
+    unpack_words,
 )
 
 __all__ = [
@@ -53,7 +59,8 @@ __all__ = [
 _MASK32 = 0xFFFFFFFF
 _FP32, _BF16, _FP16 = 0, 1, 2
 _KIND = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16}
-_USUAL = 256  # the block size with loops of its own
+_USUAL, _SMALL = 256, 64  # the block sizes with loops of their own
+_TOGETHER, _WITH_FEEDBACK = 1024, 256  # elements of the blocks that are encoded together
 _STREAM_FROM = 4096  # from this many elements outputs are written past the cache
 _TILE = 1024  # elements of an exact mean that stay in the L1 cache
 
@@ -157,70 +164,26 @@ def _store_scale(at: Any, kind: Any, absmax: Any, qmax: Any) -> Any:
     return _scale_value(bits, kind)
 
 
-# --- planes --------------------------------------------------------------------------------------------
-# A plane of w bits folds its digits in half until w * P / 8 bytes are left, shifting by 4, 2 and 1 bits.
+# --- codes ---------------------------------------------------------------------------------------------
 
 
 @inline
-def _fold(from_at: Any, to_at: Any, run: Any, up: Any) -> None:
-    low, high, folded = u8_at(from_at, run), u8_at(from_at + run, run), u8_at(to_at, run)
-    for j in range(run):
-        folded[j] = np.uint8(low[j] | np.uint8(high[j] << np.uint8(up)))
-
-
-@jit
-def _pack_planes(codes_at: int, packed_at: int, spare_at: int, num_bits: int, P: int) -> None:
-    done = np.uint8(0)
-    for width in (4, 2, 1):
-        if num_bits & width:
-            codes, digits = u8_at(codes_at, P), u8_at(spare_at, P)
-            mask = np.uint8((1 << width) - 1)
-            for j in range(P):
-                digits[j] = np.uint8(codes[j] >> done) & mask
-            run, up, from_at, to_at = P // 2, 4, spare_at, spare_at + P
-            while run > P * width // 8:
-                _fold(from_at, to_at, run, up)
-                run, up, from_at, to_at = run // 2, up // 2, to_at, from_at
-            _fold(from_at, packed_at, run, up)
-            packed_at += run
-            done = np.uint8(done + np.uint8(width))
-
-
-@jit
-def _unpack_planes(packed_at: int, codes_at: int, spare_at: int, num_bits: int, P: int) -> None:
-    done = np.uint8(0)
-    for width in (4, 2, 1):
-        if num_bits & width:
-            run = P * width // 8
-            plane, codes, digits = u8_at(packed_at, run), u8_at(codes_at, P), u8_at(spare_at, P)
-            for j in range(run):
-                digits[j] = plane[j]
-            packed_at += run
-            up = np.uint8(width)
-            while run < P:
-                low, high = u8_at(spare_at, run), u8_at(spare_at + run, run)
-                for j in range(run):
-                    high[j] = low[j] >> up
-                run, up = 2 * run, np.uint8(2 * up)
-            mask, old = np.uint8((1 << width) - 1), np.uint8((1 << done) - 1)
-            for j in range(P):
-                codes[j] = np.uint8(codes[j] & old) | np.uint8(np.uint8(digits[j] & mask) << done)
-            done = np.uint8(done + np.uint8(width))
+def _pack(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
+    if P % 64 == 0:
+        pack_words(codes_at, packed_at, num_bits, P)
+    else:
+        pack(u8_at(codes_at, P), u8_at(packed_at, P * num_bits // 8), num_bits)
 
 
 @inline
-def _codes_of(packed_at: Any, codes_at: Any, spare_at: Any, num_bits: Any, P: Any) -> Any:
+def _codes_of(packed_at: Any, codes_at: Any, num_bits: Any, P: Any) -> Any:
     """The address of a block's codes, one byte each."""
     if num_bits == 8:
         return packed_at
-    if num_bits == 4:
-        run = P // 2
-        packed, low, high = u8_at(packed_at, run), u8_at(codes_at, run), u8_at(codes_at + run, run)
-        for j in range(run):
-            low[j] = packed[j] & np.uint8(15)
-            high[j] = packed[j] >> np.uint8(4)
+    if P % 64 == 0:
+        unpack_words(packed_at, codes_at, num_bits, P)
     else:
-        _unpack_planes(packed_at, codes_at, spare_at, num_bits, P)
+        unpack(u8_at(packed_at, P * num_bits // 8), u8_at(codes_at, P), num_bits)
     return codes_at
 
 
@@ -312,18 +275,15 @@ def _round_stochastic(
 
 
 @inline
-def _encode_block(at: Any, scratch: Any, how: Any, factors: Any, key_shift: Any, L: Any, P: Any) -> None:
-    x_at, residual_at, new_at, scale_at, packed_at = at
-    value_at, codes_at, spare_at = scratch
-    num_bits, kind, stochastic, stream = how
+def _encode_block(
+    at: Any, scratch: Any, how: Any, scale: Any, factor: Any, key_shift: Any, L: Any, P: Any
+) -> None:
+    """Codes of the values at scratch, and what they lose."""
+    residual_at, new_at, packed_at = at
+    value_at, codes_at = scratch
+    num_bits, stochastic, stream = how
     qmax = np.int32((1 << (num_bits - 1)) - 1)
     feedback = residual_at != 0
-    if not feedback and L == P:  # x is only read, so it needs no copy
-        absmax = _load(x_at, 0, 0, factors[0], L, P)
-        value_at = x_at
-    else:
-        absmax = _load(x_at, residual_at, value_at, factors[0], L, P)
-    scale = _store_scale(scale_at, kind, absmax, qmax)
     if num_bits == 8:
         codes_at = packed_at
     if scale != scale:
@@ -334,45 +294,84 @@ def _encode_block(at: Any, scratch: Any, how: Any, factors: Any, key_shift: Any,
         _round_stochastic(value_at, codes_at, feedback, scale, qmax, key_shift, P)
     else:
         _round_nearest(value_at, codes_at, feedback, scale, qmax, P)
-    if num_bits == 4:
-        _fold(codes_at, packed_at, P // 2, 4)
-    elif num_bits != 8:
-        _pack_planes(codes_at, packed_at, spare_at, num_bits, P)
+    if num_bits != 8:
+        _pack(codes_at, packed_at, num_bits, P)
     if new_at != 0:
         if scale != scale:
             _write(residual_at, new_at, np.float32(1), L, False)
         else:
-            _write(value_at, new_at, factors[1], L, stream)
+            _write(value_at, new_at, factor, L, stream)
+
+
+@inline
+def _encode_blocks(
+    at: Any, count: Any, scratch: Any, shape: Any, stream: Any, factors: Any, dither: Any, L: Any, P: Any
+) -> None:
+    """Blocks of L elements, each step for all of them, so that what one waits for the others do not."""
+    x_at, residual_at, new_at, scale_at, packed_at = at
+    num_bits, _, kind, stochastic = shape
+    key_low, key_high, shift, first_block = dither
+    value_at, codes_at, scales_at = scratch
+    scales = f32_at(scales_at, count)
+    qmax = np.int32((1 << (num_bits - 1)) - 1)
+    copied = residual_at != 0 or L != P  # else x is only read
+    for i in range(count):
+        more = 4 * i * L
+        if copied:
+            old_at = residual_at + more if residual_at != 0 else 0
+            scales[i] = _load(x_at + more, old_at, value_at + more, factors[0], L, P)
+        else:
+            scales[i] = _load(x_at + more, 0, 0, factors[0], L, P)
+    for i in range(count):
+        scales[i] = _store_scale(scale_at + (4 if kind == _FP32 else 2) * i, kind, scales[i], qmax)
+    for i in range(count):
+        more = 4 * i * L
+        key = np.uint32(np.uint32(np.uint32(first_block) + np.uint32(i)) ^ np.uint32(key_low))
+        key_shift = (np.uint32(mix32(key) + np.uint32(key_high)), np.uint32(shift))
+        old_at = residual_at + more if residual_at != 0 else 0
+        put_at = new_at + more if new_at != 0 else 0
+        block_at = (old_at, put_at, packed_at + i * (P // 8 * num_bits))
+        here = ((value_at if copied else x_at) + more, codes_at)
+        how = (num_bits, stochastic, stream)
+        _encode_block(block_at, here, how, scales[i], factors[1], key_shift, L, P)
 
 
 @jit
 def _encode(tensors_at: Any, n: int, shape: Any, dither: Any, loss_scale: float) -> None:
     x_at, payload_at, residual_at, new_at = tensors_at
-    num_bits, block_size, kind, stochastic = shape
+    num_bits, block_size, kind, _ = shape
     key_low, key_high, shift, first_block = dither
     num_blocks = (n + block_size - 1) // block_size
     scale_size = 4 if kind == _FP32 else 2
     scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
-    memory = np.empty(7 * block_size + 64, np.uint8)
+    together = max((_WITH_FEEDBACK if residual_at != 0 else _TOGETHER) // block_size, 1)
+    memory = np.empty(4 * together * block_size + block_size + 4 * together + 128, np.uint8)
     value_at = aligned(memory.ctypes.data)
-    scratch = (value_at, value_at + 4 * block_size, value_at + 5 * block_size)
+    codes_at = value_at + 4 * together * block_size
+    scratch = (value_at, codes_at, codes_at + (block_size + 63) // 64 * 64)
     stream = new_at != residual_at and new_at % 32 == 0 and n >= _STREAM_FROM
-    how = (num_bits, kind, stochastic, stream)
     factors = (np.float32(loss_scale), np.float32(1.0 / loss_scale))
-    for block in range(num_blocks):
-        L = min(block_size, n - block * block_size)
-        key = np.uint32(np.uint32(np.uint32(first_block) + np.uint32(block)) ^ np.uint32(key_low))
-        key_shift = (np.uint32(mix32(key) + np.uint32(key_high)), np.uint32(shift))
+    block = 0
+    while block < num_blocks:
+        left = n - block * block_size
+        count = min(together, left // block_size)
+        L = block_size
+        if count == 0:
+            count, L = 1, left
         at = (x_at, residual_at, new_at, scale_at, packed_at)
+        draws = (key_low, key_high, shift, first_block + block)
         if L == _USUAL:
-            _encode_block(at, scratch, how, factors, key_shift, _USUAL, _USUAL)
+            _encode_blocks(at, count, scratch, shape, stream, factors, draws, _USUAL, _USUAL)
+        elif L == _SMALL:
+            _encode_blocks(at, count, scratch, shape, stream, factors, draws, _SMALL, _SMALL)
         else:
-            _encode_block(at, scratch, how, factors, key_shift, L, (L + 7) // 8 * 8)
-        x_at += 4 * L
-        residual_at += 4 * L if residual_at != 0 else 0
-        new_at += 4 * L if new_at != 0 else 0
-        scale_at += scale_size
-        packed_at += block_size * num_bits // 8
+            _encode_blocks(at, count, scratch, shape, stream, factors, draws, L, (L + 7) // 8 * 8)
+        x_at += 4 * L * count
+        residual_at += 4 * L * count if residual_at != 0 else 0
+        new_at += 4 * L * count if new_at != 0 else 0
+        scale_at += scale_size * count
+        packed_at += block_size * num_bits // 8 * count
+        block += count
     if stream:
         fence()
     keep(memory)
@@ -433,19 +432,19 @@ def _add_two_rows(codes_at: Any, scales: Any, qmax: Any, sum_at: Any, first: Any
 def _mean_block(at: Any, rows: Any, scratch: Any, how: Any, L: Any, P: Any) -> None:
     scale_at, packed_at, out_at = at
     num_rows, row_stride = rows
-    sum_at, codes_at, spare_at = scratch
+    sum_at, codes_at = scratch
     num_bits, kind, stream = how
     qmax = np.int32((1 << (num_bits - 1)) - 1)
     if num_rows & 1:
-        a = _codes_of(packed_at, codes_at, spare_at, num_bits, P)
+        a = _codes_of(packed_at, codes_at, num_bits, P)
         codes, total, scale = u8_at(a, L), f32_at(sum_at, L), _load_scale(scale_at, kind)
         for j in range(L):
             total[j] = _value(codes[j], qmax, scale)
         scale_at, packed_at = scale_at + row_stride, packed_at + row_stride
     for row in range(num_rows & 1, num_rows, 2):
         scales = (_load_scale(scale_at, kind), _load_scale(scale_at + row_stride, kind))
-        a = _codes_of(packed_at, codes_at, spare_at, num_bits, P)
-        b = _codes_of(packed_at + row_stride, codes_at + P, spare_at, num_bits, P)
+        a = _codes_of(packed_at, codes_at, num_bits, P)
+        b = _codes_of(packed_at + row_stride, codes_at + P, num_bits, P)
         _add_two_rows((a, b), scales, qmax, sum_at, row == 0, L)
         scale_at, packed_at = scale_at + 2 * row_stride, packed_at + 2 * row_stride
     _write_mean(sum_at, out_at, num_rows, L, stream)
@@ -457,9 +456,9 @@ def _decode_mean(payload_at: int, rows: Any, out_at: int, n: int, shape: Any) ->
     num_blocks = (n + block_size - 1) // block_size
     scale_size = 4 if kind == _FP32 else 2
     scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
-    memory = np.empty(7 * block_size + 64, np.uint8)
+    memory = np.empty(6 * block_size + 64, np.uint8)
     sum_at = aligned(memory.ctypes.data)
-    scratch = (sum_at, sum_at + 4 * block_size, sum_at + 6 * block_size)
+    scratch = (sum_at, sum_at + 4 * block_size)
     stream = out_at % 32 == 0 and n >= _STREAM_FROM
     how = (num_bits, kind, stream)
     for block in range(num_blocks):
@@ -467,6 +466,8 @@ def _decode_mean(payload_at: int, rows: Any, out_at: int, n: int, shape: Any) ->
         at = (scale_at, packed_at, out_at)
         if L == _USUAL:
             _mean_block(at, rows, scratch, how, _USUAL, _USUAL)
+        elif L == _SMALL:
+            _mean_block(at, rows, scratch, how, _SMALL, _SMALL)
         else:
             _mean_block(at, rows, scratch, how, L, (L + 7) // 8 * 8)
         out_at += 4 * L

@@ -31,12 +31,17 @@ __all__ = [
     "keep",
     "mix32",
     "pack",
+    "pack_words",
     "row_addresses",
     "u8_at",
     "u16_at",
     "u32_at",
     "unpack",
+    "unpack_words",
 ]
+
+# the digits of the planes, in each of eight bytes
+_FOURS, _TWOS, _ONES = 0x0F0F0F0F0F0F0F0F, 0x0303030303030303, 0x0101010101010101
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -71,7 +76,7 @@ def _array_at(numba_type: Any) -> Any:
 
 
 u8_at, u16_at, u32_at = _array_at(types.uint8), _array_at(types.uint16), _array_at(types.uint32)
-f32_at = _array_at(types.float32)
+u64_at, f32_at = _array_at(types.uint64), _array_at(types.float32)
 
 
 def _full_fence(_typing: Any) -> Any:
@@ -217,3 +222,80 @@ def unpack(packed: Any, codes_P: Any, num_bits: Any) -> None:
             a = codes_P[k * run : (k + 1) * run]
             for j in range(len(plane)):
                 a[j] |= np.uint8(((plane[j] >> np.uint8(k)) & np.uint8(1)) << low)
+
+
+@inline
+def _digits(word: Any, down: Any, mask: Any) -> Any:
+    """The digits of a mask in each byte, moved down."""
+    return np.uint64(np.uint64(word >> np.uint64(down)) & np.uint64(mask))
+
+
+@inline
+def _up(word: Any, by: Any) -> Any:
+    return np.uint64(word << np.uint64(by))
+
+
+@inline
+def pack_words(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
+    """`pack` at addresses, mostly eight codes at a time, for P a multiple of 64 and fewer than 8 bits."""
+    w, done = P // 64, 0  # words of an octant of the codes
+    codes = u64_at(codes_at, 8 * w)
+    if num_bits & 4:
+        if w == 1:
+            plane = u64_at(packed_at, 4)
+            for j in range(4):
+                plane[j] = _digits(codes[j], 0, _FOURS) | _up(_digits(codes[j + 4], 0, _FOURS), 4)
+        else:  # a loop over bytes, if it is not short, becomes the better code
+            run = 32 * w
+            low, high, bytes4 = u8_at(codes_at, run), u8_at(codes_at + run, run), u8_at(packed_at, run)
+            for j in range(run):
+                bytes4[j] = np.uint8((low[j] & np.uint8(15)) | np.uint8(high[j] << np.uint8(4)))
+        packed_at, done = packed_at + 32 * w, 4
+    if num_bits & 2:
+        plane = u64_at(packed_at, 2 * w)
+        for j in range(2 * w):
+            low = _digits(codes[j], done, _TWOS) | _up(_digits(codes[j + 2 * w], done, _TWOS), 2)
+            high = _digits(codes[j + 4 * w], done, _TWOS) | _up(_digits(codes[j + 6 * w], done, _TWOS), 2)
+            plane[j] = low | _up(high, 4)
+        packed_at, done = packed_at + 16 * w, done + 2
+    if num_bits & 1:
+        plane = u64_at(packed_at, w)
+        for j in range(w):
+            word = np.uint64(0)
+            for k in range(8):
+                word |= _up(_digits(codes[j + k * w], done, _ONES), k)
+            plane[j] = word
+
+
+@inline
+def unpack_words(packed_at: Any, codes_at: Any, num_bits: Any, P: Any) -> None:
+    """What `pack_words` wrote, back to one byte a code."""
+    w, done = P // 64, 0
+    codes = u64_at(codes_at, 8 * w)
+    if num_bits & 4:
+        if w == 1:
+            plane = u64_at(packed_at, 4)
+            for j in range(4):
+                word = plane[j]
+                codes[j], codes[j + 4] = _digits(word, 0, _FOURS), _digits(word, 4, _FOURS)
+        else:
+            run = 32 * w
+            low, high, bytes4 = u8_at(codes_at, run), u8_at(codes_at + run, run), u8_at(packed_at, run)
+            for j in range(run):
+                low[j] = bytes4[j] & np.uint8(15)
+                high[j] = bytes4[j] >> np.uint8(4)
+        packed_at, done = packed_at + 32 * w, 4
+    if num_bits & 2:
+        plane, old = u64_at(packed_at, 2 * w), np.uint64(_FOURS if done else 0)
+        for j in range(2 * w):
+            word = plane[j]
+            for k in range(4):
+                at = j + 2 * k * w
+                codes[at] = (codes[at] & old) | _up(_digits(word, 2 * k, _TWOS), done)
+        packed_at, done = packed_at + 16 * w, done + 2
+    if num_bits & 1:
+        plane = u64_at(packed_at, w)
+        for j in range(w):
+            word = plane[j]
+            for k in range(8):
+                codes[j + k * w] |= _up(_digits(word, k, _ONES), done)
