@@ -33,6 +33,7 @@ from gradq.kernels.topk import payload_bytes as topk_bytes
 
 SCALE_DTYPE = torch.bfloat16
 MAX_ROWS = 8
+BLOCKS = {8: (256, 1024), 4: (256, 1024), 3: (64,), 2: (256,)}  # the default first
 CLOCKS = {"thread": time.thread_time, "wall": time.perf_counter}
 RESULTS = Path(__file__).parent / "results"
 
@@ -72,19 +73,17 @@ def seconds(function: Callable[[], object], clock: Callable[[], float]) -> float
 
 
 def encode_rows(x: Tensor, payload: Tensor, residual: Tensor, new_residual: Tensor) -> list[Row]:
-    """Bits, rounding, where the residual goes; block 256 for all, 1024 for a few."""
+    """Bits, rounding, where the residual goes, sizes of blocks."""
     rows: list[Row] = []
     feedbacks: dict[str, tuple[Tensor | None, Tensor | None]] = {
         "no feedback": (None, None),
         "feedback": (residual, new_residual),
         "feedback in place": (residual, residual),
     }
-    for num_bits in (8, 4, 3, 2):
+    for num_bits, block_sizes in BLOCKS.items():
         for stochastic in (True, False):
             for feedback, (old, new) in feedbacks.items():
-                for block_size in (256, 1024):
-                    if num_bits < 4 and (block_size == 1024 or feedback == "feedback in place"):
-                        continue
+                for block_size in block_sizes:
                     rounding = "stochastic" if stochastic else "nearest"
                     facts = {
                         "operation": "encode",
@@ -122,25 +121,27 @@ def encode_rows(x: Tensor, payload: Tensor, residual: Tensor, new_residual: Tens
 
 
 def decode_rows(x: Tensor, payloads: dict[int, Tensor], out: Tensor) -> list[Row]:
-    """Decode, and the mean of several peers, from real payloads of block 256."""
+    """Decode, and the mean of several peers, from real payloads."""
     rows: list[Row] = []
     for num_bits, payload in payloads.items():
-        form = {"num_bits": num_bits, "block_size": 256, "scale_dtype": SCALE_DTYPE}
+        block_size = BLOCKS[num_bits][0]
+        form = {"num_bits": num_bits, "block_size": block_size, "scale_dtype": SCALE_DTYPE}
         how = {"stochastic": True, "shift": 0, "first_block": 0, "loss_scale": 1.0}
+        facts: dict[str, object] = {"num_bits": num_bits, "block_size": block_size}
         for rank in range(MAX_ROWS):
             cpu.uniform_encode(x, payload[rank], **form, **how, key=rank, residual=None, new_residual=None)
         rows.append(
             (
-                f"decode int{num_bits}, block 256",
-                {"operation": "decode", "num_bits": num_bits, "block_size": 256},
+                f"decode int{num_bits}, block {block_size}",
+                facts | {"operation": "decode"},
                 lambda payload=payload, form=form: cpu.uniform_decode(payload[0], out, **form),
             )
         )
         for world_size in (2, 4, 8):
             rows.append(
                 (
-                    f"mean of {world_size} int{num_bits}, block 256",
-                    {"operation": "mean", "num_bits": num_bits, "world_size": world_size, "block_size": 256},
+                    f"mean of {world_size} int{num_bits}, block {block_size}",
+                    facts | {"operation": "mean", "world_size": world_size},
                     lambda payload=payload, form=form, world_size=world_size: cpu.uniform_decode_mean(
                         payload[:world_size], out, **form
                     ),
@@ -293,7 +294,7 @@ def main() -> None:
     residual = torch.randn(n, generator=generator) * 1e-5
     out, new_residual = torch.zeros(n), torch.zeros(n)
     payloads = {
-        b: torch.zeros(MAX_ROWS, n * b // 8 + 2 * (n // 256 + 2) + 64, dtype=torch.uint8) for b in (8, 4)
+        b: torch.zeros(MAX_ROWS, n * b // 8 + 2 * (n // 64 + 2) + 64, dtype=torch.uint8) for b in (8, 4, 3)
     }
     widest = torch.zeros(payloads[8].shape[1], dtype=torch.uint8)
     facts, clock = environment() | {"cpu_target": binding.get_host_cpu_name()}, CLOCKS[arguments.clock]
