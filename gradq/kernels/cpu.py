@@ -176,15 +176,25 @@ def _pack(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
 
 
 @inline
-def _codes_of(packed_at: Any, codes_at: Any, num_bits: Any, P: Any) -> Any:
-    """The address of a block's codes, one byte each."""
+def _codes_of(packed_at: Any, codes_at: Any, num_bits: Any, count: Any, P: Any) -> Any:
+    """The address of the codes of some blocks, one byte each."""
     if num_bits == 8:
         return packed_at
-    if P % 64 == 0:
-        unpack_words(packed_at, codes_at, num_bits, P)
-    else:
-        unpack(u8_at(packed_at, P * num_bits // 8), u8_at(codes_at, P), num_bits)
+    size = P // 8 * num_bits
+    for i in range(count):
+        from_at, to_at = packed_at + i * size, codes_at + i * P
+        if P % 64 == 0:
+            unpack_words(from_at, to_at, num_bits, P)
+        else:
+            unpack(u8_at(from_at, size), u8_at(to_at, P), num_bits)
     return codes_at
+
+
+@inline
+def _next_blocks(left: Any, block_size: Any, together: Any) -> Any:
+    """How many blocks come next, and of how many elements each: a shorter last one comes alone."""
+    count = min(together, left // block_size)
+    return (1, left) if count == 0 else (count, block_size)
 
 
 # --- encode --------------------------------------------------------------------------------------------
@@ -353,11 +363,7 @@ def _encode(tensors_at: Any, n: int, shape: Any, dither: Any, loss_scale: float)
     factors = (np.float32(loss_scale), np.float32(1.0 / loss_scale))
     block = 0
     while block < num_blocks:
-        left = n - block * block_size
-        count = min(together, left // block_size)
-        L = block_size
-        if count == 0:
-            count, L = 1, left
+        count, L = _next_blocks(n - block * block_size, block_size, together)
         at = (x_at, residual_at, new_at, scale_at, packed_at)
         draws = (key_low, key_high, shift, first_block + block)
         if L == _USUAL:
@@ -429,25 +435,32 @@ def _add_two_rows(codes_at: Any, scales: Any, qmax: Any, sum_at: Any, first: Any
 
 
 @inline
-def _mean_block(at: Any, rows: Any, scratch: Any, how: Any, L: Any, P: Any) -> None:
+def _mean_blocks(at: Any, count: Any, rows: Any, scratch: Any, how: Any, L: Any, P: Any) -> None:
+    """Blocks of L elements, as `_encode_blocks`."""
     scale_at, packed_at, out_at = at
     num_rows, row_stride = rows
     sum_at, codes_at = scratch
     num_bits, kind, stream = how
     qmax = np.int32((1 << (num_bits - 1)) - 1)
+    scale_size = 4 if kind == _FP32 else 2
     if num_rows & 1:
-        a = _codes_of(packed_at, codes_at, num_bits, P)
-        codes, total, scale = u8_at(a, L), f32_at(sum_at, L), _load_scale(scale_at, kind)
-        for j in range(L):
-            total[j] = _value(codes[j], qmax, scale)
+        a_at = _codes_of(packed_at, codes_at, num_bits, count, P)
+        for i in range(count):
+            codes, total = u8_at(a_at + i * P, L), f32_at(sum_at + 4 * i * L, L)
+            scale = _load_scale(scale_at + i * scale_size, kind)
+            for j in range(L):
+                total[j] = _value(codes[j], qmax, scale)
         scale_at, packed_at = scale_at + row_stride, packed_at + row_stride
     for row in range(num_rows & 1, num_rows, 2):
-        scales = (_load_scale(scale_at, kind), _load_scale(scale_at + row_stride, kind))
-        a = _codes_of(packed_at, codes_at, num_bits, P)
-        b = _codes_of(packed_at + row_stride, codes_at + P, num_bits, P)
-        _add_two_rows((a, b), scales, qmax, sum_at, row == 0, L)
+        a_at = _codes_of(packed_at, codes_at, num_bits, count, P)
+        b_at = _codes_of(packed_at + row_stride, codes_at + count * P, num_bits, count, P)
+        for i in range(count):
+            at_i = scale_at + i * scale_size
+            scales = (_load_scale(at_i, kind), _load_scale(at_i + row_stride, kind))
+            _add_two_rows((a_at + i * P, b_at + i * P), scales, qmax, sum_at + 4 * i * L, row == 0, L)
         scale_at, packed_at = scale_at + 2 * row_stride, packed_at + 2 * row_stride
-    _write_mean(sum_at, out_at, num_rows, L, stream)
+    for i in range(count):
+        _write_mean(sum_at + 4 * i * L, out_at + 4 * i * L, num_rows, L, stream)
 
 
 @jit
@@ -456,23 +469,26 @@ def _decode_mean(payload_at: int, rows: Any, out_at: int, n: int, shape: Any) ->
     num_blocks = (n + block_size - 1) // block_size
     scale_size = 4 if kind == _FP32 else 2
     scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
-    memory = np.empty(6 * block_size + 64, np.uint8)
+    together = max(_TOGETHER // block_size, 1)
+    memory = np.empty(6 * together * block_size + 64, np.uint8)
     sum_at = aligned(memory.ctypes.data)
-    scratch = (sum_at, sum_at + 4 * block_size)
+    scratch = (sum_at, sum_at + 4 * together * block_size)
     stream = out_at % 32 == 0 and n >= _STREAM_FROM
     how = (num_bits, kind, stream)
-    for block in range(num_blocks):
-        L = min(block_size, n - block * block_size)
+    block = 0
+    while block < num_blocks:
+        count, L = _next_blocks(n - block * block_size, block_size, together)
         at = (scale_at, packed_at, out_at)
         if L == _USUAL:
-            _mean_block(at, rows, scratch, how, _USUAL, _USUAL)
+            _mean_blocks(at, count, rows, scratch, how, _USUAL, _USUAL)
         elif L == _SMALL:
-            _mean_block(at, rows, scratch, how, _SMALL, _SMALL)
+            _mean_blocks(at, count, rows, scratch, how, _SMALL, _SMALL)
         else:
-            _mean_block(at, rows, scratch, how, L, (L + 7) // 8 * 8)
-        out_at += 4 * L
-        scale_at += scale_size
-        packed_at += block_size * num_bits // 8
+            _mean_blocks(at, count, rows, scratch, how, L, (L + 7) // 8 * 8)
+        out_at += 4 * L * count
+        scale_at += scale_size * count
+        packed_at += block_size * num_bits // 8 * count
+        block += count
     if stream:
         fence()
     keep(memory)
