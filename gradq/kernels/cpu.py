@@ -60,7 +60,8 @@ _MASK32 = 0xFFFFFFFF
 _FP32, _BF16, _FP16 = 0, 1, 2
 _KIND = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16}
 _USUAL, _SMALL = 256, 64  # the block sizes with loops of their own
-_TOGETHER, _WITH_FEEDBACK = 1024, 256  # elements of the blocks that are encoded together
+_TOGETHER = 1024  # elements of the blocks that are taken together
+_WITH_FEEDBACK = 256  # the same where two more streams go to and from memory
 _STREAM_FROM = 4096  # from this many elements outputs are written past the cache
 _TILE = 1024  # elements of an exact mean that stay in the L1 cache
 

@@ -254,9 +254,9 @@ def pack_words(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
     if num_bits & 2:
         plane = u64_at(packed_at, 2 * w)
         for j in range(2 * w):
-            low = _digits(codes[j], done, _TWOS) | _up(_digits(codes[j + 2 * w], done, _TWOS), 2)
-            high = _digits(codes[j + 4 * w], done, _TWOS) | _up(_digits(codes[j + 6 * w], done, _TWOS), 2)
-            plane[j] = low | _up(high, 4)
+            ab = _digits(codes[j], done, _TWOS) | _up(_digits(codes[j + 2 * w], done, _TWOS), 2)
+            cd = _digits(codes[j + 4 * w], done, _TWOS) | _up(_digits(codes[j + 6 * w], done, _TWOS), 2)
+            plane[j] = ab | _up(cd, 4)
         packed_at, done = packed_at + 16 * w, done + 2
     if num_bits & 1:
         plane = u64_at(packed_at, w)
