@@ -1,4 +1,8 @@
-"""The table codecs in Numba: byte for byte what `gradq.kernels.reference_table` writes."""
+"""The table codecs in Numba: byte for byte what `gradq.kernels.reference_table` writes.
+
+Levels are found by bisection; where a processor looks up in a register and there are at most 16, for many
+elements at once. The rule "mse" sums from the first element to the last, so there the lanes are multipliers.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,16 @@ import torch
 from torch import Tensor
 
 from gradq.kernels import reference_table
+from gradq.kernels.cpu_hadamard import mix_words
 from gradq.kernels.numba_tools import (
     address,
+    aligned,
     as_bits,
     as_float,
     f32_at,
     inline,
     jit,
+    keep,
     mix32,
     pack,
     row_addresses,
@@ -24,6 +31,21 @@ from gradq.kernels.numba_tools import (
     unpack,
 )
 from gradq.kernels.tables import MULTIPLIERS, Table, payload_bytes
+from gradq.kernels.vector import (
+    LANES,
+    as_row,
+    as_words,
+    constant_row,
+    constant_words,
+    lane_numbers,
+    load_row,
+    lookup,
+    select_less,
+    store_bytes,
+    store_row,
+    to_float,
+)
+from gradq.kernels.vector_ir import HAS_LOOKUP
 
 __all__ = ["table_decode", "table_decode_mean", "table_encode"]
 
@@ -31,6 +53,8 @@ _MASK32 = 0xFFFFFFFF
 _FORMATS = {"bf16": 0, "e8m0": 1, "e6m2": 2}
 _RULES = {"absmax": 0, "l1": 1, "l2": 2, "mse": 3}
 _MULTIPLIERS = np.array(MULTIPLIERS, np.float32)
+_IN_A_REGISTER = 16 if HAS_LOOKUP else 0  # levels that can be looked up at once
+assert len(MULTIPLIERS) <= LANES
 
 
 @cache
@@ -80,36 +104,153 @@ def _scale_value(bits: Any, kind: Any) -> Any:
 
 @inline
 def _count(sorted_values: Any, q: Any) -> Any:
-    """How many of the values are <= q."""
-    low, high = 0, len(sorted_values)
-    while low < high:
-        middle = (low + high) >> 1
-        if sorted_values[middle] <= q:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    """How many of the values are <= q, by signs of differences: nobody could foresee branches."""
+    first, left = 0, len(sorted_values)
+    while left > 1:
+        half = left >> 1
+        first += half & _if_reached(sorted_values[first + half - 1], q)
+        left -= half
+    return first - _if_reached(sorted_values[first], q)
 
 
 @inline
-def _mse(value_L: Any, inverse: Any, levels: Any, middles: Any, multipliers: Any, codes: Any) -> Any:
-    """The factor of absmax; codes of the multiplier that wins."""
+def _if_reached(value: Any, q: Any) -> Any:
+    """-1 where value <= q, else 0."""
+    return np.int64(as_bits(np.float32(q - value)) >> np.uint32(31)) - 1
+
+
+if HAS_LOOKUP:
+
+    @inline
+    def _counts(q: Any, table_at: Any) -> Any:
+        """`_count` for each of a row, of the 16 sorted values at table_at."""
+        low, high = load_row(table_at), load_row(table_at + 64 - 4 * LANES)
+        count = constant_words(np.uint32(0))
+        for step in (8, 4, 2, 1):
+            probe = lookup(low, high, count + constant_words(np.uint32(step - 1)))
+            more = count + constant_words(np.uint32(step))
+            count = as_words(select_less(q, probe, as_row(count), as_row(more)))
+        return count
+
+    @inline
+    def _nearest_rows(value_at: Any, factors: Any, codes_at: Any, middles_at: Any, L: Any) -> Any:
+        """Codes of whole rows of values, times both factors; how many there were."""
+        done = L // LANES * LANES
+        first, second = constant_row(factors[0]), constant_row(factors[1])
+        for j in range(0, done, LANES):
+            q = load_row(value_at + 4 * j) * first * second
+            store_bytes(codes_at + j, _counts(q, middles_at))
+        return done
+
+    @inline
+    def _stochastic_rows(value_at: Any, inverse: Any, codes_at: Any, at: Any, dither: Any, P: Any) -> Any:
+        """Codes of a block whose halves are whole rows; whether this was one."""
+        levels_at, inner_at, gaps_at = at
+        key, shift = constant_words(dither[0]), constant_words(dither[1])
+        low_levels, high_levels = load_row(levels_at), load_row(levels_at + 64 - 4 * LANES)
+        low_gaps, high_gaps = load_row(gaps_at), load_row(gaps_at + 64 - 4 * LANES)
+        by, half = constant_row(inverse), P // 2
+        if half % LANES != 0:
+            return False
+        for j in range(0, half, LANES):
+            word = mix_words(lane_numbers(np.uint32(j)) + key)
+            for k in range(2):
+                d = (
+                    word & constant_words(np.uint32(0xFFFF))
+                    if k == 0
+                    else word >> constant_words(np.uint32(16))
+                )
+                d = (d + shift) & constant_words(np.uint32(0xFFFF))
+                u = to_float(d) * constant_row(np.float32(2.0**-16)) + constant_row(np.float32(2.0**-17))
+                e = j + k * half
+                q = load_row(value_at + 4 * e) * by
+                code = _counts(q, inner_at)
+                level, gap = lookup(low_levels, high_levels, code), lookup(low_gaps, high_gaps, code)
+                above = as_row(code + constant_words(np.uint32(1)))
+                store_bytes(codes_at + e, as_words(select_less(u, (q - level) * gap, above, as_row(code))))
+        return True
+
+    @inline
+    def _sums(value_at: Any, inverse: Any, levels_at: Any, middles_at: Any, sums_at: Any, L: Any) -> None:
+        """<c, y> and the squared norm of c for each of the stretches at sums_at, which they replace."""
+        stretch = load_row(sums_at)
+        low, high = load_row(levels_at), load_row(levels_at + 64 - 4 * LANES)
+        inner = norm = constant_row(np.float32(0))
+        value = f32_at(value_at, L)
+        for j in range(L):
+            y = constant_row(value[j] * inverse)
+            c = lookup(low, high, _counts(y * stretch, middles_at))
+            inner, norm = inner + c * y, norm + c * c
+        store_row(sums_at, inner)
+        store_row(sums_at + 4 * LANES, norm)
+
+else:
+
+    @inline
+    def _nearest_rows(value_at: Any, factors: Any, codes_at: Any, middles_at: Any, L: Any) -> Any:
+        return 0
+
+    @inline
+    def _stochastic_rows(value_at: Any, inverse: Any, codes_at: Any, at: Any, dither: Any, P: Any) -> Any:
+        return False
+
+    @inline
+    def _sums(value_at: Any, inverse: Any, levels_at: Any, middles_at: Any, sums_at: Any, L: Any) -> None:
+        return
+
+
+@inline
+def _nearest(value_at: Any, factors: Any, codes_at: Any, middles: Any, middles_at: Any, L: Any) -> None:
+    """The nearest level of each value times both factors."""
+    done = 0
+    if len(middles) < _IN_A_REGISTER:
+        done = _nearest_rows(value_at, factors, codes_at, middles_at, L)
+    value, codes = f32_at(value_at + 4 * done, L - done), u8_at(codes_at + done, L - done)
+    for j in range(L - done):
+        codes[j] = np.uint8(_count(middles, (value[j] * factors[0]) * factors[1]))
+
+
+@inline
+def _stochastic(value: Any, inverse: Any, codes: Any, levels: Any, gaps: Any, dither: Any, P: Any) -> None:
+    """One of the two neighbours of each value times inverse, at random."""
+    half = P // 2
+    for j in range(len(value)):
+        q = value[j] * inverse
+        low = min(max(_count(levels, q) - 1, 0), len(levels) - 2)
+        d = mix32(np.uint32(np.uint32(j if j < half else j - half) + dither[0]))
+        d = np.uint32(d & np.uint32(0xFFFF)) if j < half else np.uint32(d >> np.uint32(16))
+        d = np.uint32(np.uint32(d + dither[1]) & np.uint32(0xFFFF))
+        u = np.float32(np.int32(d)) * np.float32(2.0**-16) + np.float32(2.0**-17)
+        codes[j] = np.uint8(low + (1 if (q - levels[low]) * gaps[low] > u else 0))
+
+
+@inline
+def _mse(value_at: Any, inverse: Any, levels: Any, middles: Any, at: Any, multipliers: Any, L: Any) -> Any:
+    """The factor of absmax, and the stretch that wins."""
+    levels_at, middles_at, sums_at = at
+    top, number = levels[len(levels) - 1], len(multipliers)
+    sums, norms = f32_at(sums_at, LANES), f32_at(sums_at + 4 * LANES, LANES)
+    for m in range(number):
+        sums[m] = top / multipliers[m]
+    if len(levels) <= _IN_A_REGISTER:
+        _sums(value_at, inverse, levels_at, middles_at, sums_at, L)
+    else:
+        value = f32_at(value_at, L)
+        for m in range(number):
+            stretch, inner, norm = sums[m], np.float32(0), np.float32(0)
+            for j in range(L):
+                y = value[j] * inverse
+                c = levels[_count(middles, y * stretch)]
+                inner += c * y
+                norm += c * c
+            sums[m], norms[m] = inner, norm
     best, factor, winner = np.float32(-1), np.float32(0), np.float32(1)
-    for m in range(len(multipliers)):
-        stretch = levels[len(levels) - 1] / multipliers[m]
-        inner, norm = np.float32(0), np.float32(0)
-        for j in range(len(value_L)):
-            y = value_L[j] * inverse
-            c = levels[_count(middles, y * stretch)]
-            inner += c * y
-            norm += c * c
-        ratio = inner / norm if norm > np.float32(0) else np.float32(0)
-        score = inner * ratio
+    for m in range(number):
+        ratio = sums[m] / norms[m] if norms[m] > np.float32(0) else np.float32(0)
+        score = sums[m] * ratio
         if score > best:
-            best, factor, winner = score, ratio, stretch
-    for j in range(len(value_L)):
-        codes[j] = np.uint8(_count(middles, (value_L[j] * inverse) * winner))
-    return factor
+            best, factor, winner = score, ratio, top / multipliers[m]
+    return factor, winner
 
 
 @jit
@@ -135,7 +276,22 @@ def _encode(
     block_size, num_bits, kind, rule, stochastic, smallest = numbers
     x, payload = f32_at(x_at, n), u8_at(payload_at, nbytes)
     residual, new_residual = f32_at(residual_at, n), f32_at(new_residual_at, n)
-    value_B, codes_B = np.empty(block_size, np.float32), np.empty(block_size, np.uint8)
+    memory = np.empty(5 * block_size + 8 * LANES + 384, np.uint8)
+    value_at = aligned(memory.ctypes.data)
+    codes_at = value_at + 4 * block_size
+    levels_at = aligned(codes_at + block_size)
+    middles_at, inner_at, gaps_at, sums_at = levels_at + 64, levels_at + 128, levels_at + 192, levels_at + 256
+    value_B, codes_B = f32_at(value_at, block_size), u8_at(codes_at, block_size)
+    if len(levels) <= 16:
+        for k in range(16):
+            last = k >= len(levels) - 1
+            f32_at(levels_at, 16)[k] = levels[min(k, len(levels) - 1)]
+            f32_at(middles_at, 16)[k] = np.float32(np.inf) if last else middles[k]
+            f32_at(inner_at, 16)[k] = np.float32(np.inf) if k >= len(levels) - 2 else levels[k + 1]
+            f32_at(gaps_at, 16)[k] = np.float32(0) if last else gaps[k]
+    sums_L = f32_at(sums_at, LANES)
+    for k in range(LANES):
+        sums_L[k] = np.float32(0)
     unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
     top = levels[len(levels) - 1]
     size = 2 if kind == 0 else 1
@@ -173,7 +329,10 @@ def _encode(
                     total += y * y
                 scale = absmax * np.float32(np.sqrt(total))
             else:
-                scale = absmax * _mse(value, inverse, levels, middles, multipliers, codes)
+                at_L = (levels_at, middles_at, sums_at)
+                factor, winner = _mse(value_at, inverse, levels, middles, at_L, multipliers, L)
+                _nearest(value_at, (inverse, winner), codes_at, middles, middles_at, L)
+                scale = absmax * factor
                 chosen = True
         bits = _scale_bits(scale, kind, up)
         scale = _scale_value(bits, kind)
@@ -191,18 +350,15 @@ def _encode(
             elif stochastic:
                 block_key = np.uint32(np.uint32(first_block) + np.uint32(block))
                 block_key = np.uint32(mix32(block_key ^ np.uint32(key_low)) + np.uint32(key_high))
-                half = P // 2
-                for j in range(L):
-                    q = value[j] * inverse
-                    low = min(max(_count(levels, q) - 1, 0), len(levels) - 2)
-                    d = mix32(np.uint32(np.uint32(j if j < half else j - half) + block_key))
-                    d = np.uint32(d & np.uint32(0xFFFF)) if j < half else np.uint32(d >> np.uint32(16))
-                    d = np.uint32(np.uint32(d + np.uint32(shift)) & np.uint32(0xFFFF))
-                    u = np.float32(np.int32(d)) * np.float32(2.0**-16) + np.float32(2.0**-17)
-                    codes[j] = np.uint8(low + (1 if (q - levels[low]) * gaps[low] > u else 0))
+                dither = (block_key, np.uint32(shift))
+                done = False
+                if L == P and len(levels) <= _IN_A_REGISTER:
+                    at_P = (levels_at, inner_at, gaps_at)
+                    done = _stochastic_rows(value_at, inverse, codes_at, at_P, dither, P)
+                if not done:
+                    _stochastic(value, inverse, codes, levels, gaps, dither, P)
             else:
-                for j in range(L):
-                    codes[j] = np.uint8(_count(middles, value[j] * inverse))
+                _nearest(value_at, (inverse, np.float32(1)), codes_at, middles, middles_at, L)
         for j in range(first, P):
             codes[j] = np.uint8(smallest)
         pack(codes, payload[at : at + P * num_bits // 8], num_bits)
@@ -213,6 +369,7 @@ def _encode(
                     new_residual[start + j] = residual[start + j]
                 else:
                     new_residual[start + j] = (value[j] - levels[codes[j]] * scale) * rescale
+    keep(memory)
 
 
 @jit

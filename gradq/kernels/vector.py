@@ -31,6 +31,7 @@ __all__ = [
     "load_bytes",
     "load_row",
     "load_words",
+    "lookup",
     "mask_at_least",
     "maximum_words",
     "minimum",
@@ -86,6 +87,7 @@ as_words = operation(WORDS, lambda builder, a: builder.bitcast(a, INTS), ROW)
 as_row = operation(ROW, lambda builder, a: builder.bitcast(a, FLOATS), WORDS)
 to_int = operation(WORDS, lambda builder, a: builder.fptosi(a, INTS), ROW)
 to_float = operation(ROW, lambda builder, a: builder.sitofp(a, FLOATS), WORDS)
+lookup = operation(ROW, vector_ir.lookup, ROW, ROW, WORDS)  # only where vector_ir.HAS_LOOKUP; see there
 prefetch = operation(types.int64, vector_ir.prefetch, types.intp)
 prefetch_to_write = operation(types.int64, _fixed(vector_ir.prefetch, True), types.intp)
 square_root = operation(ROW, vector_ir.square_root, ROW)
