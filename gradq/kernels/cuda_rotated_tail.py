@@ -237,7 +237,7 @@ def _digit(
 ) -> tl.tensor:
     """What a plane of W bits adds to the codes of elements e, above the DONE lowest."""
     run = 2 * W * rows
-    place = e // run
+    place = tl.minimum(e // run, 8 // W - 1)  # beyond the last row nothing is loaded, nor shifted too far
     at = packed + 2 * DONE * rows + (e - place * run)
     byte = tl.load(at, mask=e < 16 * rows, other=0).to(tl.int32)
     return ((byte >> (W * place)) & ((1 << W) - 1)) << DONE
