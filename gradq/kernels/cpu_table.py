@@ -58,11 +58,20 @@ assert len(MULTIPLIERS) <= LANES
 
 
 @cache
-def _constants(table: Table) -> tuple[Any, Any, Any, Any]:
-    """Levels, midpoints, 1 / gaps; and numbers: block_size, num_bits, format, rule, stochastic, smallest."""
+def _constants(table: Table) -> tuple[Any, Any, Any, Any, Any]:
+    """Levels, midpoints, 1 / gaps; the same as registers; and numbers.
+
+    Registers, [4, 16]: levels, midpoints, levels but the first and the last, 1 / gaps; what is searched is
+    filled up with Inf. Numbers: block_size, num_bits, format, rule, stochastic, smallest.
+    """
     levels, middles, gaps, smallest = reference_table.constants(table)
     numbers = (table.block_size, table.num_bits, _FORMATS[table.scale_format], _RULES[table.rule])
-    return levels.numpy(), middles.numpy(), gaps.numpy(), (*numbers, int(table.stochastic), smallest)
+    registers = np.full((4, 16), np.inf, np.float32)
+    if len(levels) <= _IN_A_REGISTER:
+        for row, values in zip(registers, (levels, middles, levels[1:-1], gaps), strict=True):
+            row[: len(values)] = values.numpy()
+    arrays = levels.numpy(), middles.numpy(), gaps.numpy(), registers
+    return *arrays, (*numbers, int(table.stochastic), smallest)
 
 
 @inline
@@ -122,9 +131,14 @@ def _if_reached(value: Any, q: Any) -> Any:
 if HAS_LOOKUP:
 
     @inline
+    def _register(at: Any) -> Any:
+        """What `lookup` takes of 16 numbers at an address."""
+        return load_row(at), load_row(at + 64 - 4 * LANES)
+
+    @inline
     def _counts(q: Any, table_at: Any) -> Any:
         """`_count` for each of a row, of the 16 sorted values at table_at."""
-        low, high = load_row(table_at), load_row(table_at + 64 - 4 * LANES)
+        low, high = _register(table_at)
         count = constant_words(np.uint32(0))
         for step in (8, 4, 2, 1):
             probe = lookup(low, high, count + constant_words(np.uint32(step - 1)))
@@ -147,8 +161,8 @@ if HAS_LOOKUP:
         """Codes of a block whose halves are whole rows; whether this was one."""
         levels_at, inner_at, gaps_at = at
         key, shift = constant_words(dither[0]), constant_words(dither[1])
-        low_levels, high_levels = load_row(levels_at), load_row(levels_at + 64 - 4 * LANES)
-        low_gaps, high_gaps = load_row(gaps_at), load_row(gaps_at + 64 - 4 * LANES)
+        low_levels, high_levels = _register(levels_at)
+        low_gaps, high_gaps = _register(gaps_at)
         by, half = constant_row(inverse), P // 2
         if half % LANES != 0:
             return False
@@ -174,7 +188,7 @@ if HAS_LOOKUP:
     def _sums(value_at: Any, inverse: Any, levels_at: Any, middles_at: Any, sums_at: Any, L: Any) -> None:
         """<c, y> and the squared norm of c for each of the stretches at sums_at, which they replace."""
         stretch = load_row(sums_at)
-        low, high = load_row(levels_at), load_row(levels_at + 64 - 4 * LANES)
+        low, high = _register(levels_at)
         inner = norm = constant_row(np.float32(0))
         value = f32_at(value_at, L)
         for j in range(L):
@@ -262,6 +276,7 @@ def _encode(
     levels: Any,
     middles: Any,
     gaps: Any,
+    registers: Any,
     numbers: Any,
     multipliers: Any,
     key_low: int,
@@ -276,19 +291,13 @@ def _encode(
     block_size, num_bits, kind, rule, stochastic, smallest = numbers
     x, payload = f32_at(x_at, n), u8_at(payload_at, nbytes)
     residual, new_residual = f32_at(residual_at, n), f32_at(new_residual_at, n)
-    memory = np.empty(5 * block_size + 8 * LANES + 384, np.uint8)
+    memory = np.empty(5 * block_size + 8 * LANES + 128, np.uint8)
     value_at = aligned(memory.ctypes.data)
     codes_at = value_at + 4 * block_size
-    levels_at = aligned(codes_at + block_size)
-    middles_at, inner_at, gaps_at, sums_at = levels_at + 64, levels_at + 128, levels_at + 192, levels_at + 256
+    sums_at = aligned(codes_at + block_size)
     value_B, codes_B = f32_at(value_at, block_size), u8_at(codes_at, block_size)
-    if len(levels) <= 16:
-        for k in range(16):
-            last = k >= len(levels) - 1
-            f32_at(levels_at, 16)[k] = levels[min(k, len(levels) - 1)]
-            f32_at(middles_at, 16)[k] = np.float32(np.inf) if last else middles[k]
-            f32_at(inner_at, 16)[k] = np.float32(np.inf) if k >= len(levels) - 2 else levels[k + 1]
-            f32_at(gaps_at, 16)[k] = np.float32(0) if last else gaps[k]
+    levels_at = registers.ctypes.data
+    middles_at, inner_at, gaps_at = levels_at + 64, levels_at + 128, levels_at + 192
     sums_L = f32_at(sums_at, LANES)
     for k in range(LANES):
         sums_L[k] = np.float32(0)
@@ -452,7 +461,7 @@ def table_decode(payload: Tensor, out: Tensor, *, table: Table) -> None:
 def table_decode_mean(payloads: Tensor, out: Tensor, *, table: Table) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
     n = out.numel()
-    levels, _, _, numbers = _constants(table)
+    levels, _, _, _, numbers = _constants(table)
     payloads_at, rows = row_addresses(payloads, payload_bytes(n, table))
     _decode_mean(
         payloads_at,

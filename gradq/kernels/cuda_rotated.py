@@ -69,6 +69,15 @@ _FULL, _SHORT, _TAIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # a la
 
 
 @jit
+def _tile(LAST: tl.constexpr) -> tl.tensor:
+    """The program's tile: the last goes to the first program, if it is not a full one."""
+    tile = tl.program_id(0).to(tl.int64)
+    if LAST != _FULL:
+        tile = (tile + tl.num_programs(0) - 1) % tl.num_programs(0)
+    return tile
+
+
+@jit
 def _encode(
     x: tl.tensor,
     residual: tl.tensor,
@@ -90,15 +99,12 @@ def _encode(
     ALIGNED: tl.constexpr,
     LAST: tl.constexpr,
 ) -> None:
-    """Encode a tile; one with only `left` elements, if there is such a LAST, goes to the first program.
+    """Encode a tile; the LAST may have only `left` elements.
 
     left, rows, size, factor: of the last tile; other functions take them together.
     """
     last = left, rows, size, factor
-    if LAST == _FULL:
-        tile = tl.program_id(0).to(tl.int64)
-    else:
-        tile = (tl.program_id(0) + tl.num_programs(0) - 1).to(tl.int64) % tl.num_programs(0)
+    tile = _tile(LAST)
     if tile == 0:
         store_number(payload, base.to(tl.uint32), None, 4)
     x = move(x, tile * 4096, 16 if ALIGNED else 4)
@@ -325,10 +331,7 @@ def _decode_mean(
 ) -> None:
     """Decode a tile; see `_encode`."""
     last = left, rows, size, factor
-    if LAST == _FULL:
-        tile = tl.program_id(0).to(tl.int64)
-    else:
-        tile = (tl.program_id(0) + tl.num_programs(0) - 1).to(tl.int64) % tl.num_programs(0)
+    tile = _tile(LAST)
     out = move(out, tile * 4096, 16 if ALIGNED else 4)
     if LAST != _FULL and tl.program_id(0) == 0:
         _mean_of_tile(

@@ -28,12 +28,12 @@ from gradq.kernels.cuda_rotated_tools import (
     negated,
     parted,
     places,
+    scaled_to_unit,
     sign_words,
     split,
     stage,
     swap,
     to_columns,
-    unit,
 )
 from gradq.kernels.cuda_tools import as_bits, as_float, jit, mix32, store_number
 
@@ -287,22 +287,14 @@ def encode_tail(
     second = _second_signs(tile_key + 256)
 
     at = places()
-    values = ()
-    most = tl.zeros([256], tl.int32)
+    word = sign_words(tile_key)
+    z = ()
     for k in tl.static_range(16):
         value = load(x, at + 16 * k, left, True)
         if READ:
             value = value + load(residual, at + 16 * k, left, True) * loss_scale
-        most = tl.maximum(most, (as_bits(value) & 0x7FFFFFFF).to(tl.int32))
-        values = values + (value,)
-    exponent = tl.max(most, axis=0) >> 23
-
-    to_unit = unit(exponent)
-    usable = (exponent > 0) & (exponent < 255)
-    word = sign_words(tile_key)
-    z = ()
-    for k in tl.static_range(16):
-        z = z + (tl.where(usable, negated(values[k], word, k) * to_unit, 0.0),)
+        z = z + (negated(value, word, k),)
+    z, exponent, to_unit = scaled_to_unit(z)
     energy = _sums_before(z, groups)
     z = _rotate(z, second, rows, size, factor)
 

@@ -26,6 +26,7 @@ __all__ = [
     "negated",
     "parted",
     "places",
+    "scaled_to_unit",
     "sign_words",
     "signed_unit",
     "split",
@@ -34,7 +35,6 @@ __all__ = [
     "swap",
     "to_columns",
     "transform",
-    "unit",
 ]
 
 
@@ -182,6 +182,21 @@ def negated(z: tl.tensor, words: tl.tensor, K: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def scaled_to_unit(z: tl.tensor) -> tl.tensor:
+    """Values times their unit, zeros if all are denormals or one is NaN or Inf; largest exponent; unit."""
+    largest = tl.zeros([256], tl.int32)
+    for k in tl.static_range(16):
+        largest = tl.maximum(largest, (as_bits(z[k]) & 0x7FFFFFFF).to(tl.int32))
+    exponent = tl.max(largest, axis=0) >> 23
+    to_unit = _unit(exponent)
+    usable = (exponent > 0) & (exponent < 255)
+    scaled = ()
+    for k in tl.static_range(16):
+        scaled = scaled + (tl.where(usable, z[k] * to_unit, 0.0),)
+    return scaled, exponent, to_unit
+
+
+@jit
 def signed_unit(z: tl.tensor) -> tl.tensor:
     """Values with signs, of moderate size or scaled to it; energies [16]; the largest's exponent; unit.
 
@@ -193,16 +208,7 @@ def signed_unit(z: tl.tensor) -> tl.tensor:
     exponent = 127 + tl.zeros_like(most)
     to_unit = 1.0 + tl.zeros_like(most).to(tl.float32)
     if (most < ((127 - 70) << 23)) | (most >= ((127 + 78) << 23)):  # root, over 256 rows: 2**-39 ... 2**39
-        largest = tl.zeros([256], tl.int32)
-        for k in tl.static_range(16):
-            largest = tl.maximum(largest, (as_bits(z[k]) & 0x7FFFFFFF).to(tl.int32))
-        exponent = tl.max(largest, axis=0) >> 23
-        to_unit = unit(exponent)
-        usable = (exponent > 0) & (exponent < 255)
-        scaled = ()
-        for k in tl.static_range(16):
-            scaled = scaled + (tl.where(usable, z[k] * to_unit, 0.0),)
-        z = scaled
+        z, exponent, to_unit = scaled_to_unit(z)
         energy = column_sums(z, z)
     return z, energy, exponent, to_unit
 
@@ -214,7 +220,7 @@ def inverse_unit(to_unit: tl.tensor) -> tl.tensor:
 
 
 @jit
-def unit(exponent: tl.tensor) -> tl.tensor:
+def _unit(exponent: tl.tensor) -> tl.tensor:
     """What brings the largest magnitude, of this exponent field, into [1, 2); 1 where it is moderate."""
     moderate = (exponent >= 87) & (exponent < 167)
     bits = tl.minimum(tl.maximum(254 - exponent, 1), 253) << 23
