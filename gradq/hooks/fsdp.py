@@ -267,7 +267,7 @@ class ShardedHookState(HookState):
         """Reduce the gradients of one unit; what FSDP calls in the place of its reduce-scatter."""
         shards = self._shards
         self._enter_backward()
-        if not shards.plan:
+        if not shards.plan or shards.world_size == 1:  # torch 2.9 reduces over one rank, later ones do not
             nbytes = flat.nbytes * (shards.world_size - 1) // shards.world_size
             for kind in ("dense_bytes", "wire_bytes"):
                 shards.metrics.record(Event(kind, nbytes, shards.step, unit.index))

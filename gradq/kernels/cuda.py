@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradq.kernels import reference
-from gradq.kernels.cuda_tools import check, check_rows, jit, launch
+from gradq.kernels.cuda_tools import check, check_rows, jit, launch, quotient
 from gradq.kernels.cuda_uniform import uniform_decode, uniform_decode_mean, uniform_encode
 
 __all__ = [
@@ -52,7 +52,7 @@ def _exact_mean(
         total = total + tl.load(payloads + at, mask=inside, other=0.0).to(total.dtype)
         payloads = payloads + stride.to(tl.int64)
     divisor = tl.full([ELEMENTS], 1.0, total.dtype) * num_rows.to(total.dtype)
-    mean = total / divisor if DOUBLE else tl.div_rn(total, divisor)
+    mean = total / divisor if DOUBLE else quotient(total, divisor)
     tl.store(out + at, mean, mask=inside)
 
 

@@ -53,6 +53,8 @@ from gradq.kernels.cuda_tools import (
     load_number,
     mix32,
     move,
+    quotient,
+    root,
     signed32,
     store_number,
 )
@@ -167,7 +169,7 @@ def _encode_tile(
 
     # 2. codes and levels
     coded = energy >= 2.0**-120
-    inverse = tl.where(coded, tl.div_rn(tl.full([16], 1.0, tl.float32), tl.sqrt_rn(energy)), 0.0)
+    inverse = tl.where(coded, quotient(tl.full([16], 1.0, tl.float32), root(energy)), 0.0)
     inverse = to_columns(inverse)
     codes = ()
     levels = ()
@@ -186,10 +188,10 @@ def _encode_tile(
 
     # 3. scales
     if UNBIASED:
-        scale = tl.div_rn(energy, inner)
+        scale = quotient(energy, inner)
         word16 = mix32(tile_key + (128 + tl.arange(0, 16)).to(tl.uint32)) & 0xFFFF
     else:
-        scale = tl.div_rn(inner, column_sums(levels, levels)) * 0.00390625
+        scale = quotient(inner, column_sums(levels, levels)) * 0.00390625
         word16 = tl.full([16], 0x8000, tl.uint32)
     scale = tl.where(coded, scale * inverse_unit(to_unit), 0.0)
     bits = bf16_scales(scale, word16, exponent)
@@ -368,7 +370,7 @@ def _mean_of_tile(
     else:
         zero = tl.full([256], -1.0, tl.float32) * 0.0  # -0, which Triton knows no constant of: -0 + v is v
         total = (zero, zero, zero, zero) * 4
-        for _ in range(num_rows):
+        for _rank in range(num_rows):
             tile_key = mix32(load_number(payloads, None, 4) + tile.to(tl.uint32))
             values, _ = _decode(payloads, codes_at, tile, tile_key, last, BITS, LEVELS, ALIGNED, KIND)
             total = add(total, values)
@@ -380,7 +382,7 @@ def _mean_of_tile(
             if EXACT_RECIPROCAL:  # of a power of two: a product with it equals the quotient
                 mean = mean * reciprocal
             else:
-                mean = tl.div_rn(mean, tl.zeros([256], tl.float32) + num_rows.to(tl.float32))
+                mean = quotient(mean, tl.zeros([256], tl.float32) + num_rows.to(tl.float32))
         store(out, at + 16 * k, mean, last[0], KIND != _FULL)
 
 

@@ -35,7 +35,7 @@ from gradq.kernels.cuda_rotated_tools import (
     swap,
     to_columns,
 )
-from gradq.kernels.cuda_tools import as_bits, as_float, jit, mix32, store_number
+from gradq.kernels.cuda_tools import as_bits, as_float, jit, mix32, quotient, root, store_number
 
 __all__ = ["encode_tail", "unrotated_tail", "window"]
 
@@ -301,9 +301,9 @@ def encode_tail(
     group = tl.arange(0, 16) * groups // 16
     same = (group[:, None] == group[None, :]).to(tl.int32)
     count = (tl.sum(same, axis=1) * rows).to(tl.float32)
-    sigma = tl.sqrt_rn(tl.div_rn(energy * gain, count))
+    sigma = root(quotient(energy * gain, count))
     coded = energy >= 2.0**-120
-    inverse = to_columns(tl.where(coded, tl.div_rn(tl.full([16], 1.0, tl.float32), sigma), 0.0))
+    inverse = to_columns(tl.where(coded, quotient(tl.full([16], 1.0, tl.float32), sigma), 0.0))
     codes = ()
     levels = ()
     for h in tl.static_range(16):
@@ -321,11 +321,11 @@ def encode_tail(
         _store_plane(packed, in_order, rows, 1, BITS & 6)
 
     if UNBIASED:
-        scale = tl.div_rn(energy, inner)
+        scale = quotient(energy, inner)
         word16 = mix32(tile_key + (128 + group).to(tl.uint32)) & 0xFFFF
     else:
         norm = _sums_after(levels, levels, rows, groups)
-        scale = tl.div_rn(tl.div_rn(inner, norm), tl.zeros([16], tl.float32) + gain)
+        scale = quotient(quotient(inner, norm), tl.zeros([16], tl.float32) + gain)
         word16 = tl.full([16], 0x8000, tl.uint32)
     scale = tl.where(coded, scale * inverse_unit(to_unit), 0.0)
     bits = bf16_scales(scale, word16, exponent)

@@ -1,11 +1,11 @@
 """What the Triton kernels share: compilation, checks, the hash, planes of bits, numbers at odd addresses.
 
 Rounding. The reference rounds after every operation, so kernels are compiled without contraction to fused
-multiply-adds (`launch`), divide with `div_rn` and take roots with `sqrt_rn`: Triton's `/` and `sqrt` are
-approximations for fp32. Sums have an order that is written out. Then fp32 arithmetic is IEEE on the GPU as on
-the CPU, denormals included, and results are equal bit for bit. One thing is not: a NaN that a GPU computes
-has bits of its own. Those of scales are written as integers and are equal on the wire; a decoded NaN is a
-NaN, whatever its bits.
+multiply-adds (`launch`), divide with `quotient` and take roots with `root`: Triton's `/` and `sqrt` are
+approximations for fp32, and its `div_rn` and `sqrt_rn` flush denormals before Triton 3.6. Sums have an
+order that is written out. Then fp32 arithmetic is IEEE on the GPU as on the CPU, denormals included, and
+results are equal bit for bit. One thing is not: a NaN that a GPU computes has bits of its own. Those of
+scales are written as integers and are equal on the wire; a decoded NaN is a NaN, whatever its bits.
 
 On a CPU the kernels run in Triton's interpreter only, for tests: TRITON_INTERPRET=1 must be set before triton
 is first imported. Run on an H100 with torch 2.11 and Triton 3.6: `pytest -m gpu tests/gpu`; what has changed
@@ -39,6 +39,8 @@ __all__ = [
     "load_number",
     "mix32",
     "move",
+    "quotient",
+    "root",
     "signed32",
     "store_number",
 ]
@@ -141,6 +143,22 @@ def fused(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tl.tensor:
     if _INTERPRETED:
         return (a.to(tl.float64) * b + c).to(tl.float32)
     return tl.fma(a, b, c)
+
+
+@jit
+def quotient(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """A / b of fp32 numbers, rounded to the nearest, denormals included."""
+    if _INTERPRETED:
+        return tl.div_rn(a, b)
+    return tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+
+
+@jit
+def root(a: tl.tensor) -> tl.tensor:
+    """Square roots of fp32 numbers, rounded to the nearest, denormals included."""
+    if _INTERPRETED:
+        return tl.sqrt_rn(a)
+    return tl.inline_asm_elementwise("sqrt.rn.f32 $0, $1;", "=f,f", [a], tl.float32, True, 1)
 
 
 @jit

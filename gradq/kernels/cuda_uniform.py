@@ -33,6 +33,7 @@ from gradq.kernels.cuda_tools import (
     load_number,
     mix32,
     move,
+    quotient,
     signed32,
     store_number,
 )
@@ -144,14 +145,14 @@ def _encode_blocks(
 
     absmax = tl.max(most, axis=1).to(tl.float32, bitcast=True)
     qmax = tl.full([N], QMAX, tl.float32)
-    bits = _scale_bits(tl.div_rn(absmax, qmax), KIND)
+    bits = _scale_bits(quotient(absmax, qmax), KIND)
     top = as_bits(_scale_value(bits, KIND) * qmax)  # rounded up, it could decode a finite value to Inf
     bits = tl.where(top < 0x7F800000, bits, _nan_bits(KIND)).to(tl.uint32)
     store_number(scales + block * SIZE, bits, there, SIZE)
     scale = _scale_value(bits, KIND)
     coded = scale > 0.0
     lost = (scale != scale)[:, None]
-    inverse = tl.where(coded, tl.div_rn(tl.full([N], 1.0, tl.float32), tl.where(coded, scale, 1.0)), 0.0)
+    inverse = tl.where(coded, quotient(tl.full([N], 1.0, tl.float32), tl.where(coded, scale, 1.0)), 0.0)
     inverse, coded, scale = inverse[:, None], coded[:, None], scale[:, None]
 
     numbers = ()
@@ -394,7 +395,7 @@ def _mean_blocks(
         if EXACT_RECIPROCAL:  # of a power of two: a product with it equals the quotient
             mean = sums[k] * reciprocal
         else:
-            mean = tl.div_rn(sums[k], tl.full([N, M], 1.0, tl.float32) * num_rows.to(tl.float32))
+            mean = quotient(sums[k], tl.full([N, M], 1.0, tl.float32) * num_rows.to(tl.float32))
         tl.store(out + (start + k * E + j), mean, mask=mine & (k * E + j < L))
 
 

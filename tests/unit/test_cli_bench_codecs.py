@@ -29,7 +29,7 @@ def test_a_quick_run_writes_its_files(tmp_path, capsys):
     assert float(rows[0]["encode"]) > 0
     record = json.loads((tmp_path / "frontier.json").read_text())
     assert record["setting"]["quick"] is True
-    assert record["setting"]["environment"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["setting"]["environment"]["torch"])
     assert float(rows[1]["laplace"]) == record["rows"][1]["laplace"]
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     assert "frontier.png" in shown.err
