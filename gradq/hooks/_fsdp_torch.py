@@ -1,7 +1,7 @@
 """Everything gradq uses of FSDP2 that torch does not call public, in one place.
 
-Checked on torch 2.9, 2.13 and 2.14. A name that is missing raises `UnsupportedError` with the version in it, never a guess.
-Nothing of torch.distributed.fsdp is imported before a model uses it.
+Checked on torch 2.9, 2.13 and 2.14. A name that is missing raises `UnsupportedError` with the version in it,
+never a guess. Nothing of torch.distributed.fsdp is imported before a model uses it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation check
 
 def _missing(what: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{what} is not available in torch {torch.__version__}: FSDP2 with gradq needs torch 2.9 or newer, and "
-        "was tested up to 2.14"
+        f"{what} is not available in torch {torch.__version__}: FSDP2 with gradq needs torch 2.9 or newer "
+        "(tested up to 2.14)"
     )
 
 

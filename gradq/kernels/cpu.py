@@ -35,15 +35,15 @@ from gradq.kernels.numba_tools import (
     inline,
     jit,
     keep,
+    load_block,
     mix32,
+    next_blocks,
     pack,
-    pack_words,
     row_addresses,
     u8_at,
     u16_at,
     u32_at,
     unpack,
-    unpack_words,
 )
 
 __all__ = [
@@ -169,57 +169,17 @@ def _store_scale(at: Any, kind: Any, absmax: Any, qmax: Any) -> Any:
 
 
 @inline
-def _pack(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
-    if P % 64 == 0:
-        pack_words(codes_at, packed_at, num_bits, P)
-    else:
-        pack(u8_at(codes_at, P), u8_at(packed_at, P * num_bits // 8), num_bits)
-
-
-@inline
 def _codes_of(packed_at: Any, codes_at: Any, num_bits: Any, count: Any, P: Any) -> Any:
     """The address of the codes of some blocks, one byte each."""
     if num_bits == 8:
         return packed_at
     size = P // 8 * num_bits
     for i in range(count):
-        from_at, to_at = packed_at + i * size, codes_at + i * P
-        if P % 64 == 0:
-            unpack_words(from_at, to_at, num_bits, P)
-        else:
-            unpack(u8_at(from_at, size), u8_at(to_at, P), num_bits)
+        unpack(packed_at + i * size, codes_at + i * P, num_bits, P)
     return codes_at
 
 
-@inline
-def _next_blocks(left: Any, block_size: Any, together: Any) -> Any:
-    """How many blocks come next, and of how many elements each: a shorter last one comes alone."""
-    count = min(together, left // block_size)
-    return (1, left) if count == 0 else (count, block_size)
-
-
 # --- encode --------------------------------------------------------------------------------------------
-
-
-@inline
-def _load(x_at: Any, residual_at: Any, value_at: Any, unscale: Any, L: Any, P: Any) -> Any:
-    """Return absmax of x + unscale * residual; the sum goes to scratch, if any, padded with zeros."""
-    x, residual, value = f32_at(x_at, L), f32_at(residual_at, L), f32_at(value_at, P)
-    most = np.uint32(0)
-    if residual_at != 0:
-        for j in range(L):
-            v = x[j] + residual[j] * unscale
-            value[j] = v
-            most = np.uint32(max(most, np.uint32(as_bits(v) & np.uint32(0x7FFFFFFF))))
-    else:
-        for j in range(L):
-            most = np.uint32(max(most, np.uint32(as_bits(x[j]) & np.uint32(0x7FFFFFFF))))
-        if value_at != 0:
-            for j in range(L):
-                value[j] = x[j]
-    for j in range(L, P):
-        value[j] = np.float32(0)
-    return as_float(most)
 
 
 @inline
@@ -306,7 +266,7 @@ def _encode_block(
     else:
         _round_nearest(value_at, codes_at, feedback, scale, qmax, P)
     if num_bits != 8:
-        _pack(codes_at, packed_at, num_bits, P)
+        pack(codes_at, packed_at, num_bits, P)
     if new_at != 0:
         if scale != scale:
             _write(residual_at, new_at, np.float32(1), L, False)
@@ -330,9 +290,9 @@ def _encode_blocks(
         more = 4 * i * L
         if copied:
             old_at = residual_at + more if residual_at != 0 else 0
-            scales[i] = _load(x_at + more, old_at, value_at + more, factors[0], L, P)
+            scales[i] = load_block(x_at + more, old_at, value_at + more, factors[0], L, P)
         else:
-            scales[i] = _load(x_at + more, 0, 0, factors[0], L, P)
+            scales[i] = load_block(x_at + more, 0, 0, factors[0], L, P)
     for i in range(count):
         scales[i] = _store_scale(scale_at + (4 if kind == _FP32 else 2) * i, kind, scales[i], qmax)
     for i in range(count):
@@ -364,7 +324,7 @@ def _encode(tensors_at: Any, n: int, shape: Any, dither: Any, loss_scale: float)
     factors = (np.float32(loss_scale), np.float32(1.0 / loss_scale))
     block = 0
     while block < num_blocks:
-        count, L = _next_blocks(n - block * block_size, block_size, together)
+        count, L = next_blocks(n - block * block_size, block_size, together)
         at = (x_at, residual_at, new_at, scale_at, packed_at)
         draws = (key_low, key_high, shift, first_block + block)
         if L == _USUAL:
@@ -478,7 +438,7 @@ def _decode_mean(payload_at: int, rows: Any, out_at: int, n: int, shape: Any) ->
     how = (num_bits, kind, stream)
     block = 0
     while block < num_blocks:
-        count, L = _next_blocks(n - block * block_size, block_size, together)
+        count, L = next_blocks(n - block * block_size, block_size, together)
         at = (scale_at, packed_at, out_at)
         if L == _USUAL:
             _mean_blocks(at, count, rows, scratch, how, _USUAL, _USUAL)

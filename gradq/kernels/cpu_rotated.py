@@ -96,12 +96,12 @@ def _is_packed(num_bits: Any, trellis: Any, rows: Any) -> Any:
 
 @jit
 def _pack(at: int, packed_at: int, rows: int, num_bits: int) -> None:
-    pack(u8_at(at + CODES, 16 * rows), u8_at(packed_at, 2 * rows * num_bits), num_bits)
+    pack(at + CODES, packed_at, num_bits, 16 * rows)
 
 
 @jit
 def _unpack(at: int, packed_at: int, rows: int, num_bits: int) -> None:
-    unpack(u8_at(packed_at, 2 * rows * num_bits), u8_at(at + CODES, 16 * rows), num_bits)
+    unpack(packed_at, at + CODES, num_bits, 16 * rows)
 
 
 # --- encode --------------------------------------------------------------------------------------------

@@ -283,7 +283,10 @@ def _encode(
                 code = min(max(code, np.int32(0)), np.int32(2 * qmax))
                 codes[i] = np.uint8(code)
                 value[indices[i]] = v - np.float32(np.int32(code - np.int32(qmax))) * scale
-            pack(codes, data[:code_bytes], num_bits)
+            if num_bits == 8:
+                data[: len(codes)] = codes
+            else:
+                pack(codes.ctypes.data, data.ctypes.data, num_bits, len(codes))
             _pack_indices(indices, k, low_bits, high_bytes, low_bytes, data[code_bytes:])
         else:
             for j in range(len(data)):
@@ -334,7 +337,10 @@ def _decode_mean(
                 for j in range(L):
                     out_L[j] = np.float32(np.nan)
             elif scale > np.float32(0):
-                unpack(payload[at : at + code_bytes], codes, num_bits)
+                if num_bits == 8:
+                    codes[:] = payload[at : at + code_bytes]
+                else:
+                    unpack(payload[at:].ctypes.data, codes.ctypes.data, num_bits, len(codes))
                 _unpack_indices(payload[at + code_bytes :], k, low_bits, high_bytes, L, indices)
                 for i in range(k):
                     decoded = np.float32(np.int32(np.int32(codes[i]) - np.int32(qmax))) * scale

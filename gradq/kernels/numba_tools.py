@@ -1,4 +1,4 @@
-"""What Numba kernels share: compilation, addresses and arrays at them, the hash, planes of bits.
+"""What Numba kernels share: compilation, addresses and arrays at them, the hash, blocks, planes of bits.
 
 A kernel's compiled form is cached by the file it stands in: after a change here, remove the kernels'
 `__pycache__`.
@@ -29,15 +29,16 @@ __all__ = [
     "inline",
     "jit",
     "keep",
+    "load_block",
     "mix32",
+    "next_blocks",
     "pack",
-    "pack_words",
     "row_addresses",
     "u8_at",
     "u16_at",
     "u32_at",
+    "u64_at",
     "unpack",
-    "unpack_words",
 ]
 
 # the digits of the planes, in each of eight bytes
@@ -149,13 +150,57 @@ def mix32(h: Any) -> Any:
 
 
 @inline
-def pack(codes_P: Any, packed: Any, num_bits: Any) -> None:
-    """One byte a code to planes of 4, 2 and 1 bits, P a multiple of 8; 8 bits are copied."""
+def next_blocks(left: Any, block_size: Any, together: Any) -> Any:
+    """How many blocks come next, and of how many elements each: a shorter last one comes alone."""
+    count = min(together, left // block_size)
+    return (1, left) if count == 0 else (count, block_size)
+
+
+@inline
+def load_block(x_at: Any, residual_at: Any, value_at: Any, unscale: Any, L: Any, P: Any) -> Any:
+    """Return absmax of x + unscale * residual; the sum goes to scratch, if any, padded with zeros."""
+    x, residual, value = f32_at(x_at, L), f32_at(residual_at, L), f32_at(value_at, P)
+    most = np.uint32(0)
+    if residual_at != 0:
+        for j in range(L):
+            v = x[j] + residual[j] * unscale
+            value[j] = v
+            most = np.uint32(max(most, np.uint32(as_bits(v) & np.uint32(0x7FFFFFFF))))
+    else:
+        for j in range(L):
+            most = np.uint32(max(most, np.uint32(as_bits(x[j]) & np.uint32(0x7FFFFFFF))))
+        if value_at != 0:
+            for j in range(L):
+                value[j] = x[j]
+    for j in range(L, P):
+        value[j] = np.float32(0)
+    return as_float(most)
+
+
+# --- planes of bits ------------------------------------------------------------------------------------
+
+
+@inline
+def pack(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
+    """One byte a code to planes of 4, 2 and 1 bits, P a multiple of 8; of 8 bits there is nothing to pack."""
+    if P % 64 == 0:
+        _pack_words(codes_at, packed_at, num_bits, P)
+    else:
+        _pack_bytes(u8_at(codes_at, P), u8_at(packed_at, P * num_bits // 8), num_bits)
+
+
+@inline
+def unpack(packed_at: Any, codes_at: Any, num_bits: Any, P: Any) -> None:
+    """What `pack` wrote, back to one byte a code; words take what earlier planes left, so not of one bit."""
+    if P % 64 == 0 and num_bits > 1:
+        _unpack_words(packed_at, codes_at, num_bits, P)
+    else:
+        _unpack_bytes(u8_at(packed_at, P * num_bits // 8), u8_at(codes_at, P), num_bits)
+
+
+@inline
+def _pack_bytes(codes_P: Any, packed: Any, num_bits: Any) -> None:
     P = len(codes_P)
-    if num_bits == 8:
-        for j in range(P):
-            packed[j] = codes_P[j]
-        return
     low = np.uint8(0)
     if num_bits & 4:
         run = P // 2
@@ -186,13 +231,8 @@ def pack(codes_P: Any, packed: Any, num_bits: Any) -> None:
 
 
 @inline
-def unpack(packed: Any, codes_P: Any, num_bits: Any) -> None:
-    """What `pack` wrote, back to one byte a code."""
+def _unpack_bytes(packed: Any, codes_P: Any, num_bits: Any) -> None:
     P = len(codes_P)
-    if num_bits == 8:
-        for j in range(P):
-            codes_P[j] = packed[j]
-        return
     low = np.uint8(0)
     if num_bits & 4:
         run = P // 2
@@ -236,8 +276,8 @@ def _up(word: Any, by: Any) -> Any:
 
 
 @inline
-def pack_words(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
-    """`pack` at addresses, mostly eight codes at a time, for P a multiple of 64 and fewer than 8 bits."""
+def _pack_words(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
+    """Mostly eight codes at a time."""
     w, done = P // 64, 0  # words of an octant of the codes
     codes = u64_at(codes_at, 8 * w)
     if num_bits & 4:
@@ -268,8 +308,7 @@ def pack_words(codes_at: Any, packed_at: Any, num_bits: Any, P: Any) -> None:
 
 
 @inline
-def unpack_words(packed_at: Any, codes_at: Any, num_bits: Any, P: Any) -> None:
-    """What `pack_words` wrote, back to one byte a code."""
+def _unpack_words(packed_at: Any, codes_at: Any, num_bits: Any, P: Any) -> None:
     w, done = P // 64, 0
     codes = u64_at(codes_at, 8 * w)
     if num_bits & 4:

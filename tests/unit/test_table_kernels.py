@@ -1,0 +1,91 @@
+"""The table codecs' Numba kernels against the reference where methods differ: at ties, in mixed groups."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradq.codecs import TableCodec
+from gradq.codecs.table import TABLE_NAMES, _table
+from gradq.kernels import cpu_table, reference_table
+from gradq.kernels.cpu_float_levels import mantissa_bits
+from gradq.kernels.tables import Table, payload_bytes
+
+ROUNDINGS = {"sign": ("nearest",), "qsgd4": ("stochastic",), "qsgd8": ("stochastic",)}
+CASES = [(name, how) for name in TABLE_NAMES for how in ROUNDINGS.get(name, ("stochastic", "nearest"))]
+
+
+def assert_equal(x: Tensor, table: Table, residual: Tensor | None = None) -> None:
+    """Payload, decoded values, their mean with others and the new residual, of both kernels."""
+    outcomes = []
+    for kernels in (cpu_table, reference_table):
+        payload = torch.full((payload_bytes(x.numel(), table),), 0xA5, dtype=torch.uint8)
+        out, mean, new = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        kernels.table_encode(
+            x,
+            payload,
+            table=table,
+            key=0x1234_5678_9ABC_DEF1,
+            shift=0xF00F,
+            first_block=7,
+            residual=residual,
+            new_residual=None if residual is None else new,
+            loss_scale=1.0,
+        )
+        kernels.table_decode(payload, out, table=table)
+        kernels.table_decode_mean(payload.expand(3, -1), mean, table=table)
+        outcomes.append((payload, out, mean, out if residual is None else new))
+    for ours, truth in zip(*outcomes, strict=True):
+        assert torch.equal(ours.float().nan_to_num(7e7), truth.float().nan_to_num(7e7))
+
+
+def at_ties(table: Table) -> Tensor:
+    """Levels, midpoints and their neighbours, in blocks of which most have the scale 1."""
+    levels, middles, _, _ = reference_table.constants(table)
+    exact = torch.cat([levels, middles, torch.tensor([0.0, -0.0, 1e-40, -1e-40, 2.0**-30, 0.49999997])])
+    far = torch.tensor(9e9)
+    values = torch.cat([exact, torch.nextafter(exact, far), torch.nextafter(exact, -far)])
+    others = table.block_size - 1
+    values = values.clamp(-levels[-1], levels[-1]).repeat(others)  # a whole number of blocks
+    blocks = values[: max(3 * exact.numel() // others + 1, 2) * others].view(-1, others)
+    whole = torch.cat([levels[-1].expand(len(blocks), 1), blocks], dim=1).flatten()
+    return torch.cat([whole, levels[-1:], exact[len(levels) :][-13:]])  # and a block of no whole row
+
+
+@pytest.mark.parametrize(("name", "rounding"), CASES)
+def test_ties_go_where_a_search_puts_them(name: str, rounding: str) -> None:
+    table = _table(name, rounding == "stochastic")
+    x = at_ties(table)
+    assert_equal(x, table)
+    assert_equal(x.flip(0), table, residual=torch.zeros_like(x))
+
+
+@pytest.mark.parametrize(("name", "rounding"), CASES)
+@pytest.mark.parametrize("more", [0, 1, 23])
+def test_blocks_of_every_kind_in_one_group(name: str, rounding: str, more: int) -> None:
+    """Zeros, tiny, NaN, Inf and huge blocks beside usual ones, whose steps go side by side."""
+    table = _table(name, rounding == "stochastic")
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(11 * table.block_size + more, generator=generator)
+    for block, change in enumerate([0.0, 1e-41, math.nan, math.inf, 3e38, 1.0, 1e-38, 1.0, 1e20]):
+        x[block * table.block_size + (block % 3) :][: table.block_size - 3] *= change
+    x = x.clamp(-3.4e38, 3.4e38) if more else x
+    assert_equal(x, table)
+    assert_equal(x, table, residual=0.1 * torch.randn(x.shape, generator=generator))
+
+
+def test_which_levels_are_floats() -> None:
+    found = {
+        name: mantissa_bits(_table(name, "nearest" not in ROUNDINGS.get(name, ())).levels)
+        for name in TABLE_NAMES
+    }
+    assert {name: bits for name, bits in found.items() if bits} == {
+        "fp8_e4m3": 3,
+        "fp8_e5m2": 2,
+        "mxfp4": 1,
+        "nvfp4": 1,
+    }
+    assert TableCodec(format="fp8_e4m3").block_size == 256
