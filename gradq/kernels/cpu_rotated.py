@@ -20,6 +20,7 @@ from gradq.kernels.cpu_rotated_rows import (
     COUNT,
     ENERGY,
     GROUP,
+    INDEX,
     INVERSE,
     NEAR,
     NORMS,
@@ -27,6 +28,7 @@ from gradq.kernels.cpu_rotated_rows import (
     SCALE,
     SCRATCH_BYTES,
     SUMS,
+    TABLES,
     WORDS,
     clear_sums,
     finish_rows,
@@ -40,7 +42,7 @@ from gradq.kernels.cpu_rotated_rows import (
     store_quantizer,
 )
 from gradq.kernels.cpu_rotated_tile import decode_tile, finish_tile, levels_of_tile, quantize_tile, start_tile
-from gradq.kernels.cpu_trellis import trellis_encode, trellis_levels
+from gradq.kernels.cpu_trellis import store_trellis, trellis_encode, trellis_levels
 from gradq.kernels.numba_tools import (
     address,
     aligned,
@@ -166,6 +168,11 @@ def _invert(at: Any, gain: Any) -> None:
 
 
 @jit
+def _store_trellis(at: int, num_bits: int) -> None:
+    store_trellis(at + TABLES, quantizer_of(at)[7], num_bits)
+
+
+@jit
 def _trellis(at: int, rows: int, num_bits: int) -> None:
     """As `quantize_rows`, through the trellis; of a full tile with the high stages before and after."""
     if rows == 256:
@@ -173,8 +180,8 @@ def _trellis(at: int, rows: int, num_bits: int) -> None:
     quantizer = quantizer_of(at)
     for part in range(0, 16, LANES):
         z_at, sums_at, inverse = at + 4 * part, at + SUMS + 4 * part, load_row(at + INVERSE + 4 * part)
-        codes_at, choices_at = at + CODES + part, at + CHOICES + part
-        i, n = trellis_encode(z_at, codes_at, rows, num_bits, quantizer, inverse, choices_at)
+        codes_at, kept_at = at + CODES + part, (at + CHOICES + part, at + INDEX + 4 * part, at + TABLES)
+        i, n = trellis_encode(z_at, codes_at, rows, num_bits, quantizer, inverse, kept_at)
         for k, inner, norm in ((0, i[0], n[0]), (64, i[1], n[1]), (128, i[2], n[2]), (192, i[3], n[3])):
             store_row(sums_at + k, inner)
             store_row(sums_at + NORMS - SUMS + k, norm)
@@ -261,6 +268,8 @@ def _encode(
     memory = np.empty(SCRATCH_BYTES + 64, np.uint8)
     at = aligned(memory.ctypes.data)
     store_quantizer(at, constants)
+    if trellis:
+        _store_trellis(at, num_bits)
     unscale, factor = np.float32(loss_scale), np.float32(inverse_loss_scale)
     for k in range(4):
         payload[k] = np.uint8(np.uint32(base) >> np.uint32(8 * k))
@@ -329,9 +338,9 @@ def _scales_of(payload: Any, scales_at: Any, groups: Any, scale_C: Any) -> None:
 
 @jit
 def _trellis_levels(at: int, rows: int) -> None:
-    quantizer = quantizer_of(at)
+    to_level = quantizer_of(at)[7]
     for part in range(0, 16, LANES):
-        trellis_levels(at + CODES + part, at + 4 * part, rows, quantizer)
+        trellis_levels(at + CODES + part, at + 4 * part, rows, to_level, at + TABLES)
     if rows == 256:
         high_stages(at, 256)
 
@@ -365,6 +374,8 @@ def _decode_mean(
     memory = np.empty(SCRATCH_BYTES + 64, np.uint8)
     at = aligned(memory.ctypes.data)
     store_quantizer(at, constants)
+    if trellis:
+        _store_trellis(at, num_bits)
     scale_C = f32_at(at + SCALE, 16)
     stream = num_rows == 1 and n >= _STREAM_FROM and out_at & 63 == 0
     for tile in range((n + 4095) // 4096):

@@ -35,6 +35,7 @@ __all__ = [
     "COUNT",
     "ENERGY",
     "GROUP",
+    "INDEX",
     "INVERSE",
     "NEAR",
     "NORMS",
@@ -46,6 +47,7 @@ __all__ = [
     "SCALE",
     "SCRATCH_BYTES",
     "SUMS",
+    "TABLES",
     "WORDS",
     "add_sixteens",
     "clear_sums",
@@ -71,7 +73,11 @@ PARTIAL, PARTIAL_NORMS = CHOICES, CHOICES + 1024
 ENERGY, INVERSE, SCALE, ONES, QUANTIZER = 28160, 28224, 28288, 28352, 28416
 GROUP, COUNT = QUANTIZER + 14 * 64, QUANTIZER + 15 * 64  # of each column; see `cpu_rotated`
 PADDED = QUANTIZER + 16 * 64  # the values of a last tile whose end is no whole row
-SCRATCH_BYTES = PADDED + 16384
+# What the trellis keeps between its passes, 64 bytes before a multiple of 4096: what is written there must
+# not look like the rows that are read next. Then its tables.
+INDEX = PADDED + 16384 + 3264
+TABLES = INDEX + 16384
+SCRATCH_BYTES = TABLES + 384
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 

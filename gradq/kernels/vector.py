@@ -32,6 +32,7 @@ __all__ = [
     "load_row",
     "load_words",
     "lookup",
+    "lookup_pair",
     "mask_at_least",
     "maximum_words",
     "minimum",
@@ -88,6 +89,7 @@ as_row = operation(ROW, lambda builder, a: builder.bitcast(a, FLOATS), WORDS)
 to_int = operation(WORDS, lambda builder, a: builder.fptosi(a, INTS), ROW)
 to_float = operation(ROW, lambda builder, a: builder.sitofp(a, FLOATS), WORDS)
 lookup = operation(ROW, vector_ir.lookup, ROW, ROW, WORDS)  # only where vector_ir.HAS_LOOKUP; see there
+lookup_pair = operation(ROW, vector_ir.lookup_pair, ROW, ROW, WORDS)  # only where LANES is 16; see there
 prefetch = operation(types.int64, vector_ir.prefetch, types.intp)
 prefetch_to_write = operation(types.int64, _fixed(vector_ir.prefetch, True), types.intp)
 square_root = operation(ROW, vector_ir.square_root, ROW)

@@ -30,6 +30,7 @@ __all__ = [
     "larger",
     "load",
     "lookup",
+    "lookup_pair",
     "operation",
     "prefetch",
     "smaller",
@@ -139,6 +140,13 @@ def lookup(builder: Any, low: Any, high: Any, index: Any) -> Any:
     return builder.select(
         is_high, builder.call(function, [high, index]), builder.call(function, [low, index])
     )
+
+
+def lookup_pair(builder: Any, low: Any, high: Any, index: Any) -> Any:
+    """table[index] of 32 numbers, index < 32; only where LANES is 16."""
+    kind = ir.FunctionType(FLOATS, [FLOATS, INTS, FLOATS])
+    function = _declare(builder.module, kind, "llvm.x86.avx512.vpermi2var.ps.512")
+    return builder.call(function, [low, index, high])
 
 
 def smaller(builder: Any, a: Any, b: Any) -> Any:
