@@ -71,8 +71,9 @@ def _constants(table: Table) -> tuple[Any, Any, Any, Any, Any]:
         for row, values in zip(registers, (levels, middles, levels[1:-1], gaps), strict=True):
             row[: len(values)] = values.numpy()
     arrays = levels.numpy(), middles.numpy(), gaps.numpy(), registers
+    mantissa = 0 if table.rule == "mse" else mantissa_bits(table.levels)  # which has two factors
     is_even = bool(gaps.max() < 1.0001 * gaps.min())
-    return *arrays, (*numbers, int(table.stochastic), smallest, mantissa_bits(table.levels), is_even)
+    return *arrays, (*numbers, int(table.stochastic), smallest, mantissa, is_even)
 
 
 @inline
