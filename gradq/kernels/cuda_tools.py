@@ -9,7 +9,8 @@ scales are written as integers and are equal on the wire; a decoded NaN is a NaN
 
 On a CPU the kernels run in Triton's interpreter only, for tests: TRITON_INTERPRET=1 must be set before triton
 is first imported. Run on an H100 with torch 2.11 and Triton 3.6: `pytest -m gpu tests/gpu`; what has changed
-since and was not run there says so.
+since and was not run there says so. `quotient` and `root` are such: then they were Triton's own; as
+instructions they were compiled with Triton 3.4 to 3.9 and not run on a GPU.
 """
 
 from __future__ import annotations
