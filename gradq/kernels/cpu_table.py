@@ -76,6 +76,14 @@ def _constants(table: Table) -> tuple[Any, Any, Any, Any, Any]:
     return *arrays, (*numbers, int(table.stochastic), smallest, mantissa, is_even)
 
 
+@cache
+def _level_of_each_code(table: Table) -> Any:
+    """The levels, and NaN for codes that stand for none: a corrupted payload must not read past them."""
+    levels = np.full(1 << table.num_bits, np.nan, np.float32)
+    levels[: len(table.levels)] = table.levels
+    return levels
+
+
 @inline
 def _scale_bits(scale: Any, kind: Any, up: Any) -> Any:
     bits = as_bits(scale)
@@ -537,6 +545,7 @@ def table_decode(payload: Tensor, out: Tensor, *, table: Table) -> None:
 def table_decode_mean(payloads: Tensor, out: Tensor, *, table: Table) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
     n = out.numel()
-    levels, _, _, registers, numbers = _constants(table)
+    _, _, _, registers, numbers = _constants(table)
+    levels = _level_of_each_code(table)
     payloads_at, rows = row_addresses(payloads, payload_bytes(n, table))
     _decode_mean(payloads_at, rows, address(out, torch.float32, n), n, levels, registers, numbers)

@@ -79,6 +79,28 @@ def test_blocks_of_every_kind_in_one_group(name: str, rounding: str, more: int) 
     assert_equal(x, table, residual=0.1 * torch.randn(x.shape, generator=generator))
 
 
+@pytest.mark.parametrize("name", [name for name in TABLE_NAMES if len(_table(name, True).levels) & 1])
+@pytest.mark.parametrize("numel", [5, 300])
+def test_a_code_that_stands_for_no_level_decodes_to_nothing_finite(name: str, numel: int) -> None:
+    table = _table(name, True)
+    payload = torch.zeros(payload_bytes(numel, table), dtype=torch.uint8)
+    reference_table.table_encode(
+        torch.ones(numel),
+        payload,
+        table=table,
+        key=0,
+        shift=0,
+        first_block=0,
+        residual=None,
+        new_residual=None,
+        loss_scale=1.0,
+    )
+    payload[-(-(-numel // 8) * table.num_bits) :] = 0xFF  # all codes, not the scales
+    out = torch.empty(numel)
+    cpu_table.table_decode(payload, out, table=table)
+    assert not out.isfinite().any()
+
+
 def test_which_levels_are_floats() -> None:
     found = {
         name: mantissa_bits(_table(name, "nearest" not in ROUNDINGS.get(name, ())).levels)
