@@ -27,7 +27,7 @@ from gradq.codecs.phase2 import phase2_bits
 from gradq.codecs.uniform import UniformCodec
 from gradq.errors import ConfigError
 from gradq.kernels.rotated import POLYNOMIALS
-from gradq.kernels.tables import Table, payload_bytes, table_kernels
+from gradq.kernels.tables import Table, payload_bytes, small_float, table_kernels
 from gradq.rng import EncodeContext
 
 __all__ = ["TABLE_NAMES", "TableCodec"]
@@ -66,13 +66,8 @@ def _lloyd_max(num_bits: int) -> tuple[float, ...]:
 
 def _floats(exponents: int, mantissa_bits: int, last: int) -> tuple[float, ...]:
     """Floats without a bias: `last` is the greatest code, subnormals first."""
-    steps = 1 << mantissa_bits
-    positive = [
-        float(code) if code < steps else float((steps + code % steps) << (code // steps - 1))
-        for code in range(1, last + 1)
-    ]
-    assert last < exponents * steps
-    return _mirrored(positive)
+    assert last < exponents << mantissa_bits
+    return _mirrored([small_float(code, mantissa_bits) for code in range(1, last + 1)])
 
 
 _FORMATS = {

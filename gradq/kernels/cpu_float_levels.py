@@ -1,8 +1,8 @@
 """Rounding to levels that are small floats, in Numba, by arithmetic instead of a search in their table.
 
-A level with M bits of mantissa is plus or minus the value of a number c from 0 to `most`: c itself below
-2**M, else (2**M + c % 2**M) << (c // 2**M - 1), whose bits as a float begin with c. Its code is most + c or
-most - c. Results are those of a search, bit for bit: see `reference_table`.
+A level with M bits of mantissa is plus or minus the `small_float` of a number c from 0 to `most`: c itself
+below 2**M, else a float whose bits begin with c. Its code is most + c or most - c. Results are those of a
+search, bit for bit: see `reference_table`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gradq.kernels.numba_tools import as_bits, as_float, f32_at, inline, mix32, u8_at
+from gradq.kernels.numba_tools import as_bits, as_float, f32_at, inline, mix32, u8_at, unit_dither
+from gradq.kernels.tables import small_float
 
 __all__ = ["float_nearest", "float_stochastic", "mantissa_bits"]
 
@@ -20,12 +21,8 @@ def mantissa_bits(levels: tuple[float, ...]) -> int:
     """M, if the levels are such floats; else 0."""
     most = len(levels) // 2
     for mantissa in (1, 2, 3):
-        steps = 1 << mantissa
-        positive = [
-            float(c) if c < steps else float((steps + c % steps) << (c // steps - 1))
-            for c in range(1, most + 1)
-        ]
-        if most > steps and levels == (*(-v for v in reversed(positive)), 0.0, *positive):
+        positive = [small_float(c, mantissa) for c in range(1, most + 1)]
+        if most > 1 << mantissa and levels == (*(-v for v in reversed(positive)), 0.0, *positive):
             return mantissa
     return 0
 
@@ -80,12 +77,6 @@ def _neighbour(q: Any, u: Any, most: Any, M: Any) -> Any:
 
 
 @inline
-def _dither(bits: Any, shift: Any) -> Any:
-    d = np.uint32(np.uint32(bits + shift) & np.uint32(0xFFFF))
-    return np.float32(np.int32(d)) * np.float32(2.0**-16) + np.float32(2.0**-17)
-
-
-@inline
 def float_stochastic(
     value_at: Any, inverse: Any, codes_at: Any, most: Any, M: Any, key_shift: Any, P: Any
 ) -> None:
@@ -97,7 +88,6 @@ def float_stochastic(
     most = np.int32(most)
     for j in range(h):
         d = mix32(np.uint32(np.uint32(j) + key))
-        u = _dither(np.uint32(d & np.uint32(0xFFFF)), shift)
-        high_u = _dither(np.uint32(d >> np.uint32(16)), shift)
+        u, high_u = unit_dither(d, shift), unit_dither(np.uint32(d >> np.uint32(16)), shift)
         codes[j] = np.uint8(_neighbour(value[j] * inverse, u, most, M))
         high_codes[j] = np.uint8(_neighbour(high_value[j] * inverse, high_u, most, M))

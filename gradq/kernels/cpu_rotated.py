@@ -20,11 +20,11 @@ from gradq.kernels.cpu_rotated_rows import (
     COUNT,
     ENERGY,
     GROUP,
-    INDEX,
     INVERSE,
     NEAR,
     NORMS,
     PADDED,
+    POSITIONS,
     SCALE,
     SCRATCH_BYTES,
     SUMS,
@@ -180,7 +180,7 @@ def _trellis(at: int, rows: int, num_bits: int) -> None:
     quantizer = quantizer_of(at)
     for part in range(0, 16, LANES):
         z_at, sums_at, inverse = at + 4 * part, at + SUMS + 4 * part, load_row(at + INVERSE + 4 * part)
-        codes_at, kept_at = at + CODES + part, (at + CHOICES + part, at + INDEX + 4 * part, at + TABLES)
+        codes_at, kept_at = at + CODES + part, (at + CHOICES + part, at + POSITIONS + 4 * part, at + TABLES)
         i, n = trellis_encode(z_at, codes_at, rows, num_bits, quantizer, inverse, kept_at)
         for k, inner, norm in ((0, i[0], n[0]), (64, i[1], n[1]), (128, i[2], n[2]), (192, i[3], n[3])):
             store_row(sums_at + k, inner)

@@ -35,7 +35,6 @@ __all__ = [
     "COUNT",
     "ENERGY",
     "GROUP",
-    "INDEX",
     "INVERSE",
     "NEAR",
     "NORMS",
@@ -43,6 +42,7 @@ __all__ = [
     "PADDED",
     "PARTIAL",
     "PARTIAL_NORMS",
+    "POSITIONS",
     "QUANTIZER",
     "SCALE",
     "SCRATCH_BYTES",
@@ -75,8 +75,8 @@ GROUP, COUNT = QUANTIZER + 14 * 64, QUANTIZER + 15 * 64  # of each column; see `
 PADDED = QUANTIZER + 16 * 64  # the values of a last tile whose end is no whole row
 # What the trellis keeps between its passes, 64 bytes before a multiple of 4096: what is written there must
 # not look like the rows that are read next. Then its tables.
-INDEX = PADDED + 16384 + 3264
-TABLES = INDEX + 16384
+POSITIONS = PADDED + 16384 + 3264
+TABLES = POSITIONS + 16384
 SCRATCH_BYTES = TABLES + 384
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 

@@ -37,10 +37,12 @@ from gradq.kernels.numba_tools import (
     mix32,
     next_blocks,
     pack,
+    pack_few,
     row_addresses,
     u8_at,
-    u64_at,
+    unit_dither,
     unpack,
+    unpack_few,
 )
 from gradq.kernels.tables import MULTIPLIERS, Table, payload_bytes
 from gradq.kernels.vector import LANES
@@ -172,9 +174,7 @@ def _stochastic(
         q = value[j] * inverse
         low = _below(levels, gaps, q) if is_even else min(max(_count(levels, q) - 1, 0), len(levels) - 2)
         d = mix32(np.uint32(np.uint32(j if j < half else j - half) + dither[0]))
-        d = np.uint32(d & np.uint32(0xFFFF)) if j < half else np.uint32(d >> np.uint32(16))
-        d = np.uint32(np.uint32(d + dither[1]) & np.uint32(0xFFFF))
-        u = np.float32(np.int32(d)) * np.float32(2.0**-16) + np.float32(2.0**-17)
+        u = unit_dither(d if j < half else np.uint32(d >> np.uint32(16)), dither[1])
         codes[j] = np.uint8(low + (1 if (q - levels[low]) * gaps[low] > u else 0))
 
 
@@ -339,24 +339,6 @@ def _codes(
 
 
 @inline
-def _pack_few(codes_at: Any, packed_at: Any, P: Any) -> None:
-    """`pack` of 4 bits for 16, 32 or 48 codes, eight at a time."""
-    w, digits = P // 16, np.uint64(0x0F0F0F0F0F0F0F0F)
-    codes, plane = u64_at(codes_at, 2 * w), u64_at(packed_at, w)
-    for j in range(w):
-        plane[j] = np.uint64(codes[j] & digits) | np.uint64(np.uint64(codes[j + w] & digits) << np.uint64(4))
-
-
-@inline
-def _unpack_few(packed_at: Any, codes_at: Any, P: Any) -> None:
-    w, digits = P // 16, np.uint64(0x0F0F0F0F0F0F0F0F)
-    codes, plane = u64_at(codes_at, 2 * w), u64_at(packed_at, w)
-    for j in range(w):
-        word = plane[j]
-        codes[j], codes[j + w] = np.uint64(word & digits), np.uint64(np.uint64(word >> np.uint64(4)) & digits)
-
-
-@inline
 def _scale(scale: Any, kind: Any, up: Any, top: Any, wire_at: Any, size: Any) -> Any:
     """Write a scale; its value there."""
     bits = _scale_bits(scale, kind, up)
@@ -442,7 +424,7 @@ def _encode(
                 codes[j] = np.uint8(smallest)
         for i in range(count):
             if num_bits == 4 and P < 64 and P % 16 == 0:
-                _pack_few(codes_at + i * P, packed_at, P)
+                pack_few(codes_at + i * P, packed_at, P)
             elif num_bits < 8:
                 pack(codes_at + i * P, packed_at, num_bits, P)
             packed_at += P * num_bits // 8
@@ -496,7 +478,7 @@ def _decode_mean(
                 codes_at = packed_at
             elif num_bits == 4 and P < 64 and P % 16 == 0:
                 for i in range(count):
-                    _unpack_few(packed_at + i * P // 2, codes_at + i * P, P)
+                    unpack_few(packed_at + i * P // 2, codes_at + i * P, P)
             else:
                 for i in range(count):
                     unpack(packed_at + i * P * num_bits // 8, codes_at + i * P, num_bits, P)

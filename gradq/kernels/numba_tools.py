@@ -33,12 +33,14 @@ __all__ = [
     "mix32",
     "next_blocks",
     "pack",
+    "pack_few",
     "row_addresses",
     "u8_at",
     "u16_at",
     "u32_at",
-    "u64_at",
+    "unit_dither",
     "unpack",
+    "unpack_few",
 ]
 
 # the digits of the planes, in each of eight bytes
@@ -147,6 +149,13 @@ def mix32(h: Any) -> Any:
     h = np.uint32(h ^ (h >> np.uint32(15)))
     h = np.uint32(h * np.uint32(0x846CA68B))
     return np.uint32(h ^ (h >> np.uint32(16)))
+
+
+@inline
+def unit_dither(bits: Any, shift: Any) -> Any:
+    """The low 16 bits, shifted, in the middle of their step of (0, 1)."""
+    d = np.uint32(np.uint32(bits + shift) & np.uint32(0xFFFF))
+    return np.float32(np.int32(d)) * np.float32(2.0**-16) + np.float32(2.0**-17)
 
 
 @inline
@@ -338,3 +347,22 @@ def _unpack_words(packed_at: Any, codes_at: Any, num_bits: Any, P: Any) -> None:
             word = plane[j]
             for k in range(8):
                 codes[j + k * w] |= _up(_digits(word, k, _ONES), done)
+
+
+@inline
+def pack_few(codes_at: Any, packed_at: Any, P: Any) -> None:
+    """`pack` of 4 bits for 16, 32 or 48 codes; as a branch of `pack` it costs the other codecs a tenth."""
+    w = P // 16
+    codes, plane = u64_at(codes_at, 2 * w), u64_at(packed_at, w)
+    for j in range(w):
+        plane[j] = _digits(codes[j], 0, _FOURS) | _up(_digits(codes[j + w], 0, _FOURS), 4)
+
+
+@inline
+def unpack_few(packed_at: Any, codes_at: Any, P: Any) -> None:
+    """What `pack_few` wrote, back to one byte a code."""
+    w = P // 16
+    codes, plane = u64_at(codes_at, 2 * w), u64_at(packed_at, w)
+    for j in range(w):
+        word = plane[j]
+        codes[j], codes[j + w] = _digits(word, 0, _FOURS), _digits(word, 4, _FOURS)

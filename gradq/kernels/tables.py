@@ -10,7 +10,15 @@ from torch import Tensor
 
 from gradq.kernels.ops import backend_for
 
-__all__ = ["MULTIPLIERS", "SCALE_BYTES", "Table", "TableKernels", "payload_bytes", "table_kernels"]
+__all__ = [
+    "MULTIPLIERS",
+    "SCALE_BYTES",
+    "Table",
+    "TableKernels",
+    "payload_bytes",
+    "small_float",
+    "table_kernels",
+]
 
 SCALE_BYTES = {"bf16": 2, "e8m0": 1, "e6m2": 1}
 MULTIPLIERS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # of absmax, tried by the rule "mse"
@@ -74,6 +82,14 @@ def table_kernels(device: torch.device, codec: str) -> TableKernels:
         KernelError: no backend for the device, or its package is missing.
     """
     return cast(TableKernels, backend_for(device, _MODULES, f"the codec {codec!r}"))
+
+
+def small_float(number: int, mantissa_bits: int) -> float:
+    """What a number stands for as a float without sign and bias: subnormals first, in steps of 1."""
+    steps = 1 << mantissa_bits
+    if number < steps:
+        return float(number)
+    return float((steps + number % steps) << (number // steps - 1))
 
 
 def payload_bytes(numel: int, table: Table) -> int:
