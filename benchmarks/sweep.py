@@ -24,12 +24,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from gradq.bench.link import Link, parse_rate
 from gradq.bench.recording import Recorder, finished_seeds
 from gradq.bench.report import write_report
 from gradq.bench.runners.base import execute
 from gradq.bench.runners.local import LocalRunner
 from gradq.bench.runners.namespaces import SweepRunner
-from gradq.bench.scenario import COMPUTE, Link, Scenario, parse_rate
+from gradq.bench.scenario import COMPUTE, Scenario
 from gradq.errors import GradqError
 
 ROOT = Path(__file__).resolve().parent.parent

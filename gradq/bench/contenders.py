@@ -94,12 +94,18 @@ class FreePolicy:
     """
 
     def __init__(self, spec: str) -> None:
-        self._policy = FixedPolicy(spec=Spec.parse(spec), feedback=False)
+        self._policy = FixedPolicy(spec=Spec.parse(spec))
 
     def plan(self, parameters: Sequence[ParameterInfo]) -> Plan:
         """See `gradq.policy.Policy`."""
         return {
-            name: replace(entry, phase1=_FreeCodec(entry.phase1), phase2=_FreeCodec(entry.phase2))
+            name: replace(
+                entry,
+                phase1=_FreeCodec(entry.phase1),
+                phase2=_FreeCodec(entry.phase2),
+                feedback1=False,  # nothing is encoded, so nothing is left out
+                feedback2=False,
+            )
             for name, entry in self._policy.plan(parameters).items()
         }
 

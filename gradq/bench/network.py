@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gradq.bench.scenario import Link
+from gradq.bench.link import Link
 from gradq.errors import BenchError, ConfigError
 
 __all__ = ["Network", "remove_stale_namespaces"]

@@ -3,93 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
+import math
 import re
 import sys
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradq.errors import ConfigError, SpecError
+from gradq.bench.fields import checked, shown
+from gradq.bench.link import Link, parse_delay, parse_rate
+from gradq.errors import ConfigError
 from gradq.policy import Spec
 
-__all__ = ["BASELINES", "COMPUTE", "PLAIN", "Link", "Scenario", "load_scenario", "parse_delay", "parse_rate"]
+__all__ = ["COMPUTE", "PLAIN", "Scenario", "load_scenario"]
 
 PLAIN = "none"
 COMPUTE = "compute"
-BASELINES = (PLAIN, "bf16", "torch-powersgd:1")
 
-_RATE_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_DELAY_UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _CASTS = ("none", "fp32", "bf16", "fp16")
-
-
-def parse_rate(text: str) -> float:
-    """Bits a second from "1gbit", "250 Mbit/s", "10Gbps".
-
-    Raises:
-        ConfigError: it is none.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?)(?:bit|bps|bit/s|b/s)\s*", text.lower())
-    try:
-        assert match is not None
-        rate = float(match[1]) * _RATE_UNITS[match[2]]
-        assert rate > 0
-    except (AssertionError, ValueError):
-        raise ConfigError(f"{text!r} is no rate: write for instance 250mbit, 1gbit or 2.5Gbit/s") from None
-    return rate
-
-
-def parse_delay(text: str) -> float:
-    """Milliseconds from "0.2ms", "500us", "1s".
-
-    Raises:
-        ConfigError: it is none.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*(us|ms|s)\s*", text.lower())
-    try:
-        assert match is not None
-        return float(match[1]) * _DELAY_UNITS[match[2]]
-    except (AssertionError, ValueError):
-        raise ConfigError(f"{text!r} is no delay: write for instance 0.2ms, 500us or 1s") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """The link of every host, the same in both directions.
-
-    Attributes:
-        rate_bps: bits a second; None leaves it unshaped.
-        delay_ms: added one way, from host to host.
-        loss: fraction of packets dropped.
-    """
-
-    rate_bps: float | None = None
-    delay_ms: float = 0.0
-    loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rate_bps is not None and not self.rate_bps >= 1e5:
-            raise ConfigError(f"a link of {self.rate_bps!r} bit/s: at least 100 kbit/s")
-        if not 0 <= self.delay_ms <= 10_000:
-            raise ConfigError(f"delay_ms={self.delay_ms!r}: from 0 to 10000")
-        if not 0 <= self.loss < 1:
-            raise ConfigError(f"loss={self.loss!r}: a fraction from 0 to below 1")
-
-    def __str__(self) -> str:
-        """What a table shows: "1 Gbit/s", "unshaped", "100 Mbit/s + 20 ms"."""
-        if self.rate_bps is None:
-            text = "unshaped"
-        elif self.rate_bps >= 1e9:
-            text = f"{self.rate_bps / 1e9:g} Gbit/s"
-        else:
-            text = f"{self.rate_bps / 1e6:g} Mbit/s"
-        text += f" + {self.delay_ms:g} ms" if self.delay_ms else ""
-        return text + (f", {100 * self.loss:g} % loss" if self.loss else "")
+_LINK_TABLE = 'write a table: link = {rate = "1gbit", delay = "0.2ms", loss = 0.01}'
+# What people write that is no key, and what they mean.
+_REMEDIES = {
+    "hosts": "the number of hosts is nodes",
+    "num_nodes": "the number of hosts is nodes",
+    "nnodes": "the number of hosts is nodes",
+    "ranks": "ranks of each host are ranks_per_node",
+    "nproc_per_node": "ranks of each host are ranks_per_node",
+    "world_size": "ranks are nodes times ranks_per_node",
+    "gpus": "a GPU for each rank is gpus_per_rank = 1, with ranks_per_node as many as GPUs",
+    "gpus_per_node": "a GPU for each rank is gpus_per_rank = 1, with ranks_per_node as many as GPUs",
+    "codec": 'codecs is a list: codecs = ["int8"]',
+    "spec": 'codecs is a list: codecs = ["int8"]',
+    "specs": 'codecs is a list: codecs = ["int8"]',
+    "seed": "seeds is a list: seeds = [0]",
+    "epochs": "the length is steps, optimizer steps of each codec",
+    "iterations": "the length is steps, optimizer steps of each codec",
+    "learning_rate": "the learning rate is lr",
+    "dataset": "the data set is data",
+    "batch": "samples a rank and batch are batch_size",
+    "timeout": "the time limit in seconds is timeout_s",
+    "budget": "the time limit in seconds is budget_s",
+    "dtype": 'autocast is precision = "bf16"',
+    "amp": 'autocast is precision = "bf16"',
+    "out": "where records go is said on the command line: --out",
+    "cluster": "the cluster is said on the command line: --cluster",
+} | dict.fromkeys(
+    ("rate", "rate_bps", "bandwidth", "delay", "delay_ms", "latency", "loss", "packet_loss", "links"),
+    f"links have a table of their own; {_LINK_TABLE}",
+)
+_LINK_REMEDIES = {
+    "bandwidth": 'the rate is rate = "1gbit"',
+    "speed": 'the rate is rate = "1gbit"',
+    "latency": 'the delay one way is delay = "0.2ms"',
+    "packet_loss": "the fraction of packets to drop is loss",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,38 +122,39 @@ class Scenario:
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in (
-            "nodes",
-            "ranks_per_node",
-            "steps",
-            "block",
-            "min_turns",
-            "batch_size",
-            "seq_len",
-            "accumulate",
+        for names, least in (
+            (("nodes", "ranks_per_node", "steps", "block", "min_turns"), 1),
+            (("batch_size", "seq_len", "accumulate"), 1),
+            (("warmup", "gpus_per_rank", "checkpoint_every"), 0),
         ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
-        for name in ("warmup", "gpus_per_rank", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least 0")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ConfigError(f"name={self.name!r}: letters, digits, dots, dashes; it becomes a file name")
+            for name in names:
+                if not least <= getattr(self, name) <= 10**9:
+                    raise ConfigError(f"{name} = {shown(getattr(self, name))}: from {least} to 10^9")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}", self.name):
+            raise ConfigError(
+                f"name = {shown(self.name)}: letters, digits, dots and dashes; it becomes a file name"
+            )
         if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(f"precision={self.precision!r}: choose fp32 or bf16 (autocast)")
+            raise ConfigError(f"precision = {shown(self.precision)}: choose fp32 or bf16 (autocast)")
         if self.optimizer not in ("auto", "sgd", "adamw"):
-            raise ConfigError(f"optimizer={self.optimizer!r}: choose auto, sgd or adamw")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ConfigError(f"seeds={self.seeds}: at least one, each once")
+            raise ConfigError(f"optimizer = {shown(self.optimizer)}: choose auto, sgd or adamw")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not 0 <= min(self.seeds) < 2**63:
+            raise ConfigError(f"seeds = {shown(list(self.seeds))}: at least one, each once, from 0")
         if self.world_size < 2:
-            raise ConfigError("one rank has nothing to exchange: nodes * ranks_per_node must be at least 2")
+            raise ConfigError(
+                "one rank has nothing to exchange: nodes * ranks_per_node must be at least 2 (--ranks 2, "
+                "--hosts 2, or with --cluster --nodes 2 or --ranks-per-node 2)"
+            )
         if (turns := -(-self.steps // self.block)) <= self.warmup:
             raise ConfigError(
-                f"steps={self.steps} make {turns} turns of {self.block}, warmup={self.warmup} of them are "
-                "not measured: nothing would be"
+                f"steps = {self.steps} make {turns} turns of {self.block}, warmup = {self.warmup} of them "
+                f"are not measured: nothing would be; give at least {(self.warmup + 1) * self.block} steps"
             )
-        if self.timeout_s <= 0:
-            raise ConfigError(f"timeout_s={self.timeout_s}: more than 0")
+        for name, value in (("timeout_s", self.timeout_s), ("budget_s", self.budget_s), ("lr", self.lr)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} = {value!r}: a finite number above 0")
+        if not self.timeout_s <= 1e7:
+            raise ConfigError(f"timeout_s = {self.timeout_s!r}: seconds, at most 10^7")
         for codec in self.codecs:
             _check_codec(codec)
 
@@ -195,15 +165,32 @@ class Scenario:
 
     @property
     def contenders(self) -> tuple[str, ...]:
-        """What takes turns: the baselines, what was asked for, a free codec, and computing alone."""
+        """What takes turns: the baselines, what was asked for, a free codec, and computing alone.
+
+        torch's PowerSGD is that of the last low rank asked for, else of rank 1. The free codec is that of the
+        last codec that quantizes; casts and low rank have none.
+        """
         asked = [codec for codec in self.codecs if codec != COMPUTE]
         names = [PLAIN, "bf16", *asked]
-        if not any(codec.startswith(("powersgd:", "torch-powersgd:")) for codec in asked):
-            names.append("torch-powersgd:1")
-        quantized = [codec for codec in asked if _is_gradq(codec) and codec not in _CASTS]
+        specs = {codec: Spec.parse(codec) for codec in asked if _is_gradq(codec)}
+        if not any(codec.startswith("torch-powersgd:") for codec in asked):
+            ranks = [spec.low_rank for spec in specs.values() if spec.low_rank]
+            names.append(f"torch-powersgd:{ranks[-1] if ranks else 1}")
+        quantized = [c for c, spec in specs.items() if not spec.low_rank and str(spec) not in _CASTS]
         if quantized and not any(codec.startswith("free:") for codec in asked):
             names.append(f"free:{quantized[-1]}")
         return (*dict.fromkeys(names), COMPUTE)
+
+    def check_files(self) -> None:
+        """Refuse peers whose file is not here, before any rank starts.
+
+        Raises:
+            ConfigError: naming the codec and the file.
+        """
+        for codec in self.codecs:
+            path = Path(codec.rpartition(":")[0])
+            if ".py:" in codec and not path.is_file():
+                raise ConfigError(f"codec {codec!r}: there is no file {path}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -217,56 +204,44 @@ class Scenario:
             ConfigError: a key does not exist or a value has the wrong type; says where.
         """
         fields = dict(values)
-        link = fields.pop("link", {})
-        if not isinstance(link, Mapping):
-            raise ConfigError(
-                f'{where}: link is a table such as {{rate = "1gbit", delay = "0.2ms"}}, not {link!r}'
-            )
-        link = dict(link)
+        link = _link(fields.pop("link", {}), where)
         try:
-            if isinstance(rate := link.pop("rate", None), str):
-                link["rate_bps"] = None if rate == "unshaped" else parse_rate(rate)
-            if isinstance(delay := link.pop("delay", None), str):
-                link["delay_ms"] = parse_delay(delay)
-            checked = _checked(Link, link, f"{where}: link")
-            return cls(link=Link(**checked), **_checked(cls, fields, where))
+            return cls(link=link, **checked(cls, fields, where, remedies=_REMEDIES))
         except ConfigError as error:
-            text = str(error)
-            raise ConfigError(text if text.startswith(where) else f"{where}: {text}") from None
+            raise _prefixed(error, where) from None
 
 
-def _checked(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values with lists as tuples, checked against a dataclass's fields."""
-    hints = typing.get_type_hints(cls)
-    checked = {}
-    for key, value in values.items():
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(sorted(hints))}"
-            raise ConfigError(f"{where}: no such key: {key}{hint}")
-        if not _fits(value, hints[key]):
-            raise ConfigError(f"{where}: {key} = {value!r} is not {_describe(hints[key])}")
-        checked[key] = tuple(value) if isinstance(value, list) else value
-    return checked
+def _link(table: Any, where: str) -> Link:
+    """The link of a file's table, or of a record's."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: link = {shown(table)} is not a table; {_LINK_TABLE}")
+    table, place = dict(table), f"{where}: link"
+    for key, example, field_name, parse in (
+        ("rate", "100mbit", "rate_bps", parse_rate),
+        ("delay", "0.2ms", "delay_ms", parse_delay),
+    ):
+        if key not in table:
+            continue
+        value = table.pop(key)
+        if not isinstance(value, str):
+            raise ConfigError(
+                f'{place}: {key} = {shown(value)} has no unit; write it as text with one: {key} = "{example}"'
+            )
+        if field_name in table:
+            raise ConfigError(f"{place}: {key} and {field_name} say the same; write {key} only")
+        try:
+            table[field_name] = None if value == "unshaped" and key == "rate" else parse(value)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {key} = {error}") from None
+    try:
+        return Link(**checked(Link, table, place, remedies=_LINK_REMEDIES))
+    except ConfigError as error:
+        raise _prefixed(error, place) from None
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        return isinstance(value, list | tuple) and all(_fits(entry, item) for entry in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {typing.get_args(hint)[0].__name__}"
-    return str(getattr(hint, "__name__", hint))
+def _prefixed(error: ConfigError, where: str) -> ConfigError:
+    text = str(error)
+    return ConfigError(text if text.startswith(where) else f"{where}: {text}")
 
 
 def _is_gradq(codec: str) -> bool:
@@ -282,19 +257,22 @@ def _check_codec(codec: str) -> None:
     if codec == COMPUTE or codec in ("torch-fp16", "torch-bf16") or codec.startswith("hivemind:"):
         return
     if codec.startswith("torch-powersgd:"):
-        if not re.fullmatch(r"[1-9][0-9]*", codec.partition(":")[2]):
-            raise ConfigError(f"codec {codec!r}: write torch-powersgd:RANK, for instance torch-powersgd:4")
+        if not re.fullmatch(r"[1-9][0-9]{0,5}", codec.partition(":")[2]):
+            raise ConfigError(
+                f"codec {shown(codec)}: write torch-powersgd:RANK, for instance torch-powersgd:4"
+            )
     elif codec.startswith("torch-"):
-        raise ConfigError(f"codec {codec!r}: torch's are torch-fp16, torch-bf16 and torch-powersgd:RANK")
-    elif ".py:" in codec:
-        path = Path(codec.rpartition(":")[0])
-        if not path.is_file():
-            raise ConfigError(f"codec {codec!r}: there is no file {path}")
-    else:
+        raise ConfigError(f"codec {shown(codec)}: torch's are torch-fp16, torch-bf16 and torch-powersgd:RANK")
+    elif ".py:" not in codec:
         try:
-            Spec.parse(codec.removeprefix("free:"))
-        except SpecError as error:
-            raise ConfigError(f"codec {codec!r}: {error}") from None
+            spec = Spec.parse(codec.removeprefix("free:"))
+        except ConfigError as error:
+            raise ConfigError(f"codec {shown(codec)}: {error}") from None
+        if codec.startswith("free:") and (spec.low_rank or spec.is_none):
+            raise ConfigError(
+                f"codec {shown(codec)}: a free codec sends the bytes of a codec, and {spec} has none; write "
+                "for instance free:int4, or powersgd:4 and torch-powersgd:4 beside each other"
+            )
 
 
 def load_scenario(path: Path) -> Scenario:
@@ -306,16 +284,27 @@ def load_scenario(path: Path) -> Scenario:
     Raises:
         ConfigError: the file cannot be read, is not TOML, or says something that makes no sense.
     """
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read the scenario {path}: {error.strerror}") from None
     toml = _toml()
     try:
+        text = path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
         values = toml.loads(text)
-    except toml.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
-    return Scenario.from_dict({"name": path.stem, **values}, where=str(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read the scenario {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        raise ConfigError(
+            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8: save the file as UTF-8"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a syntax error, a number too long, tables too deep
+        raise ConfigError(f"{path} is not TOML: {error}; examples are in benchmarks/scenarios/") from None
+    if not values:
+        raise ConfigError(f'{path} says nothing: write at least one key, such as model = "gpt-1m"')
+    scenario = Scenario.from_dict({"name": path.stem, **values}, where=str(path))
+    try:
+        scenario.check_files()
+    except ConfigError as error:
+        raise _prefixed(error, str(path)) from None
+    return scenario
 
 
 def _toml() -> Any:

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from gradq.bench.link import Link
 from gradq.bench.records import write_record
 from gradq.bench.runners.processes import ProcessRunner
-from gradq.bench.scenario import Link, Scenario
+from gradq.bench.scenario import Scenario
 from gradq.bench.tables import collectives_table
 from gradq.cli.bench_run import choose_runner, orderly_end, override_link
 from gradq.errors import ConfigError

@@ -16,9 +16,10 @@ import rich.console
 import rich.progress
 import typer
 
+from gradq.bench.link import Link, parse_delay, parse_rate
 from gradq.bench.models import check_model
 from gradq.bench.runners.base import Runner, execute
-from gradq.bench.scenario import Link, Scenario, load_scenario, parse_delay, parse_rate
+from gradq.bench.scenario import Scenario, load_scenario
 from gradq.bench.summary import summarise
 from gradq.bench.tables import markdown_table
 from gradq.errors import ConfigError

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from processes import end, launch
 
+from gradq.bench.link import Link
 from gradq.bench.network import Network, remove_stale_namespaces
-from gradq.bench.scenario import Link
 from gradq.bench.summary import summarise
 from gradq.cli.app import run
 

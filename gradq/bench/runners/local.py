@@ -22,7 +22,7 @@ class LocalRunner(ProcessRunner):
             ConfigError: the scenario asks for a link.
         """
         link = self.scenario.link
-        if link.rate_bps is not None or link.delay_ms or link.loss:
+        if link.shaped:
             raise ConfigError(f"loopback cannot be {link}: say how many hosts to make, --hosts 2")
         super().open()
         return {"link": {"asked": "loopback"}}
