@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-__all__ = ["SyncConfig"]
+from gradq.errors import ConfigError
+
+__all__ = ["SyncConfig", "Timeout", "as_timedelta"]
+
+Timeout = timedelta | float | None  # of an exchange; a number is in seconds
+
+_SEEDS = (-(1 << 63), 1 << 64)
+_LONGEST_S = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,14 +23,17 @@ class SyncConfig:
     """What stays the same for a run.
 
     Attributes:
-        seed: of the dither.
+        seed: of the random rounding; an integer of 64 bits.
         collective: "auto", "direct", "two_phase" or "hierarchical".
         local_world_size: ranks a node for "hierarchical", else 1.
         residual_dtype: "fp32" or "bf16".
-        timeout: of an exchange; None takes the process group's.
+        timeout: limit for one exchange; None takes the process group's. See `as_timedelta`.
         loss_scale: asked at the start of every step.
         piece_numel: on the CPU a bucket travels in parts of as many elements for each rank; see
             `collectives.parts`.
+
+    Raises:
+        ConfigError: a seed or collective of the wrong kind.
     """
 
     seed: int = 0
@@ -31,3 +43,45 @@ class SyncConfig:
     timeout: timedelta | None = None
     loss_scale: Callable[[], float] = lambda: 1.0
     piece_numel: int = 1 << 19
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", _as_seed(self.seed))
+        if not isinstance(self.collective, str):
+            raise ConfigError(
+                f"collective={self.collective!r:.200}: it is a name, such as 'auto', 'direct' or 'two_phase'"
+            )
+
+
+def as_timedelta(timeout: Timeout) -> timedelta | None:
+    """The limit for one exchange.
+
+    Args:
+        timeout: a timedelta, a number of seconds, or None for the process group's own.
+
+    Raises:
+        ConfigError: it is not positive, not finite, or something else.
+    """
+    if timeout is None:
+        return None
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise ConfigError(f"timeout={timeout!r:.200}: it is a number of seconds or a datetime.timedelta")
+    if not 0 < seconds <= _LONGEST_S or not math.isfinite(seconds):
+        raise ConfigError(
+            f"timeout={timeout!r:.200}: it must be positive and finite, in seconds; None takes the process "
+            "group's"
+        )
+    return timedelta(seconds=seconds)
+
+
+def _as_seed(seed: object) -> int:
+    """The seed as a Python integer, so that all ranks compare the same thing."""
+    try:
+        if isinstance(seed, bool):
+            raise TypeError
+        number = operator.index(seed)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
+        raise ConfigError(f"seed={seed!r:.200}: it is an integer, the same on all ranks") from None
+    if not _SEEDS[0] <= number < _SEEDS[1]:
+        raise ConfigError(f"seed={seed!r:.40}: it has at most 64 bits, from -2**63 to 2**64 - 1")
+    return number

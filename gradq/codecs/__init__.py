@@ -10,12 +10,12 @@ True
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 
 from gradq.codecs.base import Codec
 from gradq.codecs.exact import ExactCodec
 from gradq.codecs.rotated import RotatedCodec
+from gradq.codecs.suggest import shown, suggestion
 from gradq.codecs.table import TABLE_NAMES, TableCodec
 from gradq.codecs.topk import TopKCodec
 from gradq.codecs.trellis import TrellisCodec
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _REGISTRY: dict[str, type[Codec]] = {}
-_SPEC = re.compile(r"\s*(?P<name>[\w.]+)\s*(?:\((?P<options>[^()]*)\))?\s*")
+_SPEC = re.compile(r"(?P<name>[\w.]+)(?P<options>.*)", re.DOTALL)
 
 
 def register(codec: type[Codec], *codec_names: str) -> None:
@@ -63,17 +63,35 @@ def from_spec(spec: str) -> Codec:
         SpecError: an unknown name or option, or text that is not a spec.
         ConfigError: an option outside its range.
     """
-    match = _SPEC.fullmatch(spec)
-    if match is None:
-        raise SpecError(f"{spec!r} is not a codec spec; write a name such as 'int4' or 'int4(block_size=64)'")
-    name = match["name"]
-    if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise SpecError(f"no codec is called {name!r}{hint} Choose from: {', '.join(names())}")
+    match = _SPEC.fullmatch(spec.strip())
+    name, options = (match["name"], match["options"].strip()) if match is not None else ("", "")
+    if name not in _REGISTRY or not _in_parentheses(options):
+        raise SpecError(f"{_problem(spec, name)}{_hint(spec)} Choose from: {', '.join(names())}")
     codec = _REGISTRY[name].from_name(name)
-    options = [item for item in (match["options"] or "").split(",") if item.strip()]
-    return _with_options(codec, options, spec) if options else codec
+    items = [item for item in options[1:-1].split(",") if item.strip()]
+    return _with_options(codec, items, spec) if items else codec
+
+
+def _in_parentheses(options: str) -> bool:
+    """Whether this is nothing, or one pair of parentheses around the rest."""
+    inside = options[1:-1]
+    return not options or (options == f"({inside})" and not {"(", ")"} & set(inside))
+
+
+def _problem(spec: str, name: str) -> str:
+    """What is wrong with a spec that no codec is registered for."""
+    if spec.strip().startswith("powersgd:"):
+        return f"{shown(spec)} is no codec but a way to average, which only a whole spec can name"
+    if name and name not in _REGISTRY:
+        options = spec.strip().removeprefix(name).strip()
+        return f"no codec is called {shown(name if _in_parentheses(options) else spec.strip())}"
+    return f"{shown(spec)} is not a codec spec; write a name such as 'int4' or 'int4(block_size=64)'"
+
+
+def _hint(spec: str) -> str:
+    """What was probably meant, as the end of a sentence."""
+    meant = suggestion(spec, _REGISTRY)
+    return f"; did you mean {meant!r}?" if meant and meant != spec.strip() else "."
 
 
 def _with_options(codec: Codec, options: list[str], spec: str) -> Codec:
@@ -84,18 +102,23 @@ def _with_options(codec: Codec, options: list[str], spec: str) -> Codec:
         key, equals, text = (part.strip() for part in option.partition("="))
         if not equals or key not in fields:
             raise SpecError(
-                f"{spec!r}: {option.strip()!r} is not an option; {codec.name} has {', '.join(fields)}"
+                f"{shown(spec)}: {shown(option.strip())} is not an option; {codec.name} has "
+                f"{', '.join(fields)}, written as name=value{_hint(spec)}"
             )
         if key in changes:
-            raise SpecError(f"{spec!r}: {key} is given twice")
+            raise SpecError(f"{shown(spec)}: {key} is given twice")
         current = getattr(codec, key)
         try:
             changes[key] = type(current)(text) if not isinstance(current, bool) else _boolean(text)
         except ValueError:
-            raise SpecError(f"{spec!r}: {key} takes {type(current).__name__}, not {text!r}") from None
+            raise SpecError(
+                f"{shown(spec)}: {key} takes {type(current).__name__}, not {shown(text)}"
+            ) from None
     changed = dataclasses.replace(codec, **changes)
     if changed.name != codec.name:
-        raise SpecError(f"{spec!r}: the options contradict the name; that codec is called {changed.name!r}")
+        raise SpecError(
+            f"{shown(spec)}: the options contradict the name; that codec is called {changed.name!r}"
+        )
     return changed
 
 

@@ -7,11 +7,14 @@ from gradq.policy.base import AdaptivePolicy, Assignment, ParameterInfo, Plan, P
 from gradq.policy.bit_allocation import BitAllocation
 from gradq.policy.fixed import ExactRule, FixedPolicy, small_or_1d
 from gradq.policy.mixed import MixedPolicy, Rules, roles
+from gradq.policy.names import canonical_name, named_parameters
+from gradq.policy.resolve import Asked, label, resolve
 from gradq.policy.spec import Spec
 
 __all__ = [
     "AdaptivePolicy",
     "Allocation",
+    "Asked",
     "Assignment",
     "BitAllocation",
     "ExactRule",
@@ -24,7 +27,11 @@ __all__ = [
     "Rules",
     "Spec",
     "allocate_bits",
+    "canonical_name",
     "check_plan",
+    "label",
+    "named_parameters",
+    "resolve",
     "roles",
     "small_or_1d",
 ]

@@ -25,8 +25,8 @@ class ParameterInfo:
     """What a policy knows of a parameter.
 
     Attributes:
-        name: as in `module.named_parameters()`.
-        shape: of the parameter.
+        name: as in `module.named_parameters()`, without what wrappers add; see `policy.canonical_name`.
+        shape: of the parameter; () for a scalar, and any dimension may be 0.
         dtype: of its gradient.
         index: position among the module's parameters.
         role: "embedding", "norm", "bias", "matmul" or "other" (see `gradq.policy.roles`), "" if unknown.
@@ -55,8 +55,14 @@ class ParameterInfo:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows, columns for `collectives.low_rank`: the first dimension, and all others in memory order."""
-        return (self.shape[0], self.numel // self.shape[0]) if self.numel else (0, 0)
+        """Rows, columns for `collectives.low_rank`: the first dimension, and all others in memory order.
+
+        A scalar is one row of one column; a parameter without elements has neither.
+        """
+        if not self.numel:
+            return 0, 0
+        rows = self.shape[0] if self.shape else 1
+        return rows, self.numel // rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from gradq.codecs import Codec, ExactCodec
 from gradq.errors import ConfigError
 from gradq.policy.base import Assignment, ParameterInfo
+from gradq.policy.names import canonical_name
 from gradq.policy.spec import Spec
 
 __all__ = ["EXACT_BELOW_NUMEL", "ExactRule", "FixedPolicy", "small_or_1d"]
@@ -47,7 +48,7 @@ class FixedPolicy:
     feedback: bool | str = "auto"
 
     def __post_init__(self) -> None:
-        if self.feedback not in ("auto", True, False):
+        if not isinstance(self.feedback, bool | str) or self.feedback not in ("auto", True, False):
             raise ConfigError(f"feedback={self.feedback!r}: choose 'auto', True or False")
         if self.spec.low_rank and self.feedback is False:
             raise ConfigError(
@@ -106,7 +107,7 @@ class FixedPolicy:
     ) -> Callable[[ParameterInfo], bool]:
         if callable(self.exact):
             return self.exact
-        patterns = (self.exact,) if isinstance(self.exact, str) else tuple(self.exact)
+        patterns = [canonical_name(pattern) for pattern in self._patterns()]
         names = [parameter.name for parameter in parameters]
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
@@ -115,6 +116,18 @@ class FixedPolicy:
                 raise ConfigError(f"exact={pattern!r} matches no parameter{hint}")
         chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
         return lambda parameter: parameter.name in chosen or default(parameter)
+
+    def _patterns(self) -> tuple[str, ...]:
+        """The names and patterns in `exact`, if it is no predicate."""
+        assert not callable(self.exact)
+        given = (self.exact,) if isinstance(self.exact, str) else self.exact
+        patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise ConfigError(
+                f"exact={self.exact!r:.200}: it takes names or shell patterns such as 'wte.weight' or "
+                "['head.*', '*.gate'], or a predicate over ParameterInfo"
+            )
+        return patterns
 
 
 def _native(parameter: ParameterInfo) -> Assignment:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from gradq.codecs import Codec
 from gradq.errors import ConfigError
 from gradq.policy.base import Assignment, ParameterInfo
 from gradq.policy.fixed import ExactRule, FixedPolicy
+from gradq.policy.names import canonical_name, named_parameters
 from gradq.policy.spec import Spec
 
 __all__ = ["ROLES", "MixedPolicy", "Rules", "Selector", "roles"]
@@ -53,7 +55,7 @@ class MixedPolicy:
     _rules: tuple[tuple[Selector, Spec], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        pairs = list(self.rules.items() if isinstance(self.rules, Mapping) else self.rules)
+        pairs = _pairs(self.rules)
         if not pairs and self.default is None:
             raise ConfigError('a mixed policy needs rules, such as {"wte*": "int8", "*": "int4"}')
         for selector, _ in pairs:
@@ -103,28 +105,57 @@ class MixedPolicy:
 
 
 def roles(module: nn.Module) -> dict[str, str]:
-    """What each parameter of a module is for, by name: one of `ROLES`.
+    """What each parameter of a module is for, by canonical name: one of `ROLES`.
 
     "embedding": of nn.Embedding and nn.EmbeddingBag; "norm": of modules whose class has "norm" in its name;
     "matmul": any other of two dimensions or more; "bias": any other whose name ends in "bias"; "other": the
     rest. A parameter that two modules share has the role of its first.
     """
+    names = named_parameters(module)
     found: dict[str, str] = {}
-    first: dict[int, str] = {}
     for path, child in module.named_modules():
-        for own, parameter in child.named_parameters(recurse=False):
-            if id(parameter) in first:
+        for parameter in child.parameters(recurse=False):
+            name = names[parameter]
+            if name in found:
                 continue
-            name = first[id(parameter)] = f"{path}.{own}" if path else own
-            if isinstance(child, nn.Embedding | nn.EmbeddingBag):
+            owner = _owner(module, path, child)
+            if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
                 found[name] = "embedding"
-            elif "norm" in type(child).__name__.lower():
+            elif "norm" in type(owner).__name__.lower():
                 found[name] = "norm"
             elif parameter.ndim >= 2:
                 found[name] = "matmul"
             else:
-                found[name] = "bias" if own.endswith("bias") else "other"
+                found[name] = "bias" if name.endswith("bias") else "other"
     return found
+
+
+def _owner(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
+    """The module that the parameters of child belong to: child, or what it is a parametrization of."""
+    if not isinstance(child, ParametrizationList):
+        return child
+    return module.get_submodule(path.rpartition("parametrizations.")[0].removesuffix("."))
+
+
+def _pairs(rules: object) -> list[tuple[Selector, str | Codec | Spec]]:
+    """Pairs (selector, spec).
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    pairs = (
+        list(rules.items() if isinstance(rules, Mapping) else rules) if isinstance(rules, Iterable) else []
+    )
+    if isinstance(rules, str) or not isinstance(rules, Iterable) or not all(_is_pair(pair) for pair in pairs):
+        raise ConfigError(
+            f"rules={rules!r:.200}: they are pairs of a selector and a spec, such as "
+            '{"wte*": "int8", "*": "int4"} or [("wte*", "int8"), ("*", "int4")]'
+        )
+    return pairs
+
+
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, list | tuple) and len(pair) == 2
 
 
 def _everything(parameter: ParameterInfo) -> bool:
@@ -151,6 +182,7 @@ def _quantizing(spec: str | Codec | Spec) -> Spec:
 def _selected(selector: Selector, by_name: Mapping[str, ParameterInfo]) -> list[str]:
     if not isinstance(selector, str):
         return [name for name, parameter in by_name.items() if selector(parameter)]
+    selector = canonical_name(selector)
     if selector in by_name:  # a name is no pattern, even with [ in it
         return [selector]
     if selector.startswith(_ROLE):

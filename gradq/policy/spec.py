@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
+import torch
+
 from gradq.codecs import Codec, from_spec
+from gradq.codecs import names as codec_names
+from gradq.codecs.suggest import shown, suggestion
 from gradq.errors import ConfigError, SpecError
 
 __all__ = ["Spec"]
 
-_LOW_RANK = re.compile(r"\s*powersgd\s*(?::(?P<rank>.*))?")
+_LOW_RANK = "powersgd"
+_LARGEST_RANK_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Spec:
     low_rank: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.low_rank) is not int or self.low_rank < 0:
+        if type(self.low_rank) is not int or not 0 <= self.low_rank < 10**_LARGEST_RANK_DIGITS:
             raise ConfigError(
-                f"Spec(low_rank={self.low_rank!r}): the rank is an integer, 1 or more; 0 for none"
+                f"Spec(low_rank={shown(str(self.low_rank))}): the rank is an integer, 1 or more; 0 for none"
             )
         if self.phase1 is None and self.phase2 is not None:
             raise SpecError("a spec with a codec for phase 2 needs one for phase 1")
@@ -57,22 +61,25 @@ class Spec:
         if isinstance(spec, Codec):
             return cls(spec)
         if not isinstance(spec, str):
+            raise SpecError(_not_a_string(spec))
+        if not spec.strip():
             raise SpecError(
-                f"a spec is a string such as 'int4', a codec or a Spec, not {type(spec).__name__}"
+                f"{shown(spec)} is not a codec spec; write 'none' to leave gradients to a plain all-reduce, "
+                "or a name such as 'int8'"
             )
         if spec.strip() == "none":
             return cls(None)
         first, *rest = parts = spec.split("+")
         low_rank = 0
-        if (match := _LOW_RANK.fullmatch(first)) is not None:
-            low_rank, parts = _rank(match["rank"], spec), rest
-        if any(_LOW_RANK.fullmatch(part) for part in parts):
+        if _is_low_rank(first):
+            low_rank, parts = _rank(first, spec), rest
+        if any(_is_low_rank(part) for part in parts):
             raise SpecError(
-                f"{spec!r}: powersgd is not a codec and cannot carry means; write it first, and after it the "
-                "codec of what is no matrix, as in 'powersgd:4+int8'"
+                f"{shown(spec)}: powersgd is not a codec and cannot carry means; write it first, and after "
+                "it the codec of what is no matrix, as in 'powersgd:4+int8'"
             )
         if len(parts) > 2:
-            raise SpecError(f"{spec!r}: a spec names one codec, or two as 'phase1+phase2'")
+            raise SpecError(f"{shown(spec)}: a spec names one codec, or two as 'phase1+phase2'")
         phase1, phase2 = [*(from_spec(part) for part in parts), None, None][:2]
         return cls(phase1, phase2, low_rank)
 
@@ -100,10 +107,32 @@ class Spec:
         return "+".join(parts) or "none"
 
 
-def _rank(text: str | None, spec: str) -> int:
-    rank = (text or "").strip()
-    if not (rank.isascii() and rank.isdigit() and int(rank) > 0):
+def _is_low_rank(part: str) -> bool:
+    """Whether a part of a spec is "powersgd" or "powersgd:" and anything."""
+    return part.partition(":")[0].strip() == _LOW_RANK
+
+
+def _rank(part: str, spec: str) -> int:
+    text = part.partition(":")[2].strip()
+    is_number = text.isascii() and text.isdigit() and len(text) <= _LARGEST_RANK_DIGITS
+    if not is_number or int(text) == 0:
         raise SpecError(
-            f"{spec!r}: powersgd needs the rank of its approximation, 1 or more, as in 'powersgd:4'"
+            f"{shown(spec)}: powersgd needs the rank of its approximation, 1 or more, as in 'powersgd:4'"
         )
-    return int(rank)
+    return int(text)
+
+
+def _not_a_string(spec: object) -> str:
+    """What to say to something that is no spec."""
+    kind = getattr(spec, "__name__", "") if isinstance(spec, type) else type(spec).__name__
+    said = "a spec is a string such as 'int4', a codec or a Spec, not "
+    if spec is None or isinstance(spec, bool):
+        return f"{said}{kind}; write 'none' for no compression, 'int8' for the default"
+    if isinstance(spec, type):
+        return f"{said}the class {kind}; make one of it, such as gradq.Spec.parse('int4')"
+    if isinstance(spec, int | float | torch.dtype):
+        meant = suggestion(str(spec).removeprefix("torch."), codec_names())
+        return f"{said}{kind}" + (f"; did you mean {meant!r}?" if meant else "")
+    if isinstance(spec, list | tuple):
+        return f"{said}{kind}; write the codecs of phase 1 and 2 as one string, 'int4+int8'"
+    return f"{said}{kind}"
