@@ -24,7 +24,7 @@ from pathlib import Path
 
 from gradq.bench.link import Link, parse_delay, parse_rate
 from gradq.bench.network import Network
-from gradq.bench.recording import read_lines
+from gradq.bench.reading import read_lines
 from gradq.bench.report import write_report
 from gradq.bench.summary import summarise
 from gradq.errors import BenchError, GradqError

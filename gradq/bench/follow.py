@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradq.bench.recording import read_lines
+from gradq.bench.reading import read_lines
 from gradq.errors import BenchError
 
 __all__ = ["follow_torchrun"]

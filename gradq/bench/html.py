@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 from typing import TYPE_CHECKING
 
 from gradq.bench.summary import Summary
+from gradq.bench.tables import Table, one_line
 
 if TYPE_CHECKING:
     from gradq.bench.report import Section
@@ -59,7 +60,7 @@ def page(sections: Sequence[Section], summaries: Sequence[Summary]) -> str:
     if len(summaries) > 1:
         parts.append("<section><h2>Verdicts</h2><ul>")
         parts += [
-            f"<li><strong>{escape(summary.title)}</strong>: {escape(summary.verdict())}</li>"
+            f"<li><strong>{_escape(summary.title)}</strong>: {_escape(summary.verdict())}</li>"
             for summary in summaries
         ]
         parts.append("</ul></section>")
@@ -68,40 +69,39 @@ def page(sections: Sequence[Section], summaries: Sequence[Summary]) -> str:
     return "\n".join(parts)
 
 
+def _escape(text: str) -> str:
+    """The text on one line, such that HTML shows it as it is."""
+    return escape_html(one_line(text))
+
+
 def _section(section: Section) -> str:
-    parts = [f"<section><h2>{escape(section.title)}</h2>"]
+    parts = [f"<section><h2>{_escape(section.title)}</h2>"]
     if section.verdict:
-        parts.append(f"<p class='verdict'>{escape(section.verdict)}</p>")
-    parts.append(_table(section.table))
-    parts += [f"<figure aria-label='{escape(name)}'>{svg}</figure>" for svg, name in section.figures]
+        parts.append(f"<p class='verdict'>{_escape(section.verdict)}</p>")
+    if section.table is not None:
+        parts.append(_table(section.table))
+    parts += [f"<figure aria-label='{_escape(name)}'>{svg}</figure>" for svg, name in section.figures]
     if section.notes:
-        parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in section.notes) + "</ul>")
+        parts.append("<ul>" + "".join(f"<li>{_escape(note)}</li>" for note in section.notes) + "</ul>")
     parts.append("</section>")
     return "\n".join(parts)
 
 
-def _table(markdown: str) -> str:
-    """A Markdown table and the lines below it."""
-    rows, below = [], []
-    for line in markdown.splitlines():
-        if line.startswith("|"):
-            rows.append([cell.strip() for cell in line.strip("|").split("|")])
-        elif line.strip():
-            below.append(line)
-    head, body = rows[0], rows[2:]
+def _table(table: Table) -> str:
+    """A table and the lines below it."""
     parts = ["<div class='scroll'><table><thead><tr>"]
-    parts += [f"<th>{escape(cell)}</th>" for cell in head]
+    parts += [f"<th>{_escape(cell)}</th>" for cell in table.head]
     parts.append("</tr></thead><tbody>")
-    relative = {index for index, cell in enumerate(head) if cell == "x plain DDP"}
-    whole = head[0] == "x plain DDP"
-    for row in body:
+    relative = {index for index, cell in enumerate(table.head) if cell == "x plain DDP"}
+    whole = table.head[0] == "x plain DDP"
+    for row in table.rows:
         parts.append("<tr>")
         for index, cell in enumerate(row):
             judged = index in relative or (whole and index > 0 and not row[0].endswith("ms"))
-            parts.append(f"<td{_judge(cell) if judged else ''}>{escape(cell)}</td>")
+            parts.append(f"<td{_judge(cell) if judged else ''}>{_escape(cell)}</td>")
         parts.append("</tr>")
     parts.append("</tbody></table></div>")
-    parts += [f"<p class='lead'>{escape(line)}</p>" for line in below]
+    parts += [f"<p class='lead'>{_escape(line)}</p>" for line in table.below]
     return "".join(parts)
 
 

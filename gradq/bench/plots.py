@@ -29,6 +29,8 @@ _COLORS = {
 }
 _OTHERS = ("#e0603a", "#5a6fd8", "#a8743c", "#b04fb8", "#3f8f8f")
 
+_NO_MATPLOTLIB = "a report's plots need matplotlib: pip install 'gradq[plot]'"
+
 Figure = Any
 Axes = Any
 
@@ -37,7 +39,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Sequ
     try:
         from matplotlib.figure import Figure as Empty
     except ImportError:
-        raise ConfigError("a report's plots need matplotlib: pip install 'gradq[plot]'") from None
+        raise ConfigError(_NO_MATPLOTLIB) from None
     figure = Empty(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for one in axes:
@@ -193,14 +195,18 @@ def save(draw: Callable[[], Figure], path: Path) -> str:
 
     The SVG's ink, grid and ground are the page's --ink, --muted and --grid.
     """
-    figure = draw()
-    if figure is None:
-        return ""
-    from matplotlib import rc_context
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise ConfigError(_NO_MATPLOTLIB) from None
 
-    figure.savefig(path, dpi=150, facecolor="white")
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": path.stem, "text.parse_math": False}
+    with rc_context(settings):  # a dollar sign in a name is no formula
+        figure = draw()
+        if figure is None:
+            return ""
+        figure.savefig(path, dpi=150, facecolor="white")
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

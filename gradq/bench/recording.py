@@ -16,11 +16,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from gradq.bench.reading import read_lines
 from gradq.bench.records import SCHEMA_VERSION, environment, git_commit
 from gradq.bench.scenario import Scenario
 from gradq.errors import BenchError, ConfigError
 
-__all__ = ["Recorder", "finished_seeds", "read_lines"]
+__all__ = ["Recorder", "finished_seeds"]
 
 Record = dict[str, Any]
 
@@ -37,25 +38,6 @@ _PER_RANK = (
 )
 
 
-def read_lines(path: Path) -> list[Record]:
-    """The complete lines of a file that may still grow or end in the middle of one.
-
-    Raises:
-        ConfigError: a complete line is not JSON.
-    """
-    text = path.read_text() if path.exists() else ""
-    lines = []
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                raise ConfigError(
-                    f"{path}, line {number} is not JSON: this is no record of gradq's"
-                ) from None
-    return lines
-
-
 def finished_seeds(path: Path, scenario: Scenario) -> set[int]:
     """The seeds of this very scenario that a record already holds whole.
 
@@ -65,14 +47,19 @@ def finished_seeds(path: Path, scenario: Scenario) -> set[int]:
     lines = read_lines(path)
     if not lines:
         return set()
-    theirs, ours = dict(lines[0].get("scenario", {})), json.loads(json.dumps(scenario.to_dict()))
+    theirs, ours = lines[0].get("scenario"), json.loads(json.dumps(scenario.to_dict()))
+    if lines[0].get("record") != "header" or not isinstance(theirs, dict):
+        raise ConfigError(
+            f"{path} does not begin with a header of gradq bench: give this one another name (--name), "
+            "another folder (--out), or remove the file"
+        )
     differing = sorted(key for key in ours if key != "seeds" and theirs.get(key) != ours[key])
     if differing:
         raise ConfigError(
             f"{path} has results of another scenario (it differs in {', '.join(differing)}); give this one "
             "another name (--name), another folder (--out), or remove the file"
         )
-    return {line["seed"] for line in lines if line["record"] == "end"}
+    return {line["seed"] for line in lines if line.get("record") == "end" and "seed" in line}
 
 
 class Recorder:
@@ -90,7 +77,7 @@ class Recorder:
         self._parts: dict[tuple[int, int, str], dict[int, Record]] = {}
         earlier = read_lines(path)
         fresh = not earlier
-        self._attempt = sum(line["record"] in ("header", "resumed") for line in earlier)
+        self._attempt = sum(line.get("record") in ("header", "resumed") for line in earlier)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not fresh:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gradq.bench import plots, sweep
 from gradq.bench.html import page
-from gradq.bench.recording import read_lines
-from gradq.bench.records import SCHEMA_VERSION
+from gradq.bench.reading import check_collectives, parse_json, read_text
 from gradq.bench.summary import Summary, summarise
-from gradq.bench.tables import collectives_table, markdown_table
+from gradq.bench.tables import Table, collectives_table, escape, scenario_table
 from gradq.errors import BenchError, ConfigError
 
 __all__ = ["Section", "write_report"]
@@ -25,49 +25,126 @@ class Section:
     Attributes:
         title: its heading.
         verdict: one sentence, "" for none.
-        table: Markdown.
+        table: None for none.
         figures: SVG texts with the PNG's name.
         notes: what else must be said.
     """
 
     title: str
     verdict: str
-    table: str
+    table: Table | None
     figures: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
+@dataclass
+class _Found:
+    """What a folder holds, and what of it cannot be shown, with the reason."""
+
+    summaries: list[Summary] = field(default_factory=list)
+    collectives: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def write_report(
+    folder: Path, out: Path | None = None, *, warn: Callable[[str], None] = lambda text: None
+) -> Path:
     """Read all records in a folder and write `report.html`, `report.md` and the plots.
 
+    Records, and lines of records, that are damaged, unfinished or of another version are left out and listed
+    in the report; the others are shown.
+
     Args:
-        folder: holds `*.jsonl` of `gradq bench` and `*.json` of `gradq bench collectives`.
+        folder: holds `*.jsonl` of `gradq bench` and `*.json` of `gradq bench collectives`; or one such file.
         out: where the report goes; the folder itself by default.
+        warn: called with a sentence for each thing that is left out.
 
     Returns:
         The HTML page.
 
     Raises:
-        ConfigError: there are no records. BenchError: the report cannot be written.
+        ConfigError: there are no records that can be shown; the message lists what is there.
+        BenchError: the report cannot be written.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise ConfigError(f"there is no folder {folder}; gradq bench writes records to --out")
-    summaries = [summarise(path) for path in sorted(folder.rglob("*.jsonl")) if _is_record(path)]
-    summaries = sorted((summary for summary in summaries if summary.rows), key=_order)
-    tables = [record for path in sorted(folder.rglob("*.json")) if (record := _collectives(path))]
-    if not summaries and not tables:
-        raise ConfigError(f"{folder} has no records with samples; make some: gradq bench --out {folder}")
-    out = out or folder
+    found = _find(folder)
+    if not found.summaries and not found.collectives:
+        listed = "".join(f"\n- {text}" for text in found.left_out)
+        raise ConfigError(
+            f"{folder} has no records with samples{':' if listed else ''}{listed}\n"
+            f"make some: gradq bench --out {folder if folder.is_dir() else folder.parent}"
+        )
+    for text in found.left_out:
+        warn(text)
+    out = out or (folder if folder.is_dir() else folder.parent)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        sections = [*_sweeps(summaries, out), *(_scenario(summary, out) for summary in summaries)]
-        sections += [_collectives_section(record) for record in tables]
-        (out / "report.md").write_text(_markdown(sections))
+        sections = [*_sweeps(found.summaries, out), *_scenarios(found.summaries, out)]
+        sections += [_collectives_section(record) for record in found.collectives]
+        if found.left_out:
+            sections.append(Section("Left out", "", None, notes=tuple(found.left_out)))
+        (out / "report.md").write_text(_markdown(sections), encoding="utf-8")
         path = out / "report.html"
-        path.write_text(page(sections, summaries))
+        path.write_text(page(sections, found.summaries), encoding="utf-8")
     except OSError as error:
         raise BenchError(f"cannot write the report to {out}: {error.strerror}") from error
     return path
+
+
+def _find(place: Path) -> _Found:
+    """All records in a folder, or the one in a file."""
+    found = _Found()
+    for path in sorted(place.rglob("*.json*")) if place.is_dir() else [place]:
+        try:
+            if path.suffix == ".jsonl":
+                _take_bench(path, found)
+            elif path.suffix == ".json" or path == place:
+                _take_collectives(path, found)
+        except ConfigError as error:
+            found.left_out.append(str(error))
+    found.summaries.sort(key=_order)
+    return found
+
+
+def _take_bench(path: Path, found: _Found) -> None:
+    """Add a file of JSON lines, unless it is something else's log.
+
+    Raises:
+        ConfigError: it is a record of gradq bench that cannot be shown, or no JSON lines at all.
+    """
+    first = read_text(path).partition("\n")[0]
+    try:
+        header = parse_json(first)
+    except ValueError:
+        header = {"benchmark": "bench"}  # empty or damaged: `summarise` says how
+    if not isinstance(header, dict) or header.get("benchmark") != "bench":
+        return
+    summary = summarise(path)
+    found.left_out += [f"{path}, {text}" for text in summary.left_out]
+    if summary.rows:
+        found.summaries.append(summary)
+        return
+    why = "; ".join(str(event.get("reason", event["event"])) for event in summary.events[-1:])
+    found.left_out.append(
+        f"{path}: unfinished: it ended before the first measured block{f' ({why})' if why else ''}; the same "
+        f"command continues: {summary.header['command']}"
+    )
+
+
+def _take_collectives(path: Path, found: _Found) -> None:
+    """Add a file of `gradq bench collectives`; other JSON is none of ours.
+
+    Raises:
+        ConfigError: it is not JSON, or damaged.
+    """
+    try:
+        record = parse_json(read_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON, or cut off: {error}") from None
+    if isinstance(record, dict) and str(record.get("benchmark")).startswith("collectives"):
+        check_collectives(record, path)
+        found.collectives.append(record)
 
 
 def _order(summary: Summary) -> tuple[str, int, int, float, str]:
@@ -77,26 +154,19 @@ def _order(summary: Summary) -> tuple[str, int, int, float, str]:
     return scenario.model, scenario.nodes, scenario.ranks_per_node, rate or float("inf"), scenario.name
 
 
-def _is_record(path: Path) -> bool:
-    try:
-        lines = read_lines(path)
-    except (ConfigError, UnicodeDecodeError):
-        return False
-    return bool(lines) and isinstance(lines[0], dict) and lines[0].get("benchmark") == "bench"
+def _scenarios(summaries: list[Summary], out: Path) -> list[Section]:
+    """A section a record; two of the same name have plots of different names."""
+    taken: set[str] = set()
+    sections = []
+    for summary in summaries:
+        name = summary.scenario.name
+        stem = next(s for i in itertools.count(1) if (s := name if i == 1 else f"{name}-{i}") not in taken)
+        taken.add(stem)
+        sections.append(_scenario(summary, out, stem))
+    return sections
 
 
-def _collectives(path: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    if not isinstance(record, dict) or not str(record.get("benchmark")).startswith("collectives"):
-        return None
-    return record if record.get("schema_version") == SCHEMA_VERSION else None
-
-
-def _scenario(summary: Summary, out: Path) -> Section:
-    stem = summary.scenario.name
+def _scenario(summary: Summary, out: Path, stem: str) -> Section:
     figures = []
     for kind, draw in (("step", plots.draw_steps), ("loss", plots.draw_losses)):
         name = f"{stem}_{kind}.png"
@@ -105,7 +175,7 @@ def _scenario(summary: Summary, out: Path) -> Section:
     return Section(
         f"{stem}: {summary.title}",
         summary.verdict(),
-        markdown_table(summary),
+        scenario_table(summary),
         tuple(figures),
         _notes(summary),
     )
@@ -137,9 +207,12 @@ def _notes(summary: Summary) -> tuple[str, ...]:
     unfinished = sorted(set(summary.scenario.seeds) - set(summary.finished))
     if unfinished:
         notes.append(f"unfinished: seeds {', '.join(map(str, unfinished))}; the same command continues")
+    if summary.left_out:
+        notes.append(f"{len(summary.left_out)} damaged line(s) of {summary.path.name} are left out")
     environment = summary.header["environment"]
+    cpu, cores, torch = (environment.get(key, "unknown") for key in ("cpu", "cores", "torch"))
     notes.append(
-        f"{environment['cpu']}, {environment['cores']} cores, torch {environment['torch']}, commit "
+        f"{cpu}, {cores} cores, torch {torch}, commit "
         f"{summary.header['commit']}, {summary.header['time'][:16]}: {summary.header['command']}"
     )
     return tuple(notes)
@@ -156,25 +229,26 @@ def _sweeps(summaries: list[Summary], out: Path) -> list[Section]:
 
 
 def _collectives_section(record: dict[str, Any]) -> Section:
+    environment = record.get("environment")
+    cpu = environment.get("cpu", "unknown") if isinstance(environment, dict) else "unknown"
+    commit, date, command = (record.get(key, "unknown") for key in ("commit", "date", "command"))
     return Section(
         f"Collectives: {record['settings']['ranks']} ranks, {record['settings']['link']}",
         "",
         collectives_table(record["rows"]),
-        notes=(
-            f"{record['environment']['cpu']}, commit {record['commit']}, {record['date']}: "
-            f"{record['command']}",
-        ),
+        notes=(f"{cpu}, commit {commit}, {date}: {command}",),
     )
 
 
 def _markdown(sections: list[Section]) -> str:
     parts = ["# gradq bench\n"]
     for section in sections:
-        parts.append(f"## {section.title}\n")
+        parts.append(f"## {escape(section.title)}\n")
         if section.verdict:
-            parts.append(f"**{section.verdict}**\n")
-        parts.append(f"{section.table}\n")
-        parts += [f"![{section.title}]({name})\n" for _, name in section.figures]
+            parts.append(f"**{escape(section.verdict)}**\n")
+        if section.table is not None:
+            parts.append(f"{section.table.markdown()}\n")
+        parts += [f"![{escape(section.title)}]({name})\n" for _, name in section.figures]
         if section.notes:
-            parts.append("\n".join(f"- {note}" for note in section.notes) + "\n")
+            parts.append("\n".join(f"- {escape(note)}" for note in section.notes) + "\n")
     return "\n".join(parts)

@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradq.bench.recording import read_lines
+from gradq.bench.reading import read_record
 from gradq.bench.records import percentile
 from gradq.bench.scenario import COMPUTE, PLAIN, Scenario
-from gradq.errors import ConfigError
 
 __all__ = ["BASELINE", "Losses", "Row", "Spread", "Summary", "summarise", "within_two_sd"]
 
@@ -68,6 +67,12 @@ class Losses:
     pooled_sd: float | None
     within_two_sd: bool | None
     paired: float | None
+
+    @property
+    def is_harmful(self) -> bool:
+        """Whether it ended higher than the baseline beyond the noise, or in NaN or Inf."""
+        worse = self.within_two_sd is False and not (self.difference or 0) <= 0
+        return worse or not math.isfinite(self.mean)
 
 
 @dataclass
@@ -128,6 +133,7 @@ class Summary:
         seeds: that have samples.
         finished: those that ran to the end.
         parameters: of the model.
+        left_out: a sentence for each line of the record that could not be used.
     """
 
     path: Path
@@ -139,6 +145,7 @@ class Summary:
     seeds: list[int]
     finished: list[int]
     parameters: int
+    left_out: list[str] = field(default_factory=list)
 
     def row(self, codec: str) -> Row | None:
         """The row of a codec, if it ran."""
@@ -178,7 +185,7 @@ class Summary:
                 continue
             if row.ratio.median > WORTH_IT or row.ratio.p80 >= 1:
                 continue
-            if row.losses and row.losses.within_two_sd is False and (row.losses.difference or 0) > 0:
+            if row.losses and row.losses.is_harmful:
                 harmful.append(row.codec)
                 continue
             text = f"{row.codec} is best here: {row.ratio.median:.2f} of plain DDP's step"
@@ -203,6 +210,7 @@ class Summary:
             "rows": [asdict(row) for row in self.rows],
             "refused": self.refused,
             "events": self.events,
+            "left_out": self.left_out,
             "seeds": self.seeds,
             "finished": self.finished,
             "parameters": self.parameters,
@@ -236,14 +244,11 @@ def summarise(path: Path) -> Summary:
     """Read a record and work it out.
 
     Raises:
-        ConfigError: it is no record of `gradq bench`, or of a newer schema.
+        ConfigError: it is no record of `gradq bench`, of another schema, or damaged as a whole. Lines that
+            are damaged are left out, and named in the summary.
     """
-    lines = read_lines(path)
-    if not lines or lines[0].get("record") != "header" or lines[0].get("benchmark") != "bench":
-        raise ConfigError(f"{path} is no record of gradq bench")
-    header = lines[0]
-    if header["schema_version"] != 1:
-        raise ConfigError(f"{path} has schema {header['schema_version']}, this gradq reads 1; update gradq")
+    reading = read_record(path)
+    header, lines = reading.header, reading.lines
     scenario = Scenario.from_dict(header["scenario"], where=str(path))
     blocks: Blocks = {}
     for line in lines:
@@ -254,8 +259,9 @@ def summarise(path: Path) -> Summary:
     shared = starts[0].get("interface_ranks", 1) if starts else 1
     if starts and starts[0]["interface"] == "lo":
         shared = 0  # everyone's on this machine: it says nothing
-    known = {codec for *_, codec in blocks}
-    rows = [_row(codec, blocks, shared) for codec in scenario.contenders if codec in known]
+    known = dict.fromkeys(codec for *_, codec in blocks)
+    names = dict.fromkeys([codec for codec in scenario.contenders if codec in known] + [*known])
+    rows = [_row(codec, blocks, shared) for codec in names]
     rows = [row for row in rows if row.step_ms.samples]
     for row in rows:
         row.losses = _losses(row.codec, finals)
@@ -277,6 +283,7 @@ def summarise(path: Path) -> Summary:
         seeds=sorted({seed for _, seed, _, _ in blocks}),
         finished=sorted({r["seed"] for r in lines if r["record"] == "end"}),
         parameters=starts[0]["parameters"] if starts else 0,
+        left_out=reading.left_out,
     )
 
 
@@ -299,7 +306,9 @@ def _row(codec: str, blocks: Blocks, shared: int) -> Row:
         return statistics.median(values) if values else None
 
     timings = [
-        statistics.mean(r["encode_ms"]) + statistics.mean(r["decode_ms"]) for r in own if "encode_ms" in r
+        statistics.mean(r["encode_ms"]) + statistics.mean(r["decode_ms"])
+        for r in own
+        if "encode_ms" in r and "decode_ms" in r
     ]
     interface = median("interface_bytes") if shared else None
     if interface is not None:  # every rank of a host reads the sum of them

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gradq.bench.scenario import COMPUTE, PLAIN
 from gradq.bench.summary import BASELINE, Summary
-from gradq.bench.tables import label
+from gradq.bench.tables import Table, label
 
 __all__ = ["Group", "break_even", "groups"]
 
@@ -43,11 +43,10 @@ class Group:
                     found.setdefault(row.codec, []).append((rate, row.ratio.median))
         return {codec: points for codec, points in found.items() if len(points) > 1}
 
-    def table(self) -> str:
-        """Markdown: a row a codec, a column a link, step time relative to plain DDP."""
-        head = "| x plain DDP | " + " | ".join(summary.link for summary in self.summaries)
-        lines = [f"{head} | pays below | loss, within 2 sd of bf16 |"]
-        lines.append("|---|" + "---:|" * (len(self.summaries) + 2))
+    def table(self) -> Table:
+        """A row a codec, a column a link, step time relative to plain DDP."""
+        links = [summary.link for summary in self.summaries]
+        rows = []
         ratios = self.ratios()
         for codec in self.codecs():
             if codec == PLAIN:
@@ -57,11 +56,10 @@ class Group:
                 row = summary.row(codec)
                 texts.append(f"{row.ratio.median:.3f}" if row is not None and row.ratio else "")
             below = break_even(ratios.get(codec, [])) if codec != COMPUTE else ""
-            lines.append(f"| {label(codec)} | {' | '.join(texts)} | {below} | {self._loss(codec)} |")
+            rows.append([label(codec), *texts, below, self._loss(codec)])
         plain = [summary.row(PLAIN) for summary in self.summaries]
-        times = [f"{row.step_ms.median:.0f}" if row else "" for row in plain]
-        lines.append(f"| plain DDP, ms | {' | '.join(times)} | | |")
-        return "\n".join(lines)
+        rows.append(["plain DDP, ms", *(f"{row.step_ms.median:.0f}" if row else "" for row in plain), "", ""])
+        return Table(["x plain DDP", *links, "pays below", "validation loss, within 2 sd of bf16"], rows)
 
     def _loss(self, codec: str) -> str:
         """Of the record with the most seeds: losses do not depend on the link."""

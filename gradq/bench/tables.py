@@ -1,13 +1,16 @@
-"""Tables in Markdown: a scenario's rows, and a line a scenario for a whole sweep."""
+"""Tables of a report, as Markdown and as plain cells: a scenario's rows, and those of collectives."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gradq.bench.scenario import COMPUTE, PLAIN
 from gradq.bench.summary import Losses, Row, Summary
 
-__all__ = ["COLUMNS", "cells", "collectives_table", "label", "markdown_table"]
+__all__ = ["COLUMNS", "Table", "cells", "collectives_table", "escape", "label", "one_line", "scenario_table"]
 
 COLUMNS = (
     "codec",
@@ -19,9 +22,48 @@ COLUMNS = (
     "MB sent",
     "on the interface",
     "CPU ms",
-    "loss",
+    "validation loss",
     "within 2 sd of bf16",
 )
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and control characters, which would end a row or colour a terminal."""
+    return re.sub(r"[\x00-\x20\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+
+
+def escape(text: str) -> str:
+    """The text on one line, such that Markdown shows it as it is."""
+    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", text)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)  # inside a word it stands for itself
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain texts; whoever shows it escapes them.
+
+    Attributes:
+        head: a text a column.
+        rows: as many texts each.
+        below: sentences under the table.
+        texts: how many columns from the left are words, not numbers.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    below: Sequence[str] = ()
+    texts: int = 1
+
+    def markdown(self) -> str:
+        """The table in Markdown, whatever stands in its cells."""
+        lines = [_row(self.head), "|" + "---|" * self.texts + "---:|" * (len(self.head) - self.texts)]
+        lines += [_row(row) for row in self.rows]
+        return "\n\n".join(["\n".join(lines), *(["\n".join(map(escape, self.below))] if self.below else [])])
+
+
+def _row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(map(escape, texts)) + " |"
 
 
 def label(codec: str) -> str:
@@ -72,38 +114,28 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def markdown_table(summary: Summary) -> str:
-    """A scenario's table; the number of samples stands below."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in summary.rows]
+def scenario_table(summary: Summary) -> Table:
+    """A scenario's table; the number of samples and what is missing stand below."""
+    below = []
     samples = sorted({row.step_ms.samples for row in summary.rows})
-    text = "\n".join(lines)
     if samples:
         count = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}"
-        text += f"\n\n{count} samples a codec (a sample is a block of {summary.scenario.block} steps), "
-        text += f"seeds {', '.join(map(str, summary.seeds))}."
-    for codec, reason in summary.refused.items():
-        text += f"\n{label(codec)} did not run: {reason}"
-    return text
+        text = f"{count} samples a codec (a sample is a block of {summary.scenario.block} steps), "
+        below.append(f"{text}seeds {', '.join(map(str, summary.seeds))}.")
+    if any(row.losses for row in summary.rows):
+        below.append("Validation loss: held-out data, after the last step. The plots show the training loss.")
+    below += [f"{label(codec)} did not run: {reason}" for codec, reason in summary.refused.items()]
+    return Table(COLUMNS, [cells(row) for row in summary.rows], below)
 
 
-def collectives_table(rows: list[dict[str, Any]]) -> str:
+def collectives_table(rows: list[dict[str, Any]]) -> Table:
     """The table of `gradq bench collectives`, in the manner of nccl-tests."""
     head = (
-        "size",
-        "count",
-        "dtype",
-        "codec",
-        "time ms",
-        "algbw GB/s",
-        "busbw GB/s",
-        "wire bytes",
-        "ratio",
-        "#wrong",
+        *("size", "count", "dtype", "codec", "time ms"),
+        *("algbw GB/s", "busbw GB/s", "wire bytes", "ratio", "#wrong"),
     )
-    lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
-    for row in rows:
-        texts = (
+    lines = [
+        (
             f"{row['size_bytes']}",
             f"{row['count']}",
             row["dtype"],
@@ -115,5 +147,6 @@ def collectives_table(rows: list[dict[str, Any]]) -> str:
             f"{row['ratio']:.2f}",
             f"{row['wrong']}",
         )
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return Table(head, lines, texts=0)

@@ -9,7 +9,6 @@ from gradq.cli import bench_codecs, bench_collectives, bench_run
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Measure what compression saves here, and whether the model still learns.",
     no_args_is_help=False,
     rich_markup_mode=None,
 )

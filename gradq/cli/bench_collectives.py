@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +13,8 @@ from gradq.bench.records import write_record
 from gradq.bench.runners.processes import ProcessRunner
 from gradq.bench.scenario import Scenario
 from gradq.bench.tables import collectives_table
-from gradq.cli.bench_run import choose_runner, orderly_end, override_link
+from gradq.cli.bench_run import choose_runner, override_link, split_codecs
+from gradq.cli.bench_terminal import orderly_end, to_json
 from gradq.errors import ConfigError
 
 __all__ = ["collectives", "parse_bytes"]
@@ -26,7 +26,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ConfigError: it is none.
     """
-    match = re.fullmatch(r"\s*([0-9]+)\s*(B|KB|MB|GB|K|M|G)?\s*", text.upper())
+    match = re.fullmatch(r"\s*([0-9]{1,15})\s*(B|KB|MB|GB|K|M|G)?\s*", text.upper())
     if match is None:
         raise ConfigError(f"{text!r} is no size: write for instance 1KB or 64MB")
     return int(match[1]) << {"B": 0, "K": 10, "M": 20, "G": 30}[(match[2] or "B")[0]]
@@ -36,30 +36,28 @@ def collectives(
     codecs: Annotated[
         str, typer.Option(help="Comma-separated gradq specs.")
     ] = "none,bf16,int8,int4,int4+int4",
-    ranks: Annotated[int, typer.Option(help="Ranks on this machine.")] = 2,
+    ranks: Annotated[int, typer.Option(min=2, help="Ranks on this machine.")] = 2,
     hosts: Annotated[
-        int | None, typer.Option(help="Hosts to make as namespaces instead, a rank each.")
+        int | None, typer.Option(min=2, help="Hosts to make as namespaces instead, a rank each.")
     ] = None,
     link: Annotated[str | None, typer.Option(help="Rate of each host's link, such as 1gbit.")] = None,
     delay: Annotated[str | None, typer.Option(help="One-way delay, such as 0.2ms.")] = None,
     smallest: Annotated[str, typer.Option("--from", help="Smallest size.")] = "1KB",
     largest: Annotated[str, typer.Option("--to", help="Largest size.")] = "256MB",
-    factor: Annotated[int, typer.Option(help="From one size to the next.")] = 4,
+    factor: Annotated[int, typer.Option(min=2, help="From one size to the next.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Folder for a record.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
     """Time all-reduces of many sizes with every codec; show bandwidth, bytes and errors."""
     least, most = parse_bytes(smallest), parse_bytes(largest)
-    if not 4 <= least <= most or factor < 2:
-        raise ConfigError(
-            f"sizes from {smallest} to {largest} by {factor}: at least 4 bytes, upwards, by 2 or more"
-        )
+    if not 4 <= least <= most <= 1 << 40:
+        raise ConfigError(f"sizes from {smallest} to {largest}: from 4 bytes to 1024GB, upwards")
     sizes = [least]
     while sizes[-1] * factor <= most:
         sizes.append(sizes[-1] * factor)
     scenario = Scenario(
         name="collectives",
-        codecs=tuple(part.strip() for part in codecs.split(",")),
+        codecs=split_codecs(codecs),
         nodes=hosts or 1,
         ranks_per_node=1 if hosts else ranks,
         link=override_link(Link(), link, delay, None),
@@ -70,7 +68,7 @@ def collectives(
                 f"{codec}: gradq bench collectives takes gradq's specs; peers run in gradq bench"
             )
     runner = choose_runner(scenario, None)
-    assert isinstance(runner, ProcessRunner)
+    assert isinstance(runner, ProcessRunner), "without a cluster ranks are processes"
     runner.collective_bytes = tuple(sizes)
     rows: list[dict[str, Any]] = []
     with orderly_end(), runner:
@@ -79,9 +77,9 @@ def collectives(
             if rank == 0 and record["record"] == "collective":
                 rows.append({key: value for key, value in record.items() if key != "record"})
     if as_json:
-        typer.echo(json.dumps(rows))
+        typer.echo(to_json(rows))
     else:
-        typer.echo(collectives_table(rows))
+        typer.echo(collectives_table(rows).markdown())
     if out is not None:
         shown = str(facts["link"]["asked"])
         settings = {"ranks": scenario.world_size, "hosts": hosts or 1, "link": shown}

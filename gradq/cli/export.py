@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def export(
     average_bits: Annotated[
         float | None, typer.Option(help="Choose the bits of every layer by sensitivity, under this mean.")
     ] = None,
-    batches: Annotated[int, typer.Option(help="Batches to calibrate with.")] = 16,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to calibrate with.")] = 16,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare the file with the model.")
     ] = True,
@@ -50,6 +51,9 @@ def export(
 ) -> None:
     """Quantize a model from calibration data, write it and check it against the original."""
     console = rich.console.Console(stderr=True, highlight=False)
+    for option, value in (("seconds", seconds), ("max-loss", max_loss), ("average-bits", average_bits)):
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise ConfigError(f"--{option} is {value!r}; a finite number from 0")
     if target not in TARGETS:
         raise ConfigError(f"--target is {target!r}; legal: {', '.join(TARGETS)}")
     sizes = _integers(batch_sizes)

@@ -30,7 +30,7 @@ LAYERS = [
     {"backends", "conformance", "testing"},
     {"bench"},
     {"cli"},  # and quant and export: it is the door to both halves
-    {"_preload"},
+    {"_preload", "__main__"},
 ]
 # Rows apart from this order: what they may import, whole.
 APART = {
@@ -65,8 +65,7 @@ HEAVY = {
     "rich": {
         "gradq.cli.app",
         "gradq.cli.bench_codecs",
-        "gradq.cli.bench_run",
-        "gradq.cli.doctor",
+        "gradq.cli.bench_terminal",
         "gradq.cli.export",
     },
     "typer": {
@@ -75,6 +74,7 @@ HEAVY = {
         "gradq.cli.bench_codecs",
         "gradq.cli.bench_collectives",
         "gradq.cli.bench_run",
+        "gradq.cli.bench_terminal",
         "gradq.cli.export",
         "gradq.cli.report",
     },

@@ -8,11 +8,12 @@ import statistics
 
 import pytest
 
-from gradq.bench.recording import Recorder, finished_seeds, read_lines
+from gradq.bench.reading import read_lines
+from gradq.bench.recording import Recorder, finished_seeds
 from gradq.bench.scenario import Scenario
 from gradq.bench.summary import summarise, within_two_sd
 from gradq.bench.sweep import break_even, groups
-from gradq.bench.tables import markdown_table
+from gradq.bench.tables import scenario_table
 from gradq.errors import BenchError, ConfigError
 
 SCENARIO = Scenario(name="made", codecs=("int8", "int4"), seeds=(0, 1, 2))
@@ -112,7 +113,7 @@ def test_verdicts(tmp_path):
 
 
 def test_the_table_shows_losing_rows_too(tmp_path):
-    table = markdown_table(write(tmp_path / "made.jsonl", STEP_MS | {"int8": 300.0}))
+    table = scenario_table(write(tmp_path / "made.jsonl", STEP_MS | {"int8": 300.0})).markdown()
     assert "| int8 | 2.980 |" in table
     assert "no (+1.0000)" in table
     assert "9 samples a codec (a sample is a block of 2 steps), seeds 0, 1, 2." in table
@@ -219,14 +220,14 @@ def test_groups_differ_in_their_link_only(tmp_path):
         summaries.append(write(tmp_path / f"s{index}.jsonl", seeds=(0,), scenario=scenario))
     (group,) = groups(summaries)
     assert [summary.scenario.link.rate_bps for summary in group.summaries] == [1e8, 1e9, None]
-    assert "| int4 | 0.307 | 0.307 | 0.307 |" in group.table()
+    assert "| int4 | 0.307 | 0.307 | 0.307 |" in group.table().markdown()
     assert group.ratios()["int4"] == [(1e8, pytest.approx(31 / 101)), (1e9, pytest.approx(31 / 101))]
     assert groups(summaries[:1]) == []
     losses = write(tmp_path / "losses.jsonl")  # on one node
     (group,) = groups([losses, *summaries])
     assert [summary.scenario.name for summary in group.summaries] == ["s2", "s0", "s1"], "times are of nodes"
     assert group.others == (losses,)
-    assert f"± {losses.row('int4').losses.sd:.4f}, yes |" in group.table(), "losses are of both"
+    assert f"± {losses.row('int4').losses.sd:.4f}, yes |" in group.table().markdown(), "losses are of both"
 
 
 def test_an_empty_record_gives_no_verdict(tmp_path):
