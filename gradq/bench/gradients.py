@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gradq.bench.models import load_function
 from gradq.errors import ConfigError
+from gradq.saved import load_saved
 
 __all__ = ["Gradients", "check", "correlated", "from_file", "from_function", "synthetic"]
 
@@ -59,19 +59,7 @@ def from_file(path: Path) -> Gradients:
     Raises:
         ConfigError: no such file, or it holds something else, or what `check` refuses.
     """
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                loaded: Any = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); "
-            "save a dict of tensors with torch.save, or arrays with numpy.savez"
-        ) from error
+    loaded = load_saved(path, "save a dict of tensors with torch.save, or arrays with numpy.savez")
     return check(loaded, str(path))
 
 

@@ -21,6 +21,7 @@ from gradq import export as exporting
 from gradq import quant
 from gradq.errors import ConfigError, VerifyError
 from gradq.export.tables import report_rows, title
+from gradq.saved import load_saved
 
 __all__ = ["TARGETS", "export", "load_attribute"]
 
@@ -57,7 +58,7 @@ def export(
     if target not in TARGETS:
         raise ConfigError(f"--target is {target!r}; legal: {', '.join(TARGETS)}")
     sizes = _integers(batch_sizes)
-    console.print(f"1/4 building {model}")
+    console.print(f"1/4 building {model}", markup=False)
     net = _build(model, checkpoint)
     data = _Data(calibrate)
     console.print("2/4 quantizing")
@@ -69,7 +70,7 @@ def export(
         report = quant.sensitivity(qmodel, list(_limited(data, max(1, batches // 4))))
         quant.assign_bits(qmodel, report, average_bits=average_bits)
     quant.correct_bias(qmodel, list(_limited(data, batches)))
-    console.print(f"3/4 writing {out}")
+    console.print(f"3/4 writing {out}", markup=False)
     for path, written in TARGETS[target](qmodel, out).items():
         console.print(str(written), markup=False)
         if check and target == "onnx":
@@ -163,19 +164,16 @@ def _build(spec: str, checkpoint: Path | None) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise ConfigError(f"{spec} gave a {type(net).__name__}; it must return a torch.nn.Module")
     if checkpoint is not None:
-        try:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ConfigError(f"cannot load the checkpoint {checkpoint}: {error}") from error
+        state = load_saved(checkpoint, "give --checkpoint a state dict: torch.save(model.state_dict(), path)")
         for key in ("model", "state_dict", "model_state_dict"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
         if not isinstance(state, dict):
             raise ConfigError(f"{checkpoint} holds a {type(state).__name__}; it must hold a state dict")
-        state = {k.removeprefix("module."): v for k, v in state.items()}
+        state = {str(k).removeprefix("module."): v for k, v in state.items()}
         try:
             net.load_state_dict(state)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:  # other tensors, or no tensors
             raise ConfigError(f"{checkpoint} does not fit {spec}: {error}") from error
     return net.eval()
 
@@ -190,26 +188,19 @@ class _Data:
     @staticmethod
     def _read(path: Path) -> list[Any]:
         """A file as batches of 32: one array, or inputs and labels."""
-        import numpy as np
-
-        try:
-            if path.suffix == ".pt":
-                value = torch.load(path, weights_only=True)
-                arrays = list(value.values()) if isinstance(value, dict) else value
-                arrays = [arrays] if isinstance(arrays, torch.Tensor) else list(arrays)
-            elif path.suffix == ".npz":
-                archive = np.load(path)
-                arrays = [torch.from_numpy(archive[k]) for k in archive.files]
-            elif path.suffix == ".npy":
-                arrays = [torch.from_numpy(np.load(path))]
-            else:
-                raise ConfigError(f"cannot read {path}; give a .npy, .npz or .pt file, or file.py:function")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from error
+        if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
+            raise ConfigError(f"cannot read {path}; give a .npy, .npz or .pt file, or file.py:function")
+        value = load_saved(path, "give --calibrate arrays of numpy.savez, or tensors of torch.save")
+        arrays = list(value.values()) if isinstance(value, dict) else value
+        arrays = [arrays] if isinstance(arrays, torch.Tensor) else arrays
+        if not isinstance(arrays, (list, tuple)) or not all(
+            isinstance(a, torch.Tensor) and a.dim() > 0 for a in arrays
+        ):
+            raise ConfigError(f"{path} holds no tensors with a row a sample: save one, a list or a dict")
         lengths = {len(a) for a in arrays}
         if len(lengths) != 1 or 0 in lengths:
             raise ConfigError(
-                f"{path} holds arrays of {sorted(lengths)} rows; they must have as many, not none"
+                f"{path} holds arrays of {sorted(lengths)} rows; all must have the same number, at least one"
             )
         parts = [a.split(32) for a in arrays]
         return (

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gradq.errors import ConfigError, ExportError
 from gradq.export.capture import example_inputs_of
 from gradq.export.files import atomic, require
-from gradq.export.runtime import features, feed, session
+from gradq.export.runtime import DTYPES, features, feed, session
 from gradq.export.timing import interleave
 from gradq.export.variants import VARIANTS, variant
 from gradq.export.write import ExportReport, onnx
@@ -213,9 +213,12 @@ def load(
         sessions: dict[str, Any] = {}
         for name in names:
             file = folder / found[name]["file"]
+            if not file.is_file():
+                raise ExportError(f"{path} has no file {file.name}, which its manifest names")
             if _digest(file) != found[name]["sha256"]:
                 raise ExportError(
-                    f"{file.name} in {path} is damaged: its checksum differs from the manifest's"
+                    f"{file.name} in {path} is damaged: its checksum differs from the manifest's; "
+                    "export it again"
                 )
             sessions[name] = session(file, threads=threads)
     timings = {}
@@ -251,25 +254,63 @@ def _opened(path: Path) -> Iterator[Path]:
                     if Path(name).name != name:
                         raise ExportError(f"{path} is no bundle: it holds the path {name!r}")
                 archive.extractall(folder)
-        except zipfile.BadZipFile as error:
-            raise ExportError(f"{path} is neither a folder nor a zip file: {error}") from error
+        except ExportError:
+            raise
+        except Exception as error:  # zipfile's, zlib's, or that of a password or an unknown compression
+            raise ExportError(
+                f"{path} is neither a bundle's folder nor its zip file, or it is damaged: {error}; export it "
+                "again"
+            ) from error
         yield Path(folder)
 
 
 def _manifest(folder: Path, path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path} has no readable {_MANIFEST}: {error}") from error
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"{path} has no readable {_MANIFEST}: {error}; export it again") from error
+    if not isinstance(manifest, dict):
+        raise ExportError(f"{path}: {_MANIFEST} holds a {type(manifest).__name__}, no table; export it again")
     if manifest.get("format") != _FORMAT:
         raise ExportError(
             f"{path} has format {manifest.get('format')!r}; this gradq reads {_FORMAT}: export it again"
         )
+    if problem := _problem(manifest):
+        raise ExportError(f"{path}: {_MANIFEST} is damaged: {problem}; export it again")
     return manifest
+
+
+def _problem(manifest: Mapping[str, Any]) -> str:
+    """What `load` needs and the manifest does not say; "" for nothing."""
+    variants, inputs = manifest.get("variants"), manifest.get("inputs")
+    if not isinstance(variants, list) or not variants:
+        return "it lists no variants"
+    for number, entry in enumerate(variants):
+        for key in ("name", "file", "sha256"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
+                return f"variant {number} has no {key}"
+        if Path(entry["file"]).name != entry["file"]:
+            return f"variant {number} names the file {entry['file']!r} outside of the bundle"
+    if not isinstance(inputs, list):
+        return "it lists no inputs"
+    for number, entry in enumerate(inputs):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            return f"input {number} has no name"
+        shape, dtype, high = entry.get("shape"), entry.get("dtype"), entry.get("high")
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
+            return f"the shape of input {entry['name']!r} is {shape!r}"
+        if dtype not in DTYPES.values():
+            return f"the type of input {entry['name']!r} is {dtype!r}"
+        if high is not None and (type(high) is not int or not 0 <= high < 2**63 - 1):
+            return f"the largest value of input {entry['name']!r} is {high!r}"
+    return ""
 
 
 def _sample(inputs: Sequence[Mapping[str, Any]], batch_size: int, running: Any) -> dict[str, Any]:
     """Random inputs of the manifest's shapes."""
+    wanted = [i.name for i in running.get_inputs()]
+    if [spec["name"] for spec in inputs] != wanted:
+        raise ExportError(f"the manifest's inputs are not the model's, {wanted}; export the bundle again")
     generator = np.random.default_rng(0)
     sample = {}
     for spec, free in zip(inputs, running.get_inputs(), strict=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradq.errors import ExportError
 from gradq.export.runtime import metadata_of, session
 
 __all__ = ["Operators", "operators"]
@@ -52,7 +53,7 @@ def operators(path: str | os.PathLike[str]) -> Operators:
     """Load a file into ONNX Runtime and read the graph it will run.
 
     Raises:
-        ExportError: the file cannot be loaded.
+        ExportError: the file cannot be loaded, or its metadata is damaged.
     """
     import onnx
 
@@ -75,9 +76,12 @@ def operators(path: str | os.PathLike[str]) -> Operators:
         products.append(node.name or node.output[0])
         if any(through and origin in constants for origin, through in weights):
             unexpected.append(f"{products[-1]} ({node.op_type} on a dequantized weight)")
-    announced = int(facts.get("gradq.float_products", "0"))
-    if len(products) > announced and not unexpected:
+    try:
+        announced = int(facts.get("gradq.float_products", "0"))
         names = {name for name, _ in json.loads(facts.get("gradq.float_islands", "[]"))}
+    except (ValueError, TypeError) as error:
+        raise ExportError(f"{path}: gradq's metadata in it is damaged: {error}; export it again") from error
+    if len(products) > announced and not unexpected:
         unexpected = [p for p in products if not any(p.startswith(n) for n in names)] or products
     return Operators(
         counts=dict(counts),

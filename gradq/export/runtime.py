@@ -14,9 +14,10 @@ from gradq.errors import ConfigError, ExportError
 from gradq.export.files import require
 from gradq.quant.config import detect_target
 
-__all__ = ["features", "feed", "metadata_of", "session"]
+__all__ = ["DTYPES", "features", "feed", "metadata_of", "session"]
 
-_DTYPES = {
+# ONNX Runtime's name of a type → NumPy's
+DTYPES = {
     "tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16",
     "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(uint8)": "uint8", "tensor(bool)": "bool",
 }  # fmt: skip
@@ -44,7 +45,11 @@ def metadata_of(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # OSError, or protobuf's DecodeError, which is typed nowhere
-        raise ExportError(f"cannot read {path}: {error}") from error
+        raise ExportError(
+            f"cannot read {path}: it is no ONNX file, or cut off ({error}); export it again"
+        ) from error
+    if not proto.graph.node and not proto.graph.output:
+        raise ExportError(f"cannot read {path}: it is empty or no ONNX file; export it again")
     return {p.key: p.value for p in proto.metadata_props}
 
 
@@ -79,14 +84,14 @@ def session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if not Path(path).is_file():
+        raise ExportError(f"{path} {'is no file' if Path(path).exists() else 'does not exist'}")
     if precise is None:
         precise = features() == "x86-avx2" and _overflows(path)
     if precise:
         options.add_session_config_entry(_PRECISE, "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    if not Path(path).exists():
-        raise ExportError(f"{path} does not exist")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class but Exception
@@ -109,7 +114,7 @@ def feed(running: Any, inputs: Sequence[Any]) -> dict[str, Any]:
     out = {}
     for spec, value in zip(wanted, inputs, strict=True):
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-        kind = _DTYPES.get(spec.type, spec.type)
+        kind = DTYPES.get(spec.type, spec.type)
         fits = len(array.shape) == len(spec.shape) and all(
             not isinstance(want, int) or want == got
             for want, got in zip(spec.shape, array.shape, strict=True)
@@ -123,4 +128,7 @@ def feed(running: Any, inputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def _overflows(path: str | os.PathLike[str]) -> bool:
-    return int(metadata_of(path).get("gradq.largest_weight_code", "0")) > 64
+    found = metadata_of(path).get("gradq.largest_weight_code", "0")
+    if not found.isdecimal():
+        raise ExportError(f"{path}: its metadata gradq.largest_weight_code is {found!r}; export it again")
+    return int(found) > 64

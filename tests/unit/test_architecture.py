@@ -17,7 +17,7 @@ ROOT = Path(gradq.__file__).parent
 
 # A unit is a module or package directly in gradq/. A unit may import units of earlier rows, and itself.
 LAYERS = [
-    {"errors", "rng", "wire", "metrics"},
+    {"errors", "rng", "saved", "wire", "metrics"},
     {"kernels"},
     {"codecs", "feedback", "collectives"},
     {"policy"},
@@ -36,6 +36,7 @@ LAYERS = [
 APART = {
     "errors": set(),
     "rng": {"errors"},
+    "saved": {"errors"},
     "wire": {"errors"},
     "metrics": {"errors", "rng", "wire"},
     "backends": {"errors"},

@@ -189,10 +189,10 @@ def test_what_is_no_gradient(tmp_path, loaded, complaint):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ConfigError, match="there is no file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.pt: No such file"):
         gradients.from_file(tmp_path / "none.pt")
     (tmp_path / "bad.pt").write_text("not a checkpoint")
-    with pytest.raises(ConfigError, match=r"bad\.pt cannot be read"):
+    with pytest.raises(ConfigError, match=r"cannot read .*bad\.pt"):
         gradients.from_file(tmp_path / "bad.pt")
 
 

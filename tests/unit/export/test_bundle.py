@@ -86,7 +86,7 @@ def test_damaged_and_foreign_files(packed, tmp_path):
     with pytest.raises(ExportError, match="does not exist"):
         export.load(tmp_path / "none")
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(ExportError, match="neither a folder nor a zip"):
+    with pytest.raises(ExportError, match="neither a bundle's folder nor its zip file"):
         export.load(tmp_path / "text")
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
         archive.writestr("../evil", "x")
