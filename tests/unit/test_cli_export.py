@@ -86,7 +86,7 @@ def test_a_model_becomes_a_checked_file(here, capsys):
         ({}, ("--batch-sizes", "x"), "--batch-sizes is 'x'"),
         ({}, ("--processor", "z80"), "target is 'z80'"),
         ({}, ("--weights", "float3"), "cannot read the weights format"),
-        ({}, ("--checkpoint", "none.pt"), "cannot load the checkpoint none.pt"),
+        ({}, ("--checkpoint", "none.pt"), "cannot read none.pt: No such file"),
         ({}, ("--checkpoint", "DATA"), "must hold a state dict"),
         ({"calibrate": "none.npy"}, (), "cannot read"),
         ({"calibrate": "made.py"}, (), "give a .npy, .npz or .pt file"),
