@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gradq.bench.contenders import Contender
@@ -60,9 +59,7 @@ def load(folder: str, rank: int, contenders: list[Contender], control: dist.Proc
         contender.optimizer.load_state_dict(saved["optimizer"])
         contender.steps = saved["steps"]
         if contender.handle:
-            fresh = contender.handle.state_dict()
-            _fill(fresh, saved["gradq"])
-            contender.handle.load_state_dict(fresh)
+            contender.handle.load_state_dict(saved["gradq"])
     return turn
 
 
@@ -75,13 +72,3 @@ def _local(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _local(value) for key, value in state.items()}
     return state.to_local().clone() if isinstance(state, DTensor) else state
-
-
-def _fill(state: dict[str, Any], saved: dict[str, Any]) -> None:
-    """The other way round, in place."""
-    for key, value in saved.items():
-        if isinstance(value, dict):
-            _fill(state[key], value)
-        elif isinstance(value, Tensor):
-            target = state[key]
-            (target.to_local() if isinstance(target, DTensor) else target).copy_(value)

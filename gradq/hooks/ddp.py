@@ -192,11 +192,23 @@ class HookState:
         self.sync.metrics.add_sink(sink)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step and residuals, for torch.distributed.checkpoint; see `gradq.checkpoint`. Collective."""
+        """Step and residuals, for torch.distributed.checkpoint on all ranks; see `gradq.checkpoint`.
+
+        It has this rank's residuals only, and `torch.save` refuses it: see `gathered_state_dict`.
+        """
         return checkpoint.state_dict(self.sync)
 
+    def gathered_state_dict(self) -> dict[str, Any]:
+        """Step and all ranks' residuals on rank 0, for `torch.save` there. Collective.
+
+        Returns:
+            On rank 0 of the group a plain dictionary of CPU tensors, which `load_state_dict` takes on every
+            rank, of any number of ranks; on all others an empty one. Rank 0 holds W times the residuals.
+        """
+        return checkpoint.gather_rows(self.state_dict(), self.sync)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; see `gradq.checkpoint.load_state_dict`."""
+        """Continue from a saved state; see `gradq.checkpoint.load_state_dict`. Collective."""
         checkpoint.load_state_dict(self.sync, state)
 
     def close(self) -> None:

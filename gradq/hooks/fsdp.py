@@ -350,6 +350,11 @@ class ShardedHookState(HookState):
         """Where under the key of a checkpoint this rank's state stands: replicas of a shard share one."""
         return self._checkpoint_path if self.sync is not self._shards else ()
 
+    @property
+    def checkpoint_groups(self) -> list[dist.ProcessGroup]:
+        """The ranks that load a checkpoint together: replicas of a shard, then the shards of a replica."""
+        return list(dict.fromkeys((self.sync.group, self._shards.group)))
+
     def state_dict(self) -> dict[str, Any]:
         """Step and residuals; see `HookState.state_dict`. With replicas, under the name of the shard."""
         state = checkpoint.state_dict(self.sync)
@@ -357,11 +362,22 @@ class ShardedHookState(HookState):
             state = {name: state}
         return state
 
+    def gathered_state_dict(self) -> dict[str, Any]:
+        """See `HookState.gathered_state_dict`. With replicas: the parts of all shards, by their names."""
+        gathered = super().gathered_state_dict()
+        if self.sync is self._shards:
+            return gathered
+        first = {} if self.sync.rank else gathered
+        everyone: list[dict[str, Any]] = [{}] * self._shards.world_size
+        group = self._shards.group
+        dist.gather_object(
+            first, everyone if self._shards.rank == 0 else None, dist.get_global_rank(group, 0), group
+        )
+        return {name: state for part in everyone for name, state in part.items()}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; see `gradq.checkpoint.load_state_dict`."""
-        for name in self.checkpoint_path:
-            state = state[name]
-        checkpoint.load_state_dict(self.sync, state)
+        checkpoint.load_state_dict(self.sync, state, self.checkpoint_path, self.checkpoint_groups)
 
     def close(self) -> None:
         """End gradq's threads and process groups. FSDP's own reduction goes on. Idempotent.

@@ -66,8 +66,11 @@ def load_state_dict(local: LocalSGD, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the state does not fit, or holds another rank's rows.
     """
-    _check(local, state)
-    checkpoint.load_state_dict(local.sync, state["sync"])
+    with checkpoint.together([local.sync.group]) as notes:
+        _check(local, state)
+        saved = checkpoint.parse(local.sync, state["sync"])
+        notes |= saved.notes()
+    checkpoint.restore(local.sync, saved)
     _restore(local, state)
 
 
@@ -77,33 +80,32 @@ def load_checkpoint(local: LocalSGD, checkpoint_id: str | Path, key: str) -> Non
     Raises:
         CheckpointError: there is no such checkpoint or key, or it does not fit.
     """
-    checkpoint.load_sync(local.sync, checkpoint_id, f"{key}.sync")
-    state, shapes = _template(local, Path(checkpoint_id), key)
-    checkpoint.read({key: state}, checkpoint_id, local.sync)
-    if shapes:  # of another world size: all ranks' rows of one tensor in memory
-        for name, (shape, dtype) in shapes.items():
+    with checkpoint.together([local.sync.group]) as notes:
+        saved = checkpoint.read_sync(local.sync, checkpoint_id, f"{key}.sync")
+        folder = checkpoint.Folder(checkpoint_id)
+        folder.check_complete(key)
+        state, shapes = _template(local, folder, key)
+        folder.read({key: state})
+        for name, (shape, dtype) in shapes.items():  # of another world size: all ranks' rows of one tensor
             rows = {name: torch.empty(shape, dtype=dtype)}
-            checkpoint.read({key: {"rows": rows}}, checkpoint_id, local.sync)
+            folder.read({key: {"rows": rows}})
             state["rows"][name] = checkpoint.own_row(rows[name], local.sync, same=False)[None]
-    _check(local, state)
+        _check(local, state)
+        notes |= saved.notes()
+    checkpoint.restore(local.sync, saved)
     _restore(local, state)
 
 
 def _template(
-    local: LocalSGD, path: Path, key: str
+    local: LocalSGD, folder: checkpoint.Folder, key: str
 ) -> tuple[dict[str, Any], dict[str, tuple[torch.Size, torch.dtype]]]:
     """Empty tensors like those of a checkpoint, and the rows of another world size, which are left out."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     sync = local.sync
     state: dict[str, Any] = {"optimizer": "", "shared": {}, "rows": {}}
     others = {}
-    for full_name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
-        name = full_name.removeprefix(f"{key}.")
-        if name == full_name or name.startswith("sync.") or not isinstance(entry, TensorStorageMetadata):
+    for name, (shape, dtype) in folder.shapes(f"{key}.").items():
+        if name.startswith("sync."):
             continue
-        shape, dtype = entry.size, entry.properties.dtype
         if name.startswith("shared."):
             state["shared"][name.removeprefix("shared.")] = torch.empty(shape, dtype=dtype)
         elif not name.startswith("rows."):
@@ -114,7 +116,7 @@ def _template(
         else:
             others[name.removeprefix("rows.")] = (shape, dtype)
     if "inner_step" not in state:
-        raise CheckpointError(f"{path} has no state of LocalSGD or DiLoCo under {key!r}")
+        raise CheckpointError(f"{folder.path} has no state of LocalSGD or DiLoCo under {key!r}")
     return state, others
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,10 @@ import torch.distributed.checkpoint as dcp
 from test_contracts import backward, gradients, make, residuals
 
 import gradq
+import gradq.checkpoint.state
 from gradq.testing import run_ranks
+
+FORMAT_1 = Path(__file__).parents[1] / "fixtures/checkpoint_format_1"
 
 SPEC = {"int4+int4": {"collective": "two_phase"}, "int4": {}, "int8": {}}
 
@@ -126,41 +131,78 @@ def test_resume_with_a_spec_that_has_no_feedback_says_what_it_drops(tmp_path: Pa
         assert any("dropped" in line and "2 parameters" in line for line in lines)
 
 
-def full_tensors(rank: int):
-    """Full tensors load on every rank; one rank's rows are refused on the others."""
-    _, handle, _ = trained(rank, "int4", 3, {})
-    state = handle.state_dict()
-    whole = {
-        key: {name: row.full_tensor() for name, row in value.items()}
-        if isinstance(value, dict)
-        else (value.full_tensor() if key == "rank" else value)
+# --- rank 0 saves alone ----------------------------------------------------------------------------------
+
+
+def own_rows(state: dict):
+    """What a pickle of this rank's state would hold: the rows as plain tensors."""
+    return {
+        key: own_rows(value) if isinstance(value, dict) else getattr(value, "to_local", lambda v=value: v)()
         for key, value in state.items()
     }
-    buffer = io.BytesIO()
-    torch.save(whole, buffer)
-    buffer.seek(0)
-    want = residuals(handle)
+
+
+def rank_0_saves(rank: int, folder: str):
+    """torch.save refuses the state of one rank, and takes what is gathered."""
+    _, handle, _ = trained(rank, "int4+int4", 3, {})
+    want, refusals = residuals(handle), []
+    state = handle.state_dict()
+    for attempt in (lambda: torch.save({"gradq": state}, io.BytesIO()), lambda: pickle.dumps(state)):
+        try:
+            attempt()
+        except gradq.CheckpointError as error:
+            refusals.append(str(error))
+    copied = copy.deepcopy(state)
     handle.sync.feedback.local.clear()
-    handle.load_state_dict(torch.load(buffer))
+    handle.load_state_dict(copied)
     assert equal(residuals(handle), want)
 
-    rows = [None]
+    gathered = handle.gathered_state_dict()
     if rank == 0:
-        rows = [state]
-    torch.distributed.broadcast_object_list(rows)
+        torch.save({"gradq": gathered}, folder + "/state.pt")
+    torch.distributed.barrier()
+    handle.sync.feedback.local.clear()
+    handle.load_state_dict(torch.load(folder + "/state.pt", weights_only=True)["gradq"])
+    assert equal(residuals(handle), want)
+
+    handle.load_state_dict(own_rows(state))  # a file for each rank of its own
+    assert equal(residuals(handle), want)
+    one = [own_rows(state) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(one)
     try:
-        handle.load_state_dict(rows[0])
+        handle.load_state_dict(one[0])
         message = ""
     except gradq.CheckpointError as error:
         message = str(error)
+    assert equal(residuals(handle), want)
     handle.close()
-    return message
+    return want, refusals, list(gathered), message
 
 
-def test_full_tensors_load_and_another_ranks_rows_do_not() -> None:
-    first, second = run_ranks(full_tensors, 2)
-    assert first == ""
-    assert "rank 1 was given the residuals of rank 0" in second
+def load_gathered(rank: int, folder: str):
+    handle = gradq.compress(make(), "int4+int4", collective="two_phase")
+    handle.load_state_dict(torch.load(folder + "/state.pt", weights_only=True)["gradq"])
+    loaded, step = residuals(handle), handle.sync.step
+    handle.close()
+    return loaded, step
+
+
+def test_rank_0_can_save_what_was_gathered_and_nothing_less(tmp_path: Path) -> None:
+    saved = run_ranks(rank_0_saves, 2, str(tmp_path))
+    for rank, (_, refusals, keys, message) in enumerate(saved):
+        assert len(refusals) == 2
+        assert all("gathered_state_dict()" in text and "dcp.save" in text for text in refusals)
+        assert bool(keys) == (rank == 0)
+        assert "rank 1 was given the residuals of rank 0" in message, "every rank must hear it"
+    means = {
+        name: (saved[0][0][name] + saved[1][0][name]) / 2 for name in saved[0][0] if name.startswith("local")
+    }
+    for loaded, step in run_ranks(load_gathered, 3, str(tmp_path)):
+        assert step == 3
+        assert equal(loaded, means)
+
+
+# --- what does not fit ------------------------------------------------------------------------------------
 
 
 def wrong(rank: int, folder: str, what: str) -> str:
@@ -196,3 +238,165 @@ def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path: Path, what: st
     for message in run_ranks(wrong, 2, str(tmp_path / "c"), what):
         for word in words:
             assert word in message, message
+
+
+def wrong_arguments(rank: int, folder: str) -> list[str]:
+    model = make()
+    handle = gradq.compress(model, "int4")
+    messages = []
+    for arguments in (
+        (model, folder),
+        (folder, handle),
+        (handle.state_dict(), folder),
+        (handle, None),
+        (handle, handle),
+        (handle, folder, 3),
+    ):
+        try:
+            gradq.load_checkpoint(*arguments)
+        except gradq.GradqError as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    handle.close()
+    return messages
+
+
+def test_wrong_arguments_are_told_what_to_pass(tmp_path: Path) -> None:
+    for messages in run_ranks(wrong_arguments, 2, str(tmp_path)):
+        assert len(messages) == 6
+        for message, what in zip(messages[:3], ("DistributedDataParallel", "str", "RowsState"), strict=True):
+            assert message.startswith("UnsupportedError: gradq.load_checkpoint(handle, folder)")
+            assert f"got {what}" in message
+        assert all("checkpoint_id must be the folder" in message for message in messages[3:5])
+        assert "key must be the name" in messages[5]
+
+
+# --- other plans, models and names ------------------------------------------------------------------------
+
+
+def load_into(rank: int, folder: str, jobs: list[tuple[str, str]]):
+    """The messages of loading into other models and specs."""
+    told = []
+    for spec, model in jobs:
+        records = Records()
+        logging.getLogger("gradq").addHandler(records)
+        module = make().module
+        if model == "frozen":
+            module[0].weight.requires_grad_(False)
+        elif model == "renamed":
+            module.register_module("new", module[2])
+            module.register_module("2", torch.nn.Identity())
+            module.forward = lambda x, m=module: m[4](torch.tanh(m.new(torch.tanh(m[0](x)))))
+        elif model == "other":
+            module = torch.nn.ModuleDict({"x": torch.nn.Linear(50, 70)})
+        elif model == "compiled":
+            inner = module[0]
+            wrapper = torch.nn.Module()
+            wrapper._orig_mod = inner
+            wrapper.forward = inner.forward
+            module[0] = wrapper
+        handle = gradq.compress(torch.nn.parallel.DistributedDataParallel(module), spec)
+        try:
+            gradq.load_checkpoint(handle, folder)
+        except gradq.CheckpointError as error:
+            records.lines.append(str(error))
+        told.append((records.lines, residuals(handle)))
+        handle.close()
+        logging.getLogger("gradq").removeHandler(records)
+    return told
+
+
+def test_other_plans_models_and_names_are_spoken_of(tmp_path: Path) -> None:
+    before = run_ranks(save, 2, str(tmp_path / "c"), "int4", {})
+    models = ["frozen", "renamed", "other", "compiled"]
+    jobs = [("int8", ""), ("int3", ""), *(("int4", model) for model in models)]
+    for (saved, _, _), told in zip(before, run_ranks(load_into, 2, str(tmp_path / "c"), jobs), strict=True):
+        (int8, kept8), (int3, kept3), (frozen, kept), (renamed, _), (other, none), (compiled, same) = told
+        assert any("'int8' from a state of 'int4'" in line and "2 parameters" in line for line in int8)
+        assert any("dropped" in line for line in int8)
+        assert not kept8
+        assert len(int3) == 1
+        assert "'int3' from a state of 'int4'" in int3[0]
+        assert "2 keep it" in int3[0]
+        assert equal(kept3, saved)
+        assert any("1 parameters (0.weight, ...) are not in this model (frozen" in line for line in frozen)
+        assert equal(kept, {"local 2.weight": saved["local 2.weight"]})
+        assert any("(2.weight, ...) are not in this model" in line for line in renamed)
+        assert any("(new.weight, ...) have no saved local residual" in line for line in renamed)
+        assert len(other) == 1
+        assert "of another model" in other[0]
+        assert not none
+        assert not compiled
+        assert [value.tolist() for value in same.values()] == [value.tolist() for value in saved.values()]
+
+
+def load_format_1(rank: int, prefix: str):
+    records = Records()
+    logging.getLogger("gradq").addHandler(records)
+    module = torch.nn.Sequential(torch.nn.Linear(33, 35), torch.nn.Tanh(), torch.nn.Linear(35, 31))
+    handle = gradq.compress(
+        torch.nn.parallel.DistributedDataParallel(module), "int4+int4", collective="two_phase"
+    )
+    gradq.load_checkpoint(handle, FORMAT_1)
+    found, step = residuals(handle), handle.sync.step
+    handle.close()
+    return found, step, records.lines
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_checkpoint_of_the_first_format_loads(world_size: int) -> None:
+    saved = torch.load(FORMAT_1 / "residuals.pt", weights_only=True)
+    for rank, (found, step, lines) in enumerate(run_ranks(load_format_1, world_size, "")):
+        assert step == 3
+        if world_size == 2:
+            assert equal({name.replace(" ", ".", 1): value for name, value in found.items()}, saved[rank])
+            assert not lines
+        else:
+            assert len(found) == 2
+            for name, value in found.items():
+                assert torch.equal(
+                    value, (saved[0][name.replace(" ", ".", 1)] + saved[1][name.replace(" ", ".", 1)]) / 2
+                )
+
+
+# --- ways to save -----------------------------------------------------------------------------------------
+
+
+def ways(rank: int, folder: str):
+    """Through many flats, async_save, Stateful, and a loaded template."""
+    gradq.checkpoint.state.FLAT_NUMEL = 1000
+    _, handle, _ = trained(rank, "int4+int4", 3, {})
+    want = residuals(handle)
+    dcp.save({"gradq": handle.state_dict(), "other": {"step": 3}}, checkpoint_id=f"{folder}/flats")
+    gradq.checkpoint.state.FLAT_NUMEL = 1 << 22
+    dcp.async_save({"gradq": handle.state_dict()}, checkpoint_id=f"{folder}/async").result()
+    dcp.save({"gradq": handle}, checkpoint_id=f"{folder}/stateful")
+    for way in ("flats", "async", "stateful"):
+        handle.sync.feedback.local.clear()
+        gradq.load_checkpoint(handle, f"{folder}/{way}")
+        assert equal(residuals(handle), want), way
+    handle.sync.feedback.local.clear()
+    dcp.load({"gradq": handle}, checkpoint_id=f"{folder}/stateful")
+    assert equal(residuals(handle), want)
+    state = {"gradq": handle.state_dict()}
+    handle.sync.feedback.local.clear()
+    dcp.load(state, checkpoint_id=f"{folder}/async")
+    handle.load_state_dict(state["gradq"])
+    assert equal(residuals(handle), want)
+    names = len(dcp.FileSystemReader(f"{folder}/flats").read_metadata().state_dict_metadata)
+    handle.close()
+    return want, names
+
+
+def load_flats(rank: int, folder: str):
+    handle = gradq.compress(make(), "int4+int4", collective="two_phase")
+    gradq.load_checkpoint(handle, f"{folder}/flats")
+    found = residuals(handle)
+    handle.close()
+    return found
+
+
+def test_every_way_to_save_is_a_way_to_load(tmp_path: Path) -> None:
+    saved = run_ranks(ways, 2, str(tmp_path))
+    assert saved[0][1] > 12, "the residuals were not cut into flats"
+    for found in run_ranks(load_flats, 3, str(tmp_path)):
+        assert equal(found, {n: (v + saved[1][0][n]) / 2 for n, v in saved[0][0].items() if n[0] == "l"})
