@@ -79,6 +79,59 @@ def test_what_slurm_would_start(tmp_path: Path, how: str) -> None:
         assert done.stdout.rstrip().endswith("train.py --codec int4")
 
 
+def test_slurm_outside_slurm_says_so() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    script = ROOT / "launch" / "slurm.sbatch"
+    done = subprocess.run(
+        ["bash", str(script), "train.py"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "this is no Slurm job: submit it with sbatch launch/slurm.sbatch train.py" in done.stderr
+    assert "unbound" not in done.stderr
+
+
+def submitted(folder: Path, *arguments: str, **env: str) -> list[str]:
+    """What ray_job.sh gives to Ray, whose place a stand-in takes."""
+    stand_in = folder / "python"
+    stand_in.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@"\n')
+    stand_in.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "ray_job.sh"), "http://head:8265", *arguments],
+        env=os.environ | {"PYTHON": str(stand_in)} | env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split("\0")[:-1]
+
+
+def test_a_ray_job_ships_the_users_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.py").write_text("")
+    words = submitted(tmp_path, "sub/mine.py", "--a", "b c", CLUSTER_PYTHON="/opt/node/python")
+    assert words[words.index("--working-dir") + 1] == str(tmp_path)
+    command = words[words.index("--") + 1 :]
+    assert command[:2] == ["/opt/node/python", "-c"]
+    assert command[3:] == ["sub/mine.py", "--a", "b c"]
+    code = command[2]
+    assert not set(code) & set('"$`!\\\n'), "Ray puts the words into double quotes"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-c", "import sys; print(sys.argv)", "x"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "['-c', 'x']"
+    elsewhere = submitted(tmp_path / "sub", str(tmp_path / "sub" / "mine.py"))
+    assert elsewhere[elsewhere.index("--working-dir") + 1] == str(tmp_path / "sub")
+    bench = ["-m", "gradq", "bench", "--cluster", "auto", "--seeds", "3"]
+    assert submitted(tmp_path, "bench", "--seeds", "3")[-7:] == bench
+    code, shown = start("bash", str(ROOT / "launch" / "ray_job.sh"), "http://head:8265", "nowhere.py")
+    assert code == 2
+    assert "there is no file nowhere.py" in shown
+
+
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.name)
 def test_examples_have_help(script: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])

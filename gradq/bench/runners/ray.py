@@ -103,6 +103,7 @@ class RayRunner(Runner):
         per_rank = self._cpus_per_rank(alive)
         bundle = {"CPU": float(per_rank * self.scenario.ranks_per_node)}
         if self.scenario.gpus_per_rank:
+            self._check_gpus(alive)
             bundle["GPU"] = float(self.scenario.gpus_per_rank * self.scenario.ranks_per_node)
         self._group = self._ray.util.placement_group([bundle] * self.scenario.nodes, strategy="STRICT_SPREAD")
         self._wait_for_group(bundle)
@@ -118,6 +119,17 @@ class RayRunner(Runner):
                 f"of {self.cluster} has {fewest:g} (ray start --num-cpus)"
             )
         return max(1, int(fewest // self.scenario.ranks_per_node))
+
+    def _check_gpus(self, alive: list[Record]) -> None:
+        """Refuse at once what the cluster can never give; the placement group would wait for it."""
+        needed = self.scenario.gpus_per_rank * self.scenario.ranks_per_node
+        counts = [node["Resources"].get("GPU", 0.0) for node in alive]
+        if sum(count >= needed for count in counts) < self.scenario.nodes:
+            raise BenchError(
+                f"{self.scenario.nodes} nodes with {needed} GPUs each are asked for (--gpus-per-node), "
+                f"those of {self.cluster} have {', '.join(f'{count:g}' for count in counts)}: on CPUs say "
+                "--ranks-per-node, or tell Ray of its GPUs (ray start --num-gpus)"
+            )
 
     def _wait_for_group(self, bundle: dict[str, float]) -> None:
         try:
