@@ -19,6 +19,7 @@ import random
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,29 +97,48 @@ def exact_rows(x: Tensor, out: Tensor) -> list[Row]:
     return rows
 
 
-def measure(x: Tensor, out: Tensor, rows: list[Row], rounds: int) -> list[dict[str, object]]:
-    """Every row once a round, in an order drawn anew; the copy is one of them."""
-    calls: dict[str, Callable[[], object]] = {"copy": lambda: out.copy_(x)}
-    calls |= {name: call for name, _, _, call in rows}
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=x.device)
+def interleaved_ms(
+    calls: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every call in every round, in an order drawn anew, after a write that fills the cache.
+
+    On a GPU by its own events; on a CPU, for a dry run, by the clock.
+
+    Raises:
+        AssertionError: a call kept device memory.
+    """
+    cuda = device.type == "cuda"
+    flush = torch.empty(FLUSH_BYTES if cuda else 1, dtype=torch.uint8, device=device)
     for call in calls.values():  # compile, and fill the allocator's cache
         call()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() if cuda else 0
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, draw = list(calls), random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
             flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(200_000)  # the launch is enqueued before the GPU gets to it
-            start.record()
-            calls[name]()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-    assert torch.cuda.memory_allocated() == before[1], "a kernel kept memory"
+            if cuda:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(200_000)  # the launch is enqueued before the GPU gets to it
+                start.record()
+                calls[name]()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end))
+            else:
+                began = time.perf_counter()
+                calls[name]()
+                times[name].append(1e3 * (time.perf_counter() - began))
+    assert (torch.cuda.memory_allocated() if cuda else 0) == before, "a kernel kept memory"
+    return times
+
+
+def measure(x: Tensor, out: Tensor, rows: list[Row], rounds: int) -> list[dict[str, object]]:
+    """Every row once a round; the copy is one of them."""
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: out.copy_(x)}
+    calls |= {name: call for name, _, _, call in rows}
+    times = interleaved_ms(calls, x.device, rounds)
     records: list[dict[str, object]] = []
     copied = 2 * x.nbytes
     for name, facts, moved in [

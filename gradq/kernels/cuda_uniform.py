@@ -5,7 +5,8 @@ E = P / 8: planes of 4, 2 and 1 bits put elements into a byte that are P/2, P/4 
 same place in different octants, and packing needs no exchange between threads. Octants are tensors [N, M]: N
 blocks, M >= E a power of two. The last block, if it is shorter, has a program of its own.
 
-The decoder's sums in their present form were not run on a GPU, only in Triton's interpreter.
+The decoder's sums in their present form were not run on a GPU, only in Triton's interpreter: products fused
+with the sum where they are exact, and the next payload's bytes on their way while one is summed.
 """
 
 # Triton unrolls loops over tuples, and a tuple grows by a sum.
@@ -43,6 +44,9 @@ __all__ = ["uniform_decode", "uniform_decode_mean", "uniform_encode"]
 _FP32, _BF16, _FP16 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ELEMENTS = 4096  # of a program, about
+# registers of a thread of the decoder, so that more programs run at a time; only the short last block, whose
+# loads are of single bytes, has some in memory then. Other widths are left to the compiler
+_REGISTERS = {8: 80, 4: 72, 3: 72, 2: 72}
 
 
 # --- scales --------------------------------------------------------------------------------------------
@@ -302,13 +306,12 @@ _BIAS = tl.constexpr(0x4B000000)  # the bits of 2**23: with those of an integer 
 
 @jit
 def _load_plane(
-    packed: tl.tensor, E: tl.tensor, mine: tl.tensor, W: tl.constexpr, DONE: tl.constexpr, MORE: tl.constexpr
+    packed: tl.tensor, E: tl.tensor, mine: tl.tensor, W: tl.constexpr, DONE: tl.constexpr
 ) -> tl.tensor:
-    """The W bytes of a plane of W bits above the DONE lowest, with MORE set; eight bits: whole codes."""
+    """The W bytes of a plane of W bits above the DONE lowest; eight bits: whole codes."""
     plane = ()
     for b in tl.static_range(W):
-        byte = tl.load(packed + (DONE + b) * E, mask=mine, other=0).to(tl.int32)
-        plane = plane + (byte | MORE,)
+        plane = plane + (tl.load(packed + (DONE + b) * E, mask=mine, other=0).to(tl.int32),)
     return plane
 
 
@@ -342,6 +345,48 @@ def _difference(
 
 
 @jit
+def _load_row(
+    scales: tl.tensor,
+    codes: tl.tensor,
+    E: tl.tensor,
+    there: tl.tensor,
+    mine: tl.tensor,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+) -> tl.tensor:
+    """Of the blocks of one payload: scales [N, 1], and the bytes of the planes, the widest first."""
+    W: tl.constexpr = 8 if BITS == 8 else (4 if BITS & 4 else 2)
+    bits = load_number(scales, there, 4 if KIND == _FP32 else 2)
+    widest = _load_plane(codes, E, mine, W, 0)
+    plane2 = ()
+    plane1 = ()
+    if W == 4 and BITS & 2:
+        plane2 = _load_plane(codes, E, mine, 2, 4)
+    if BITS & 1:
+        plane1 = _load_plane(codes, E, mine, 1, BITS & 6)
+    return bits, widest, plane2, plane1
+
+
+@jit
+def _add_row(sums: tl.tensor, row: tl.tensor, BITS: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
+    """The eight sums with what `_load_row` gave added."""
+    W: tl.constexpr = 8 if BITS == 8 else (4 if BITS & 4 else 2)
+    scale = _scale_value(row[0], KIND)[:, None]
+    widest = ()
+    for b in tl.static_range(W):
+        widest = widest + (row[1][b] | _BIAS,)
+    values = ()
+    for k in tl.static_range(8):
+        code = _difference(widest, row[2], row[3], k, W, W * (k // W), BITS)
+        unit = 1.0 / (1 << W * (k // W))
+        if KIND == _FP32:
+            values = values + (sums[k] + code * unit * scale,)
+        else:  # the product has few bits and is exact: fused with the sum it is rounded as often
+            values = values + (fused(code, scale * unit, sums[k]),)
+    return values
+
+
+@jit
 def _mean_blocks(
     scales: tl.tensor,
     codes: tl.tensor,
@@ -360,37 +405,24 @@ def _mean_blocks(
     ALIGNED: tl.constexpr,
     EXACT_RECIPROCAL: tl.constexpr,
 ) -> None:
-    W: tl.constexpr = 8 if BITS == 8 else (4 if BITS & 4 else 2)
-    SIZE: tl.constexpr = 4 if KIND == _FP32 else 2
     CODES: tl.constexpr = ALIGNED if ALIGNED else 1
     j = tl.arange(0, M)[None, :]
     block = tl.arange(0, N)
     start = block[:, None] * BLOCK
     there = block < num_blocks
     mine = there[:, None] & (j < E)
+    scale_at = block * (4 if KIND == _FP32 else 2)
+    code_at = block[:, None] * (BLOCK // 8 * BITS) + j
     zero = tl.full([N, M], -1.0, tl.float32) * 0.0  # -0: -0 + v is v, for every v
     sums = (zero, zero, zero, zero, zero, zero, zero, zero)
-    for _ in range(num_rows):
-        scale = _scale_value(load_number(scales + block * SIZE, there, SIZE), KIND)[:, None]
-        packed = codes + (block[:, None] * (BLOCK // 8 * BITS) + j)
-        widest = _load_plane(packed, E, mine, W, 0, _BIAS)
-        plane2 = ()
-        plane1 = ()
-        if W == 4 and BITS & 2:
-            plane2 = _load_plane(packed, E, mine, 2, 4, 0)
-        if BITS & 1:
-            plane1 = _load_plane(packed, E, mine, 1, BITS & 6, 0)
-        values = ()
-        for k in tl.static_range(8):
-            code = _difference(widest, plane2, plane1, k, W, W * (k // W), BITS)
-            unit = 1.0 / (1 << W * (k // W))
-            if KIND == _FP32:
-                values = values + (sums[k] + code * unit * scale,)
-            else:  # the product has few bits and is exact: fused with the sum it is rounded as often
-                values = values + (fused(code, scale * unit, sums[k]),)
-        sums = values
+    row = _load_row(scales + scale_at, codes + code_at, E, there, mine, BITS, KIND)
+    for _ in range(num_rows - 1):  # the next row is on its way while one is summed
         scales = scales + stride
         codes = move(codes, stride, CODES)
+        following = _load_row(scales + scale_at, codes + code_at, E, there, mine, BITS, KIND)
+        sums = _add_row(sums, row, BITS, KIND)
+        row = following
+    sums = _add_row(sums, row, BITS, KIND)
     for k in tl.static_range(8):
         if EXACT_RECIPROCAL:  # of a power of two: a product with it equals the quotient
             mean = sums[k] * reciprocal
@@ -457,5 +489,5 @@ def uniform_decode_mean(
     launch(
         _decode_mean, programs, out, payloads, out, n, num_rows, stride, 1.0 / num_rows,
         N=N, M=M, BLOCK=block_size, BITS=num_bits, KIND=_KIND[scale_dtype], ALIGNED=can,
-        EXACT_RECIPROCAL=num_rows & (num_rows - 1) == 0,
+        EXACT_RECIPROCAL=num_rows & (num_rows - 1) == 0, maxnreg=_REGISTERS.get(num_bits),
     )  # fmt: skip

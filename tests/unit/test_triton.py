@@ -60,7 +60,8 @@ def assert_rounds_as_ieee(text: str, *, num_fused: int = 0) -> None:
 
 
 UNIFORM = {"N": 16, "M": 32, "BLOCK": 256, "BITS": 4, "KIND": 1, "ALIGNED": 4}
-SUMS = 2 * 32  # fused products of a thread with 32 elements, of whole blocks and of a shorter one
+# fused products of a thread with 32 elements: of whole blocks and a shorter one, of the last row and others
+SUMS = 2 * 2 * 32
 
 
 def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
