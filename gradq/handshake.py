@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch.distributed as dist
 
-from gradq.errors import MismatchError
+from gradq.errors import GradqError, MismatchError
 
-__all__ = ["agree", "gather"]
+__all__ = ["agree", "gather", "meeting", "reason"]
 
 _T = TypeVar("_T")
+
+
+@contextlib.contextmanager
+def meeting(group: dist.ProcessGroup, verb: str = "start") -> Iterator[dict[str, object]]:
+    """Local work of every rank, and then a comparison: all ranks go on, or all raise.
+
+    All ranks of the group enter it at the same place. Nothing in the block may be collective.
+
+    Args:
+        group: the ranks.
+        verb: what a rank that fails cannot do, for the others' message.
+
+    Yields:
+        An empty dictionary, for what must be equal on all ranks; see `agree`.
+
+    Raises:
+        MismatchError: another rank failed, or differs. A rank that failed itself raises what it raised.
+    """
+    notes: dict[str, object] = {}
+    try:
+        yield notes
+    except BaseException as error:  # also KeyboardInterrupt: the others must not wait
+        tell(error, group, verb)
+        raise
+    agree(notes, group)
+
+
+def tell(error: BaseException, group: dist.ProcessGroup, verb: str = "start") -> None:
+    """Take part in the others' next `agree` with the news that this rank cannot go on.
+
+    Does nothing if this error came from there or was told before.
+    """
+    told: set[int] = error.__dict__.setdefault("_gradq_told", set())
+    if id(group) not in told:
+        told.add(id(group))
+        with contextlib.suppress(Exception):
+            agree({"error": reason(error), "verb": verb}, group)
 
 
 def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
@@ -29,7 +67,7 @@ def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
     everyone = gather(dict(fields), group)
     for rank, theirs in enumerate(everyone):
         if "error" in theirs:
-            raise MismatchError(f"rank {rank} cannot start: {theirs['error']}")
+            raise MismatchError(f"rank {rank} cannot {theirs.get('verb', 'start')}: {theirs['error']}")
     for rank, theirs in enumerate(everyone):
         for field in dict.fromkeys([*everyone[0], *theirs]):
             difference = _difference(field, everyone[0].get(field), theirs.get(field))
@@ -46,6 +84,14 @@ def gather(value: _T, group: dist.ProcessGroup) -> list[_T]:
     everyone = [value] * group.size()
     dist.all_gather_object(everyone, value, group=group)
     return everyone
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line, for the other ranks."""
+    text = str(error)
+    if isinstance(error, GradqError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _difference(field: str, first: object, other: object) -> tuple[str, object, object] | None:

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 from gradq.errors import ConfigError
 
-__all__ = ["SyncConfig", "Timeout", "as_timedelta"]
+__all__ = ["SyncConfig", "Timeout", "as_timedelta", "scale_of"]
 
 Timeout = timedelta | float | None  # of an exchange; a number is in seconds
 
@@ -72,6 +72,34 @@ def as_timedelta(timeout: Timeout) -> timedelta | None:
             "group's"
         )
     return timedelta(seconds=seconds)
+
+
+def scale_of(grad_scaler: object) -> Callable[[], float]:
+    """A function that asks a `torch.amp.GradScaler`, or None, by how much gradients are too large.
+
+    The function raises ConfigError where the scale cannot be divided by.
+
+    Raises:
+        ConfigError: it is no GradScaler.
+    """
+    if grad_scaler is None:
+        return lambda: 1.0
+    get_scale = getattr(grad_scaler, "get_scale", None)
+    if not callable(get_scale):
+        raise ConfigError(
+            f"grad_scaler={grad_scaler!r:.200}: it takes the torch.amp.GradScaler in use, or None"
+        )
+
+    def scale() -> float:
+        value = float(get_scale())
+        if not 0 < value < math.inf:
+            raise ConfigError(
+                f"the GradScaler's scale is {value}: gradients scaled by it are lost. It halves after every "
+                "step that is not finite, so look for NaN or Inf in the loss"
+            )
+        return value
+
+    return scale
 
 
 def _as_seed(seed: object) -> int:

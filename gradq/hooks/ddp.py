@@ -3,35 +3,40 @@
 This module has no `from __future__ import annotations`: DDP compares the hook's annotations with real types.
 """
 
-import contextlib
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from gradq import checkpoint
 from gradq.codecs import Codec
 from gradq.collectives import ranks_per_node
-from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
-from gradq.handshake import agree
+from gradq.errors import ConfigError, UnsupportedError
+from gradq.handshake import meeting
+from gradq.hooks import averaged
+from gradq.hooks._ddp_reducer import hook_states, unwrap_compiled
 from gradq.hooks._fsdp_torch import is_fully_sharded
+from gradq.hooks.copied import CopiedHandle
 from gradq.metrics import Event, Stats
-from gradq.policy import ExactRule, FixedPolicy, MixedPolicy, ParameterInfo, Policy, Rules, Spec, roles
+from gradq.policy import Asked, ExactRule, ParameterInfo, Policy, Spec, label, resolve, sends_all_as_it_is
 from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync_config import SyncConfig, Timeout, as_timedelta, scale_of
 
 __all__ = ["HookState", "compress", "hook"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_log = logging.getLogger("gradq")
 
 
 class HookState:
     """The state of the hook of one model, and the handle that `compress` returns.
+
+    A copied or pickled state, such as that in `copy.deepcopy(model)`, is a `CopiedHandle`: it compresses
+    nothing, and the copy of a model is averaged by DDP's own all-reduce.
 
     Constructing it is a collective call: all ranks of the group compare their settings and make process
     groups. Use it with the torch-native form::
@@ -40,7 +45,7 @@ class HookState:
         model.register_comm_hook(state, gradq.hook)
 
     Args:
-        module: the model, wrapped in DistributedDataParallel or not.
+        module: the model: DistributedDataParallel, which is best, or what it wraps. Compiled or not.
         spec: how gradients travel; a string, a codec, a `Spec`, a mapping of rules such as {"wte*": "int8",
             "*": "int4"} (see `MixedPolicy`), or a policy object such as `BitAllocation`. The strings:
             "none": DDP's own all-reduce, counted.
@@ -53,21 +58,23 @@ class HookState:
             2 % of the means (see `gradq.collectives.sparse`).
             "powersgd:4": matrices as a product of rank 4, one average a step, always with error feedback (see
             `gradq.collectives.low_rank`); all else exact. "powersgd:4+int8" sends what is left in that codec.
-        group: the process group DDP averages over; DDP's own, or the default group.
+        group: the process group DDP averages over; found out where it is not given, from module or from the
+            DDP model around it. If there is none yet, the default group, and an error in the first step if
+            DDP then averages over another.
         feedback: error feedback: "auto" (at 4 bits and below, top-k and low rank; not for unbiased rotated
             codecs, which learn better without), True or False. It keeps two fp32 copies of the compressed
             gradients. Top-k and low rank do not converge without it, so False is an error there.
         exact: names or shell patterns of parameters that travel exact besides those with fewer than 1024
             elements or one dimension; or a predicate over `ParameterInfo` that decides alone. See
             `FixedPolicy` for casts such as "bf16".
-        seed: of the stochastic rounding. Same seed, same bytes.
+        seed: of the stochastic rounding, an integer of 64 bits. Same seed, same bytes.
         collective: "auto" (direct at two ranks, else two_phase; sparse for top-k), "direct", "two_phase" or
             "hierarchical" (exact inside a node, compressed between nodes; see
             `gradq.collectives.hierarchical`). Low rank averages its factors by it. A policy may choose for
             each parameter (`Assignment`).
         residual_dtype: "fp32", or "bf16" for half the memory at an unrecovered rounding of 2**-9.
         grad_scaler: a `torch.amp.GradScaler`: residuals are then kept in unscaled units.
-        timeout: of an exchange; the group's by default.
+        timeout: limit for one exchange, in seconds or as a timedelta; the group's by default.
         local_world_size: ranks a node, for collective="hierarchical"; LOCAL_WORLD_SIZE by default.
 
     Raises:
@@ -76,10 +83,14 @@ class HookState:
         MismatchError: ranks disagree; names the rank and the field.
     """
 
+    _unsupported: UnsupportedError | None = None
+    _closed = False
+    _successor: "HookState | None" = None
+
     def __init__(
         self,
         module: nn.Module,
-        spec: str | Codec | Spec | Policy | Rules = "int8",
+        spec: Asked = "int8",
         *,
         group: dist.ProcessGroup | None = None,
         feedback: bool | str = "auto",
@@ -88,50 +99,60 @@ class HookState:
         collective: str = "auto",
         residual_dtype: str = "fp32",
         grad_scaler: torch.amp.GradScaler | None = None,
-        timeout: timedelta | None = None,
+        timeout: Timeout = None,
         local_world_size: int | None = None,
     ) -> None:
-        if not dist.is_initialized():
-            raise ConfigError('no process group: call torch.distributed.init_process_group("gloo") first')
-        if group is None:
-            group = module.process_group if isinstance(module, DistributedDataParallel) else dist.group.WORLD
-        assert group is not None
+        if not isinstance(module, nn.Module):
+            raise UnsupportedError(f"gradq.HookState takes the model, got {_kind(module)}")
+        module = unwrap_compiled(module)
+        group = None if group is None else averaged.check_group(group)
+        default = averaged.check_group(dist.group.WORLD)
+        wrapper = averaged.find_wrapper(module, group)
+        self._must_confirm, self._group_was_given = wrapper is None, group is not None
+        group = group or (default if wrapper is None else averaged.check_group(wrapper.process_group))
         inner = module.module if isinstance(module, DistributedDataParallel) else module
-        self._names = {p: name for name, p in inner.named_parameters() if p.requires_grad}
         self._feedback, self._exact = feedback, exact
-        try:
+        with meeting(group):
             config = SyncConfig(
                 seed=seed,
                 collective=collective,
                 local_world_size=_local_world_size(collective, local_world_size, group),
                 residual_dtype=residual_dtype,
-                timeout=timeout,
-                loss_scale=(lambda: 1.0) if grad_scaler is None else grad_scaler.get_scale,
+                timeout=as_timedelta(timeout),
+                loss_scale=scale_of(grad_scaler),
             )
-            parameters = _describe(inner, self._names)
+            self._names = averaged.averaged_names(inner, wrapper)
+            self._unsupported = averaged.unsupported(inner, self._names)
+            parameters = averaged.describe(inner, self._names)
             self.spec, policy = self._policy(spec)
-            device = _device(self._names)
-            self.sync = GradientSync(parameters, policy, _label(self.spec), group, config, device)
-        except MismatchError:
-            raise
-        except GradqError as error:  # the other ranks are waiting in the handshake: tell them
-            with contextlib.suppress(MismatchError):
-                agree({"error": str(error)}, group)
-            raise
+            policy, message = self._useful(self.spec, policy, parameters, group.size())
+        device = averaged.device_of(self._names)
+        self.sync = GradientSync(parameters, policy, label(self.spec), group, config, device)
+        self._say(message)
 
-    def _policy(
-        self, spec: str | Codec | Spec | Policy | Rules, feedback: bool | str | None = None
-    ) -> tuple[Spec | Policy, Policy | None]:
-        """What was asked for, and the policy it stands for."""
+    def _policy(self, spec: Asked, feedback: bool | str | None = None) -> tuple[Spec | Policy, Policy | None]:
+        """What was asked for, and the policy it stands for.
+
+        Raises:
+            SpecError, ConfigError: see `policy.resolve`; UnsupportedError: they cannot be compressed.
+        """
         feedback = self._feedback if feedback is None else feedback
-        if isinstance(spec, Mapping):
-            spec = MixedPolicy(rules=spec, exact=self._exact, feedback=feedback)
-        if not isinstance(spec, str | Codec | Spec):
-            return spec, spec
-        parsed = Spec.parse(spec)
-        if parsed.is_none:
-            return parsed, None
-        return parsed, FixedPolicy(spec=parsed, exact=self._exact, feedback=feedback)
+        asked, policy = resolve(spec, exact=self._exact, feedback=feedback)
+        if policy is not None and self._unsupported is not None:
+            raise self._unsupported
+        return asked, policy
+
+    def _useful(
+        self, asked: Spec | Policy, policy: Policy | None, parameters: Sequence[ParameterInfo], size: int
+    ) -> tuple[Policy | None, str]:
+        """The policy, None where a plain all-reduce does as well; what to say if nothing is compressed."""
+        if policy is None or size == 1 or not sends_all_as_it_is(policy, parameters, size):
+            return policy, ""
+        plain = all(p.dtype in (torch.float32, torch.float64) for p in parameters)  # summed as precisely
+        how = "a plain all-reduce averages them" if plain else "they are averaged exactly"
+        why = "all are small, have one dimension or are named by exact="
+        message = f"{label(asked)} compresses none of the {len(parameters)} parameters ({why}): {how}"
+        return None if plain else policy, message
 
     def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Average one DDP bucket; what `hook` calls.
@@ -139,32 +160,63 @@ class HookState:
         Raises:
             UnsupportedError: a gradient or a parameter that gradq cannot handle.
         """
-        flat = bucket.buffer()
+        if self._successor is not None:
+            return self._successor.average(bucket)
+        flat, parameters = bucket.buffer(), bucket.parameters()
+        if self._must_confirm:
+            self._check_parameters(parameters)
+            averaged.confirm_group(parameters[0], self.sync.group, asked=self._group_was_given)
+            self._must_confirm = False
+        if not self.sync.plan:
+            return self.sync.average(flat, [], index=bucket.index(), last=bucket.is_last())
         if flat.is_sparse:
             raise UnsupportedError(
-                "sparse gradients cannot be compressed; build nn.Embedding with sparse=False"
+                "sparse gradients cannot be compressed; build nn.Embedding with sparse=False, or use the "
+                'spec "none"'
             )
-        try:
-            names = [self._names[parameter] for parameter in bucket.parameters()]
-        except KeyError:
-            raise UnsupportedError(
-                "DDP averages a parameter that the module given to gradq.HookState does not have (or that "
-                "did not require a gradient then); make the state from the same module"
-            ) from None
+        self._check_parameters(parameters)
+        names = [self._names[parameter] for parameter in parameters]
         return self.sync.average(flat, names, index=bucket.index(), last=bucket.is_last())
 
-    def set_spec(self, spec: str | Codec | Spec | Policy | Rules) -> None:
+    def _check_parameters(self, parameters: Sequence[torch.Tensor]) -> None:
+        if not all(parameter in self._names for parameter in parameters):
+            raise UnsupportedError(
+                "DDP averages a parameter that the module given to gradq.HookState does not have (or that "
+                "did not require a gradient then); make the state from the same module, after "
+                "DistributedDataParallel"
+            )
+
+    def set_spec(self, spec: Asked) -> None:
         """Use another spec from the next step on.
 
         All ranks call it between the same two steps. Residuals of parameters that no longer use feedback are
         dropped, and shard residuals where ranks own other pieces than before; the log says so.
 
         Raises:
-            SpecError, ConfigError: the spec is wrong; MismatchError: the ranks disagree. The old one stays.
+            SpecError, ConfigError: the spec is wrong, or the handle is closed; MismatchError: the ranks
+                disagree. The old one stays.
         """
-        asked, policy = self._policy(spec)
-        self.sync.set_policy(policy, _label(asked))
+        self._check_open("set_spec")
+        with meeting(self.sync.group, "change its spec"):
+            asked, policy = self._policy(spec)
+            infos = list(self.sync.parameters.values())
+            policy, message = self._useful(asked, policy, infos, self.sync.world_size)
+        self.sync.set_policy(policy, label(asked))
         self.spec = asked
+        self._say(message)
+
+    def _say(self, message: str) -> None:
+        """One warning for all ranks, if there is one."""
+        if message and self.sync.rank == 0:
+            _log.warning(message)
+
+    def _check_open(self, what: str) -> None:
+        """Raise if the handle is closed."""
+        if self._closed:
+            raise ConfigError(
+                f"{what}: this handle is closed, and its model is averaged by a plain all-reduce; call "
+                "gradq.compress on the model again"
+            )
 
     @property
     def failure(self) -> BaseException | None:
@@ -196,6 +248,7 @@ class HookState:
 
         It has this rank's residuals only, and `torch.save` refuses it: see `gathered_state_dict`.
         """
+        self._check_open("state_dict")
         return checkpoint.state_dict(self.sync)
 
     def gathered_state_dict(self) -> dict[str, Any]:
@@ -209,19 +262,29 @@ class HookState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; see `gradq.checkpoint.load_state_dict`. Collective."""
+        self._check_open("load_state_dict")
         checkpoint.load_state_dict(self.sync, state)
 
     def close(self) -> None:
         """End gradq's threads and process groups. The model goes on with plain all-reduce. Idempotent."""
+        self._closed = True
         self.sync.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def replace_by(self, successor: "HookState") -> None:
+        """Hand this closed state's place in its model to another one; DDP keeps a hook for ever."""
+        self._successor = successor
+
+    def __reduce__(self) -> tuple[type[CopiedHandle], tuple[str]]:
+        """A copy or a pickle is a `CopiedHandle`: threads and process groups stay where they are."""
+        return CopiedHandle, (label(self.spec),)
+
     def __repr__(self) -> str:
-        return f"<gradq {_label(self.spec)} over {self.sync.world_size} ranks, {self.stats()}>"
-
-
-def _label(spec: Spec | Policy) -> str:
-    """A name that is equal on all ranks; the `repr` of a policy may hold addresses."""
-    return str(spec) if isinstance(spec, Spec) else getattr(spec, "label", type(spec).__name__)
+        return f"<gradq {label(self.spec)} over {self.sync.world_size} ranks, {self.stats()}>"
 
 
 def _local_world_size(collective: str, asked: int | None, group: dist.ProcessGroup) -> int:
@@ -237,8 +300,14 @@ def hook(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Ten
     """The communication hook: `model.register_comm_hook(gradq.HookState(model, "int4"), gradq.hook)`.
 
     Raises:
-        UnsupportedError: it was called with something else than DDP's bucket.
+        UnsupportedError: it was called with something else than a state and DDP's bucket. ConfigError: the
+            state is that of a copied model.
     """
+    if not isinstance(state, HookState | CopiedHandle):
+        raise UnsupportedError(
+            f"gradq.hook got a {type(state).__name__} instead of its state; register it as "
+            'model.register_comm_hook(gradq.HookState(model, "int4"), gradq.hook)'
+        )
     if not isinstance(bucket, GradBucket):
         raise UnsupportedError(
             f"the hook got a {type(bucket).__name__} instead of a DDP bucket: torch.compile's "
@@ -249,7 +318,7 @@ def hook(state: HookState, bucket: GradBucket) -> torch.futures.Future[torch.Ten
 
 def compress(
     model: nn.Module,
-    spec: str | Codec | Spec | Policy | Rules = "int8",
+    spec: Asked = "int8",
     *,
     group: dist.ProcessGroup | None = None,
     feedback: bool | str = "auto",
@@ -258,10 +327,10 @@ def compress(
     collective: str = "auto",
     residual_dtype: str = "fp32",
     grad_scaler: torch.amp.GradScaler | None = None,
-    timeout: timedelta | None = None,
+    timeout: Timeout = None,
     local_world_size: int | None = None,
     replicate_group: dist.ProcessGroup | None = None,
-    shard_spec: str | Codec | Spec | Policy | Rules = "none",
+    shard_spec: Asked = "none",
     gather_spec: str | Codec | Spec = "none",
 ) -> HookState:
     """Compress the gradients of a model before they are averaged: DistributedDataParallel or FSDP2.
@@ -280,7 +349,7 @@ def compress(
         collective: "auto", "direct", "two_phase" or "hierarchical".
         residual_dtype: "fp32" or "bf16".
         grad_scaler: the GradScaler in use, if any.
-        timeout: of an exchange.
+        timeout: limit for one exchange, in seconds or as a timedelta.
         local_world_size: ranks a node, for "hierarchical".
         replicate_group: FSDP2 on a mesh of one dimension: the ranks that hold the same shard.
         shard_spec: FSDP2 with replicas: how gradients travel in the reduce-scatter.
@@ -297,6 +366,9 @@ def compress(
         >>> model = DistributedDataParallel(model)          # doctest: +SKIP
         >>> handle = gradq.compress(model, "int4")          # doctest: +SKIP
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"gradq.compress takes the model, got {_kind(model)}{_WRAP_FIRST}")
+    model = unwrap_compiled(model)
     if is_fully_sharded(model):
         from gradq.hooks.fsdp import ShardedHookState  # it builds on this module
 
@@ -319,16 +391,21 @@ def compress(
             gather_spec=gather_spec,
         )
     if not isinstance(model, DistributedDataParallel):
-        raise UnsupportedError(
-            f"gradq.compress takes a DistributedDataParallel model or one with fully_shard applied (FSDP2), "
-            f"got {type(model).__name__}; wrap it first: model = DistributedDataParallel(model)"
-        )
+        raise UnsupportedError(_not_ddp(model))
     if replicate_group is not None or shard_spec != "none" or gather_spec != "none":
         raise ConfigError("replicate_group=, shard_spec= and gather_spec= are for FSDP2 models")
     if model.mixed_precision is not None:
         raise UnsupportedError(
             "DistributedDataParallel(mixed_precision=...) takes the model's only hook; use torch.autocast"
         )
+    states = hook_states(model)
+    closed = [old for old in states if isinstance(old, HookState) and old.closed]
+    for old in states:
+        if isinstance(old, HookState) and not old.closed:
+            raise UnsupportedError(
+                f"the model already has a communication hook: gradq's, {label(old.spec)}. To change what "
+                'it does, call handle.set_spec("int8"); to make another one, call handle.close() first'
+            )
     state = HookState(
         model,
         spec,
@@ -342,6 +419,9 @@ def compress(
         timeout=timeout,
         local_world_size=local_world_size,
     )
+    if closed:
+        closed[-1].replace_by(state)
+        return state
     try:
         model.register_comm_hook(state, hook)
     except RuntimeError as error:
@@ -350,53 +430,23 @@ def compress(
     return state
 
 
-def _describe(module: nn.Module, names: dict[Tensor, str]) -> list[ParameterInfo]:
-    """The parameters DDP will average.
-
-    Raises:
-        UnsupportedError: naming the parameter and what is wrong with it.
-    """
-    for path, child in module.named_modules():
-        if isinstance(child, nn.Embedding | nn.EmbeddingBag) and child.sparse and child.weight.requires_grad:
-            raise UnsupportedError(
-                f"module {path!r} makes sparse gradients, which cannot be compressed; use sparse=False"
-            )
-    parameters, role = [], roles(module)
-    for index, (parameter, name) in enumerate(names.items()):
-        if parameter.dtype not in _DTYPES:
-            raise UnsupportedError(
-                f"parameter {name!r} is {parameter.dtype}; gradq averages fp32, bf16, fp16 and fp64 gradients"
-            )
-        if parameter.device.type not in ("cpu", "cuda"):
-            raise UnsupportedError(
-                f"parameter {name!r} is on {parameter.device}; gradq runs on CPU and CUDA tensors"
-            )
-        parameters.append(
-            ParameterInfo(
-                name=name,
-                shape=tuple(parameter.shape),
-                dtype=parameter.dtype,
-                index=index,
-                role=role.get(name, ""),
-            )
-        )
-    if not parameters:
-        raise UnsupportedError(
-            "the model has no parameters that require gradients; there is nothing to average"
-        )
-    return parameters
+_WRAP_FIRST = "; wrap it first: model = DistributedDataParallel(model)"
 
 
-def _device(names: dict[Tensor, str]) -> torch.device:
-    """The device of all parameters.
+def _kind(thing: object) -> str:
+    """What something is, for a message."""
+    return (
+        f"the class {thing.__name__}" if isinstance(thing, type) else f"an object of {type(thing).__name__}"
+    )
 
-    Raises:
-        UnsupportedError: there are several, naming a parameter on each.
-    """
-    devices = {parameter.device: name for parameter, name in names.items()}
-    if len(devices) > 1:
-        found = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
-        raise UnsupportedError(
-            f"the parameters of a model must be on one device of a rank, not {found}; give each rank its own"
-        )
-    return next(iter(devices))
+
+def _not_ddp(model: nn.Module) -> str:
+    """What to say to a module that is neither wrapped nor sharded."""
+    says = (
+        "gradq.compress takes a DistributedDataParallel model or one with fully_shard applied (FSDP2), got "
+        f"{type(model).__name__}"
+    )
+    inside = [path for path, child in model.named_modules() if isinstance(child, DistributedDataParallel)]
+    if inside:
+        return f"{says}; the DistributedDataParallel model is its {inside[0]!r}: pass that"
+    return says + _WRAP_FIRST

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -28,12 +27,23 @@ from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedErro
 from gradq.handshake import agree
 from gradq.hooks import _fsdp_torch
 from gradq.hooks._fsdp_torch import Shard, Unit
-from gradq.hooks.ddp import _DTYPES, HookState, _label
+from gradq.hooks.averaged import DTYPES
+from gradq.hooks.ddp import HookState
 from gradq.hooks.sharded import ShardedSync
 from gradq.metrics import Event, Stats
-from gradq.policy import AdaptivePolicy, ExactRule, FixedPolicy, ParameterInfo, Plan, Policy, Rules, Spec
+from gradq.policy import (
+    AdaptivePolicy,
+    ExactRule,
+    FixedPolicy,
+    ParameterInfo,
+    Plan,
+    Policy,
+    Rules,
+    Spec,
+    label,
+)
 from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync_config import SyncConfig, Timeout, as_timedelta, scale_of
 
 __all__ = ["ShardedHookState"]
 
@@ -85,7 +95,7 @@ class ShardedHookState(HookState):
         collective: str = "auto",
         residual_dtype: str = "fp32",
         grad_scaler: torch.amp.GradScaler | None = None,
-        timeout: timedelta | None = None,
+        timeout: Timeout = None,
         replicate_group: dist.ProcessGroup | None = None,
         shard_spec: str | Codec | Spec | Policy | Rules = "none",
         gather_spec: str | Codec | Spec = "none",
@@ -109,8 +119,8 @@ class ShardedHookState(HookState):
             seed=seed,
             collective=collective if replicate_group is not None else "auto",
             residual_dtype=residual_dtype,
-            timeout=timeout,
-            loss_scale=(lambda: 1.0) if grad_scaler is None else grad_scaler.get_scale,
+            timeout=as_timedelta(timeout),
+            loss_scale=scale_of(grad_scaler),
         )
         problem: GradqError | None = None
         try:
@@ -122,10 +132,10 @@ class ShardedHookState(HookState):
                 )
             self._check(model)
             self.spec, policy = self._policy(spec)
-            shard_label, shard_policy = (_label(self.spec), policy)
+            shard_label, shard_policy = (label(self.spec), policy)
             if replicate_group is not None:
                 asked, shard_policy = self._policy(shard_spec, feedback=False)
-                shard_label = _label(asked)
+                shard_label = label(asked)
             self._shards = ShardedSync(
                 [_info(shard, index, shard.reduce_dtype) for index, shard in enumerate(self._all())],
                 {shard.name: shard.chunk for shard in self._all()},
@@ -171,7 +181,7 @@ class ShardedHookState(HookState):
                     f"module {unit.path!r} is on {unit.device}; gradq runs on CPU and CUDA tensors"
                 )
         for shard in self._all():
-            if shard.requires_grad and shard.reduce_dtype not in _DTYPES:
+            if shard.requires_grad and shard.reduce_dtype not in DTYPES:
                 raise UnsupportedError(
                     f"the gradient of {shard.name!r} is reduced in {shard.reduce_dtype}; gradq averages "
                     "fp32, bf16, fp16 and fp64 gradients"
@@ -224,14 +234,14 @@ class ShardedHookState(HookState):
             ParameterInfo(name=shard.name, shape=(shard.chunk,), dtype=shard.reduce_dtype, index=index)
             for index, shard in enumerate(self._all())
         ]
-        own = dataclasses.replace(config, seed=config.seed + (self._shards.rank << 48))  # shards differ
+        own = dataclasses.replace(config, seed=_shard_seed(config.seed, self._shards.rank))
         device = self._units[0].device
-        return GradientSync(infos, self._for_shards(policy), _label(self.spec), group, own, device)
+        return GradientSync(infos, self._for_shards(policy), label(self.spec), group, own, device)
 
     def _for_shards(self, policy: Policy | None) -> Policy | None:
         if isinstance(policy, AdaptivePolicy):
             raise UnsupportedError(
-                f"{_label(self.spec)} plans again during training, which FSDP2 has no place for"
+                f"{label(self.spec)} plans again during training, which FSDP2 has no place for"
             )
         return None if policy is None else _ForWhole(policy, self._all())
 
@@ -325,7 +335,7 @@ class ShardedHookState(HookState):
             self._check_device(plan)
             if self.sync is self._shards:
                 self._check_feedback(plan)
-        self.sync.set_policy(policy, _label(asked))
+        self.sync.set_policy(policy, label(asked))
         self.spec = asked
 
     @property
@@ -493,3 +503,8 @@ def _same_group(units: Sequence[Unit], what: str) -> dist.ProcessGroup | None:
 def _tell(error: GradqError, group: dist.ProcessGroup) -> None:
     with contextlib.suppress(MismatchError):
         agree({"error": str(error)}, group)
+
+
+def _shard_seed(seed: int, rank: int) -> int:
+    """Shards differ in their random bits."""
+    return (seed + (rank << 48)) % (1 << 64)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from gradq.hooks import local_checkpoint
 from gradq.metrics import Event, Stats
 from gradq.policy import AdaptivePolicy, ExactRule, FixedPolicy, ParameterInfo, Policy, Spec
 from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync_config import SyncConfig, Timeout, as_timedelta
 
 __all__ = ["Bucket", "DiLoCo", "Fragment", "LocalSGD", "cut"]
 
@@ -192,7 +191,7 @@ class LocalSGD:
         seed: int = 0,
         collective: str = "auto",
         residual_dtype: str = "fp32",
-        timeout: timedelta | None = None,
+        timeout: Timeout = None,
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError('no process group: call torch.distributed.init_process_group("gloo") first')
@@ -202,7 +201,9 @@ class LocalSGD:
         self.every, self.delay = every, delay
         self.inner_step = self._steps_here = 0
         self.pending: _Pending | None = None
-        config = SyncConfig(seed=seed, collective=collective, residual_dtype=residual_dtype, timeout=timeout)
+        config = SyncConfig(
+            seed=seed, collective=collective, residual_dtype=residual_dtype, timeout=as_timedelta(timeout)
+        )
         try:
             _check_schedule(every, fragments, delay)
             parameters = _trainable(model)

@@ -8,7 +8,7 @@ from gradq.policy.bit_allocation import BitAllocation
 from gradq.policy.fixed import ExactRule, FixedPolicy, small_or_1d
 from gradq.policy.mixed import MixedPolicy, Rules, roles
 from gradq.policy.names import canonical_name, named_parameters
-from gradq.policy.resolve import Asked, label, resolve
+from gradq.policy.resolve import Asked, label, resolve, sends_all_as_it_is
 from gradq.policy.spec import Spec
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "named_parameters",
     "resolve",
     "roles",
+    "sends_all_as_it_is",
     "small_or_1d",
 ]

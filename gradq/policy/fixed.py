@@ -15,7 +15,7 @@ from gradq.policy.base import Assignment, ParameterInfo
 from gradq.policy.names import canonical_name
 from gradq.policy.spec import Spec
 
-__all__ = ["EXACT_BELOW_NUMEL", "ExactRule", "FixedPolicy", "small_or_1d"]
+__all__ = ["EXACT_BELOW_NUMEL", "ExactRule", "FixedPolicy", "as_it_is", "small_or_1d"]
 
 EXACT_BELOW_NUMEL = 1024
 
@@ -76,7 +76,7 @@ class FixedPolicy:
         for parameter in parameters:
             fp64 = parameter.dtype == torch.float64
             native = fp64 or rest is None or is_exact(parameter)
-            entry = _native(parameter) if native else compressed[parameter.world_size]
+            entry = as_it_is(parameter) if native else compressed[parameter.world_size]
             if self.spec.low_rank and parameter.ndim > 1 and not fp64 and not never_low_rank(parameter):
                 factors = _low_rank(self.spec.low_rank)
                 saves = factors.payload_bytes(parameter) < entry.payload_bytes(parameter)
@@ -130,7 +130,8 @@ class FixedPolicy:
         return patterns
 
 
-def _native(parameter: ParameterInfo) -> Assignment:
+def as_it_is(parameter: ParameterInfo) -> Assignment:
+    """Exact, in the gradient's own dtype."""
     codec = ExactCodec(dtype=_NATIVE[parameter.dtype])
     return Assignment(phase1=codec, phase2=codec)
 

@@ -65,6 +65,11 @@ class MixedPolicy:
             rules += ((_everything, _quantizing(self.default)),)
         object.__setattr__(self, "_rules", rules)
 
+    @property
+    def specs(self) -> list[Spec]:
+        """The specs of all rules, the default's too."""
+        return [spec for _, spec in self._rules]
+
     def plan(self, parameters: Sequence[ParameterInfo]) -> dict[str, Assignment]:
         """An assignment for every parameter, by name.
 
