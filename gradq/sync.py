@@ -115,7 +115,7 @@ class GradientSync:
             for codec in {codec for entry in plan.values() for codec in (entry.phase1, entry.phase2)}:
                 codec.warm_up(self.device, self.world_size)
             for collective in set(self._collectives.values()):
-                collective.warm_up()
+                collective.warm_up(self.device)
 
     def _shard_pieces(self) -> dict[str, tuple[int, int]]:
         """The part of each parameter of which this rank keeps a shard residual."""

@@ -252,8 +252,12 @@ class Collective(ABC):
         self._layout = wire.layout_digest(f"{type(self).__name__} {described}")
 
     @classmethod
-    def warm_up(cls) -> None:
-        """Compile what this collective uses besides codecs, before the first step. Here: nothing."""
+    def warm_up(cls, device: torch.device) -> None:
+        """Compile what this collective uses besides codecs, before the first step. Here: nothing.
+
+        Raises:
+            KernelError: there are no kernels for the device.
+        """
         return
 
     @classmethod

@@ -67,10 +67,10 @@ class LowRank(Collective):
         self._layouts: dict[tuple[bool, ...], _Layout] = {}  # two in the steady state
 
     @classmethod
-    def warm_up(cls) -> None:
+    def warm_up(cls, device: torch.device) -> None:
         """Run every kernel once."""
-        kernels = low_rank_kernels(torch.device("cpu"))
-        x, vector = torch.zeros(1), torch.zeros(1, 1)
+        kernels = low_rank_kernels(device)
+        x, vector = torch.zeros(1, device=device), torch.zeros(1, 1, device=device)
         kernels.orthonormalize(vector, vector.clone(), key=0)
         for left in (False, True):
             kernels.project(x, x, x.clone(), vector, vector.clone(), left=left, loss_scale=1.0)

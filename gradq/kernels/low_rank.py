@@ -9,14 +9,12 @@ array starts, and here every rank must get the same bits, in every bucket layout
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from gradq.errors import KernelError
-from gradq.kernels.ops import backend_name
+from gradq.kernels.ops import backend_for
 
 __all__ = ["ATTEMPTS", "INDEPENDENT", "LANES", "LowRankKernels", "low_rank_kernels", "vector_seed"]
 
@@ -68,16 +66,9 @@ def low_rank_kernels(device: torch.device) -> LowRankKernels:
     """The kernels that serve a device.
 
     Raises:
-        KernelError: no backend for the device, or its package is missing.
+        KernelError: as `ops.backend_for`; there are none for CUDA.
     """
-    name = backend_name(device)
-    try:
-        return cast(LowRankKernels, importlib.import_module(_MODULES[name]))
-    except ImportError as error:
-        raise KernelError(
-            f"the {name!r} kernels cannot be imported ({error}); install them with `pip install numba` "
-            "or set GRADQ_KERNELS=reference to run the slow plain-torch ones"
-        ) from error
+    return cast(LowRankKernels, backend_for(device, _MODULES, "the collective low_rank (powersgd)"))
 
 
 def vector_seed(key: int, row: int, attempt: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -10,8 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from gradq.errors import KernelError
-from gradq.kernels.ops import backend_name
+from gradq.kernels.ops import backend_for
 
 __all__ = ["SCALE_BYTES", "Block", "TopK", "TopKKernels", "payload_bytes", "topk_kernels"]
 
@@ -108,16 +106,9 @@ def topk_kernels(device: torch.device) -> TopKKernels:
     """The kernels that serve a device.
 
     Raises:
-        KernelError: no backend for the device, or its package is missing.
+        KernelError: as `ops.backend_for`; there are none for CUDA.
     """
-    name = backend_name(device)
-    try:
-        return cast(TopKKernels, importlib.import_module(_MODULES[name]))
-    except ImportError as error:
-        raise KernelError(
-            f"the {name!r} kernels cannot be imported ({error}); install them with `pip install numba` "
-            "or set GRADQ_KERNELS=reference to run the slow plain-torch ones"
-        ) from error
+    return cast(TopKKernels, backend_for(device, _MODULES, "the codec topk"))
 
 
 def payload_bytes(numel: int, topk: TopK) -> int:

@@ -97,8 +97,9 @@ def test_none_is_plain_ddp() -> None:
     results = run_ranks(run, 2, {"spec": "none", "ddp": {"find_unused_parameters": True}})
     for step in range(4):
         for name, gradient in results[0][1][step].items():
-            mean = (results[0][0][step][name] / 2) + (results[1][0][step][name] / 2)
-            torch.testing.assert_close(gradient, mean)
+            halves = [results[rank][0][step][name] / 2 for rank in range(2)]
+            largest = max(float(half.abs().max()) for half in halves)  # the mean may nearly cancel
+            torch.testing.assert_close(gradient, halves[0] + halves[1], rtol=1e-6, atol=1e-6 * largest)
             assert torch.equal(gradient, results[1][1][step][name])
     stats = results[0][2]["stats"]
     assert stats.wire_bytes == stats.dense_bytes > 0

@@ -106,7 +106,9 @@ def check_averages(results: list[tuple], job: tuple) -> None:
     if spec == "none":
         for step, averages in enumerate(came_out[0]):
             for name, mean in averages.items():
-                torch.testing.assert_close(mean, torch.stack([p[step][name] for p in put_in]).mean(0))
+                rows = torch.stack([p[step][name] for p in put_in])
+                atol = 1e-6 * float(rows.abs().max())  # the mean may nearly cancel
+                torch.testing.assert_close(mean, rows.mean(0), rtol=1e-6, atol=atol)
     else:
         plan = plan_for(make(), spec, **{k: v for k, v in options.items() if k == "feedback"})
         two_phase = options.get("collective") == "two_phase"

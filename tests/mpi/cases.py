@@ -56,15 +56,17 @@ def ddp(rank: int, options: dict, branches: list[str], num_steps: int = 3) -> li
         model.zero_grad()
         model(make_input(rank, step), branch).square().sum().backward()
         want = {name: torch.zeros_like(p) for name, p in alone.named_parameters()}
+        largest = dict.fromkeys(want, 0.0)  # of what is summed: the mean may nearly cancel
         for other in range(world_size):
             alone.zero_grad()
             alone(make_input(other, step), branch).square().sum().backward()
             for name, p in alone.named_parameters():
                 if p.grad is not None:
                     want[name] += p.grad / world_size
+                    largest[name] = max(largest[name], float(p.grad.abs().max()))
         got = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
         for name, gradient in got.items():
-            torch.testing.assert_close(gradient, want[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(gradient, want[name], rtol=1e-5, atol=1e-6 * largest[name])
         assert got
         history.append({name: gradient.clone() for name, gradient in got.items()})
     return history

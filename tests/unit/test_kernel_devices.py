@@ -1,0 +1,25 @@
+"""What has no kernels for a device says so by name, when it is asked for and not in the first backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradq.collectives.low_rank import LowRank
+from gradq.errors import KernelError
+from gradq.kernels.low_rank import low_rank_kernels
+from gradq.kernels.topk import topk_kernels
+
+
+@pytest.mark.parametrize(
+    ("ask", "name"),
+    [
+        (topk_kernels, "the codec topk"),
+        (low_rank_kernels, r"the collective low_rank \(powersgd\)"),
+        (LowRank.warm_up, r"the collective low_rank \(powersgd\)"),
+    ],
+)
+def test_what_has_no_cuda_kernels_says_so_by_name(ask, name, monkeypatch) -> None:
+    monkeypatch.delenv("GRADQ_KERNELS", raising=False)
+    with pytest.raises(KernelError, match=rf"no triton kernels for {name}.*int2 to int8"):
+        ask(torch.device("cuda"))
