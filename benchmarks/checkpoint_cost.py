@@ -63,20 +63,24 @@ def measure(rank: int, folder: str, count: int, width: int, turns: int) -> dict[
     def gathered() -> None:
         state = handle.gathered_state_dict()
         if rank == 0:
-            torch.save(state, at / "gathered")
+            torch.save(state, place["now"] / "gathered")
+
+    place = {"now": at}
 
     ways: dict[str, Callable[[], Any]] = {
-        "model": lambda: dcp.save({"model": model.module.state_dict()}, checkpoint_id=at / "model"),
-        "packed": lambda: dcp.save({"gradq": handle.state_dict()}, checkpoint_id=at / "packed"),
+        "model": lambda: dcp.save({"model": model.module.state_dict()}, checkpoint_id=place["now"] / "model"),
+        "packed": lambda: dcp.save({"gradq": handle.state_dict()}, checkpoint_id=place["now"] / "packed"),
         "per parameter": lambda: dcp.save(
-            {"gradq": per_parameter(handle)}, checkpoint_id=at / "per parameter"
+            {"gradq": per_parameter(handle)}, checkpoint_id=place["now"] / "per parameter"
         ),
         "gathered": gathered,
-        "load packed": lambda: gradq.load_checkpoint(handle, at / "packed"),
-        "load per parameter": lambda: gradq.load_checkpoint(handle, at / "per parameter"),
+        "load packed": lambda: gradq.load_checkpoint(handle, place["now"] / "packed"),
+        "load per parameter": lambda: gradq.load_checkpoint(handle, place["now"] / "per parameter"),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(turns + 1):
+        place["now"] = at / str(turn)
+        place["now"].mkdir(exist_ok=True)
         for way, do in ways.items():
             dist.barrier()
             start = time.perf_counter()
@@ -85,7 +89,7 @@ def measure(rank: int, folder: str, count: int, width: int, turns: int) -> dict[
             if turn:
                 seconds[way].append(time.perf_counter() - start)
     handle.close()
-    return {"seconds": seconds, "bytes": {way: size(at / way) for way in list(ways)[:4]}}
+    return {"seconds": seconds, "bytes": {way: size(place["now"] / way) for way in list(ways)[:4]}}
 
 
 def main() -> None:

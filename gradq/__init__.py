@@ -9,7 +9,7 @@ The main path, in reading order: `hooks/ddp.py`, `sync.py`, `collectives/direct.
 
 from __future__ import annotations
 
-from gradq.checkpoint import load_checkpoint
+from gradq.checkpoint import load_checkpoint, load_newest, save_checkpoint
 from gradq.errors import (
     BenchError,
     CalibrationError,
@@ -78,4 +78,6 @@ __all__ = [
     "compress",
     "hook",
     "load_checkpoint",
+    "load_newest",
+    "save_checkpoint",
 ]

@@ -22,13 +22,14 @@ forgery is not. DCP's `.metadata` is a pickle: load checkpoints of people you tr
 none changes.
 
 In reading order: `packing` (few tensors), `state` (saving), `rows` and `parse` (checking), `files` (DCP's
-folders), `restore` (making it current), `load`.
+folders), `restore` (making it current), `load`, and `newest` (whole checkpoints, written aside).
 """
 
 from __future__ import annotations
 
 from gradq.checkpoint.files import Folder
 from gradq.checkpoint.load import HasSync, load_checkpoint, load_state_dict, load_sync, read_sync
+from gradq.checkpoint.newest import load_newest, save_checkpoint
 from gradq.checkpoint.parse import Saved, parse
 from gradq.checkpoint.restore import restore, together
 from gradq.checkpoint.rows import Rows, check_tensor, own_row
@@ -43,12 +44,14 @@ __all__ = [
     "check_tensor",
     "gather_rows",
     "load_checkpoint",
+    "load_newest",
     "load_state_dict",
     "load_sync",
     "own_row",
     "parse",
     "read_sync",
     "restore",
+    "save_checkpoint",
     "state_dict",
     "to_row",
     "together",

@@ -69,15 +69,15 @@ class Folder:
                 f"{self.path / '.metadata'} is damaged ({type(error).__name__}: {error}); {_EARLIER}"
             ) from error
 
-    def check_complete(self, key: str) -> None:
-        """Whether the files of all entries under a key are there, in full.
+    def check_complete(self, key: str | None = None) -> None:
+        """Whether the files of all entries, or of those under a key, are there in full.
 
         Raises:
             CheckpointError: naming the first file that is not.
         """
         sizes: dict[str, int] = {}
         for name, rows in self._files.items():
-            for file, end in rows.values() if name.startswith(f"{key}.") else ():
+            for file, end in rows.values() if key is None or name.startswith(f"{key}.") else ():
                 sizes[file] = max(sizes.get(file, 0), end)
         for file, size in sizes.items():
             path = self.path / file

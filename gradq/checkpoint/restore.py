@@ -20,11 +20,14 @@ _log = logging.getLogger("gradq")
 
 
 @contextmanager
-def together(groups: Sequence[dist.ProcessGroup]) -> Iterator[dict[str, object]]:
+def together(
+    groups: Sequence[dist.ProcessGroup], failed: str = "the state cannot be loaded, and nothing was changed"
+) -> Iterator[dict[str, object]]:
     """What is done inside succeeds on all ranks, or raises on all. Collective at its end only.
 
     Args:
         groups: all ranks of the first hear of each other; then those of the second, and so on.
+        failed: what to say on ranks that could do it when another could not.
 
     Yields:
         A dictionary for what must be equal on all ranks of the first group.
@@ -48,7 +51,7 @@ def together(groups: Sequence[dist.ProcessGroup]) -> Iterator[dict[str, object]]
     if own is not None:
         raise own if isinstance(own, GradqError) else CheckpointError(_words(own)) from own
     if failures:
-        raise CheckpointError(f"the state cannot be loaded, and nothing was changed: {failures[0]}")
+        raise CheckpointError(f"{failed}: {failures[0]}")
 
 
 def _words(error: Exception) -> str:

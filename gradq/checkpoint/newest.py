@@ -1,0 +1,198 @@
+"""Whole checkpoints: written aside and renamed when they are done, and the newest good one is found.
+
+`torch.distributed.checkpoint` writes into the folder it is given, so a run that dies meanwhile leaves a
+folder that looks like a checkpoint, and a file that is damaged later is read as it is. Here a checkpoint has
+its final name only when all of it is on the disk, and a list of all its files with sizes and CRC-32. All
+ranks must see one file system.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from gradq.checkpoint.files import Folder
+from gradq.checkpoint.restore import together
+from gradq.errors import CheckpointError
+from gradq.handshake import gather
+
+__all__ = ["check_files", "load_newest", "save_checkpoint"]
+
+_LIST = "gradq-files.json"
+_log = logging.getLogger("gradq")
+
+
+def save_checkpoint(
+    state: Mapping[str, Any],
+    checkpoint_id: str | os.PathLike[str],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Save by torch.distributed.checkpoint so that the folder is there whole, or not at all. Collective.
+
+    Args:
+        state: as for dcp.save: {"model": ..., "gradq": handle.state_dict()}.
+        checkpoint_id: the folder, which must not exist yet; `load_newest` goes by the last number in its
+            name, such as step-00001000. It is written as .<name>.partial beside, synced to the disk and
+            renamed.
+        group: the ranks; the default group if None.
+
+    Raises:
+        CheckpointError: the folder exists, or a rank could not write; on all ranks.
+    """
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    path = Path(checkpoint_id)
+    partial = path.with_name(f".{path.name}.partial")
+    failed = f"{path} was not saved"
+    with together([group], failed):
+        if group.rank() == 0:
+            if path.exists():
+                raise CheckpointError(f"{path} exists already; give every checkpoint a name of its own")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with together([group], failed), _words_of_dcp(failed):
+        save(dict(state), checkpoint_id=partial, process_group=group)
+    own: dict[str, tuple[int, int]] = {}
+    with together([group], failed):
+        own = {name: _size_and_crc(partial / name) for name in _share(partial, group)}
+    files = {name: found for theirs in gather(own, group) for name, found in theirs.items()}
+    with together([group], failed):
+        if group.rank() == 0:
+            (partial / _LIST).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
+            _sync(partial / _LIST)
+            _sync(partial)
+            partial.rename(path)
+            _sync(path.parent)
+
+
+def load_newest(
+    folder: str | os.PathLike[str],
+    load: Callable[[Path], None],
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Path | None:
+    """Load the newest good checkpoint of a folder. Collective.
+
+    Args:
+        folder: where the checkpoints are; those with a number in their name, the largest first.
+        load: loads everything from the folder that it is given, model, optimizer and handle. If it raises on
+            a rank, the next older one is loaded, so it must not leave anything that the next call keeps.
+        group: the ranks; the default group if None.
+
+    Returns:
+        The checkpoint that was loaded; None if there is none at all. Every one that was not good is named in
+        a log line, with the reason.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is good; names the newest and its fault.
+    """
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    everyone = gather(_candidates(Path(folder)) if group.rank() == 0 else [], group)
+    faults: list[str] = []
+    for path in everyone[0]:
+        try:
+            failed = f"{path} was not loaded"
+            with together([group], failed):
+                check_files(path, group)
+            with together([group], failed), _words_of_dcp(failed):
+                load(path)
+        except CheckpointError as error:
+            faults.append(str(error))
+            _log.warning("%s is not good, an older one is tried: %s", path, error)
+            continue
+        if faults:
+            _log.warning("resumed from %s; %d newer ones are not good", path, len(faults))
+        return path
+    if faults:
+        raise CheckpointError(f"none of the {len(faults)} checkpoints in {folder} is good: {faults[0]}")
+    return None
+
+
+def check_files(path: Path, group: dist.ProcessGroup) -> None:
+    """Whether a checkpoint is whole, and as it was saved; each rank reads a share of the files.
+
+    Without `save_checkpoint`'s list of files only their presence and size are known.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    Folder(path).check_complete()
+    if not (path / _LIST).is_file():
+        return
+    try:
+        files = {str(name): (int(size), int(crc)) for name, (size, crc) in _listed(path).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / _LIST} is damaged: {error}; use an earlier checkpoint") from error
+    for name in sorted(files)[group.rank() :: group.size()]:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing; use an earlier checkpoint")
+        if _size_and_crc(path / name) != files[name]:
+            raise CheckpointError(
+                f"{path / name} is not as it was saved: it has another size or digest; use an "
+                "earlier checkpoint"
+            )
+
+
+def _listed(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / _LIST).read_text())
+    return found
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Folders with a number in their name, the largest first; hidden ones are not finished."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        numbers = re.findall(r"\d+", path.name)
+        if numbers and path.is_dir() and not path.name.startswith("."):
+            found.append((int(numbers[-1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _share(folder: Path, group: dist.ProcessGroup) -> list[str]:
+    """The files of which this rank takes the digest."""
+    return sorted(path.name for path in folder.iterdir())[group.rank() :: group.size()]
+
+
+def _size_and_crc(path: Path) -> tuple[int, int]:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return path.stat().st_size, crc
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def _words_of_dcp(failed: str) -> Iterator[None]:
+    """DCP's error, which is no Exception and prints tracebacks, as a CheckpointError."""
+    try:
+        yield
+    except BaseException as error:
+        from torch.distributed.checkpoint.api import CheckpointException  # DCP takes 0.5 s to import
+
+        if not isinstance(error, CheckpointException):
+            raise
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{failed}: rank {rank}: {type(reason).__name__}: {reason}") from error
