@@ -35,11 +35,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class _Pair:
-    """Two buffers of one parameter; `current` is the valid one."""
+    """Two buffers of one parameter; `current` is the valid one.
+
+    Attributes:
+        carried: what is read in the place of the valid one, for the rest of the step.
+    """
 
     buffers: tuple[Tensor, Tensor]
     current: int = 0
     written: bool = False
+    carried: Tensor | None = None
 
 
 class Residuals:
@@ -79,7 +84,8 @@ class Residuals:
         pair = self._pairs.get(name)
         if pair is None:
             pair = self._pairs[name] = _Pair((self._zeros(numel), self._zeros(numel)))
-        old, new = (pair.buffers[i][start:stop] for i in (pair.current, 1 - pair.current))
+        valid = pair.buffers[pair.current] if pair.carried is None else pair.carried
+        old, new = valid[start:stop], pair.buffers[1 - pair.current][start:stop]
         pair.written = True
         if self._dtype == torch.float32:
             yield old, new
@@ -114,11 +120,22 @@ class Residuals:
             if pair.written:
                 pair.current = 1 - pair.current
                 pair.written = False
+            pair.carried = None
 
     def discard(self) -> None:
         """Forget what this step wrote."""
         for pair in self._pairs.values():
             pair.written = False
+            pair.carried = None
+
+    def carry(self) -> None:
+        """Read from now on what this step has written so far; it is committed or discarded as a whole.
+
+        For a parameter that is encoded more than once in a step. Costs a copy of its residual.
+        """
+        for pair in self._pairs.values():
+            if pair.written:
+                pair.carried = pair.buffers[1 - pair.current].clone()
 
     def select(self, finite: Tensor) -> None:
         """Where finite, a tensor of one bool, is false, replace what this step wrote by what it read.
@@ -174,6 +191,11 @@ class Feedback:
                 residuals.commit()
             else:
                 residuals.discard()
+
+    def carry(self) -> None:
+        """See `Residuals.carry`."""
+        for residuals in self._all():
+            residuals.carry()
 
     def settle(self, finite: bool | Tensor) -> bool:
         """What to tell `finish`. If only the device knows, it is told to take back what must not count."""

@@ -23,6 +23,7 @@ class Event:
 
     Attributes:
         kind: "encode_ms", "exchange_ms", "decode_ms", "wire_bytes", "intra_node_bytes", "dense_bytes",
+            "gather_bytes" and "dense_gather_bytes" (parameters that FSDP2 gathers; in no other kind),
             "step", "error_energy" or "signal_energy" (sums of squares, of a sampled step); of an adaptive
             policy: "gradient_energy", "candidate_error" (sums of squares, unscaled), "measure_ms", and
             "replan" (parameters that got another codec).
@@ -69,6 +70,8 @@ class Stats:
         dense_bytes: what a ring all-reduce of the gradients in their own dtype would have sent.
         wire_bytes: payload bytes sent, scales, padding and headers included (TCP's own headers are not).
         intra_node_bytes: those of them that stayed inside the node, where a collective knows the nodes.
+        gather_bytes: those of them that carried parameters (FSDP2 with `gather_spec`); dense_bytes then holds
+            what FSDP would have sent of them too.
         encode_ms: time spent encoding (all phases, worker thread).
         exchange_ms: time between posting and completing exchanges; overlapping ones both count.
         decode_ms: time spent decoding and averaging.
@@ -84,6 +87,7 @@ class Stats:
     decode_ms: float = 0.0
     nmse: float | None = None
     intra_node_bytes: int = 0
+    gather_bytes: int = 0
     parameters: dict[str, ParameterStats] = field(default_factory=dict)
 
     @property
@@ -100,10 +104,11 @@ class Stats:
         """One line a person can read, per step."""
         steps = max(self.steps, 1)
         nmse = "" if self.nmse is None else f", nmse {self.nmse:.2e}"
-        inside = self.intra_node_bytes / steps / 1e6
+        inside, gathered = self.intra_node_bytes / steps / 1e6, self.gather_bytes / steps / 1e6
         return (
             f"{self.steps} steps: {self.wire_bytes / steps / 1e6:.3f} MB a step on the wire"
-            f"{f' ({inside:.3f} inside the node)' if inside else ''}, "
+            f"{f' ({inside:.3f} inside the node)' if inside else ''}"
+            f"{f' ({gathered:.3f} of parameters)' if gathered else ''}, "
             f"{self.ratio:.2f}x fewer than dense; encode {self.encode_ms / steps:.2f} ms, "
             f"exchange {self.exchange_ms / steps:.2f} ms, decode {self.decode_ms / steps:.2f} ms{nmse}"
         )
@@ -154,19 +159,21 @@ class Metrics:
             totals, energies = dict(self._totals), dict(self._energies)
         errors = sum(value for (_, kind), value in energies.items() if kind == "error_energy")
         signals = sum(value for (_, kind), value in energies.items() if kind == "signal_energy")
+        gather_bytes = int(totals.get("gather_bytes", 0))
         filled = {}
         for name, entry in (parameters or {}).items():
             nmse = _nmse(energies.get((name, "error_energy")), energies.get((name, "signal_energy")))
             filled[name] = ParameterStats(entry.numel, entry.codec, entry.wire_bits_per_element, nmse)
         return Stats(
             steps=int(totals.get("step", 0)),
-            dense_bytes=int(totals.get("dense_bytes", 0)),
-            wire_bytes=int(totals.get("wire_bytes", 0)),
+            dense_bytes=int(totals.get("dense_bytes", 0) + totals.get("dense_gather_bytes", 0)),
+            wire_bytes=int(totals.get("wire_bytes", 0)) + gather_bytes,
             encode_ms=totals.get("encode_ms", 0.0),
             exchange_ms=totals.get("exchange_ms", 0.0),
             decode_ms=totals.get("decode_ms", 0.0),
             nmse=_nmse(errors, signals) if energies else None,
             intra_node_bytes=int(totals.get("intra_node_bytes", 0)),
+            gather_bytes=gather_bytes,
             parameters=filled,
         )
 

@@ -20,8 +20,6 @@ from gradq.errors import UnsupportedError
 __all__ = [
     "Shard",
     "Unit",
-    "after_backward",
-    "backward_id",
     "find_units",
     "is_fully_sharded",
     "reduce_scatter",
@@ -114,14 +112,13 @@ class Unit:
         return device
 
     @property
-    def shard_group(self) -> dist.ProcessGroup:
-        """The ranks it is sharded over."""
-        group: dist.ProcessGroup = _need(self._group.mesh_info, "shard_process_group")
-        return group
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The ranks it is sharded over; None if it is replicated only."""
+        return getattr(self._group.mesh_info, "shard_process_group", None)
 
     @property
     def replicate_group(self) -> dist.ProcessGroup | None:
-        """The ranks it is replicated over, if its mesh has two dimensions."""
+        """The ranks it is replicated over, if there are any."""
         return getattr(self._group.mesh_info, "replicate_process_group", None)
 
     @property
@@ -170,8 +167,15 @@ class Unit:
         install = _need(self._module, f"set_custom_{what}")
         before = _need(self._group, f"_{what}_comm")
         if type(before).__name__ != default:
+            ours = type(before).__module__.startswith("gradq.")
             raise UnsupportedError(
                 f"module {self.path!r} already has a custom {what.replace('_', '-')}, {type(before).__name__}"
+                + (
+                    ": another gradq handle compresses it. Close that one first; or, if two models share the "
+                    "module, call gradq.compress once: on an nn.ModuleList of both"
+                    if ours
+                    else ""
+                )
             )
         install(comm)
         self._undo[what] = lambda: install(before)
@@ -179,8 +183,8 @@ class Unit:
     def set_replica_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Call hook(shard of the gradients) in place of FSDP's own all-reduce over the replicas.
 
-        FSDP has no hook *instead of* the all-reduce of a two-dimensional mesh. So its group is shown the
-        shard dimension only; parameters and gradients remain DTensors on the whole mesh.
+        FSDP has no hook *instead of* its all-reduce. So its group is shown a mesh without replicas: the shard
+        dimension only, or none; parameters and gradients remain DTensors on the whole mesh.
         """
         group = self._group
         if getattr(group, "_all_reduce_hook", None) is not None:
@@ -188,14 +192,13 @@ class Unit:
         if self.replicate_group is not None:
             from torch.distributed.fsdp._fully_shard import _fsdp_common
 
-            if not hasattr(_fsdp_common, "FSDPMeshInfo"):
-                raise _missing("HSDP with a compressed all-reduce (FSDPMeshInfo)")
+            kind = "DataParallelMeshInfo" if self.shard_group is None else "FSDPMeshInfo"
+            if not hasattr(_fsdp_common, kind):
+                raise _missing(f"a compressed all-reduce ({kind})")
             mesh_info, after = group.mesh_info, group.post_forward_mesh_info
-            if getattr(mesh_info, "dp_mesh_dims", None) is not None:
-                raise UnsupportedError(
-                    "HSDP with dp_mesh_dims= is not supported; pass a mesh of 2 dimensions"
-                )
-            sharded = _fsdp_common.FSDPMeshInfo(mesh_info.mesh, shard_mesh_dim=mesh_info.shard_mesh_dim)
+            names = ("mesh", "shard_mesh_dim", "replicate_mesh_dim", "dp_mesh_dims", "spmd_mesh")
+            options = {name: getattr(mesh_info, name) for name in names if hasattr(mesh_info, name)}
+            sharded = getattr(_fsdp_common, kind)(**options)
             group.mesh_info = sharded
             if after is mesh_info:
                 group.post_forward_mesh_info = sharded
@@ -238,7 +241,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     """The units of a model, in the order of its modules.
 
     Raises:
-        UnsupportedError: the model uses `replicate`, meshes per parameter, or another torch.
+        UnsupportedError: the model uses meshes per parameter, or another torch.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -259,10 +262,6 @@ def find_units(model: nn.Module) -> list[Unit]:
             if id(group) in seen:  # fully_shard([a, b]) has one group for both
                 continue
             seen.add(id(group))
-            if not hasattr(_need(group, "mesh_info"), "shard_process_group"):
-                raise UnsupportedError(
-                    f"module {path!r} is replicated, not sharded: use DistributedDataParallel with gradq"
-                )
             units.append(Unit(len(units), path, module, group, paths))
     return units
 
@@ -296,15 +295,3 @@ def reduce_scatter(output: Tensor, flat: Tensor, op: Any, group: dist.ProcessGro
     """FSDP's own reduction."""
     single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     single(output, flat, op=op, group=group)
-
-
-def backward_id() -> int:
-    """A number that is the same during one call of backward, -1 outside."""
-    if not hasattr(torch._C, "_current_graph_task_id"):
-        raise _missing("FSDP2 with gradq (torch._C._current_graph_task_id)")
-    return torch._C._current_graph_task_id()
-
-
-def after_backward(callback: Callable[[], None]) -> None:
-    """Call callback at the end of the backward under way."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -26,6 +26,7 @@ from gradq.codecs import Codec, ExactCodec
 from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
 from gradq.handshake import agree
 from gradq.hooks import _fsdp_torch
+from gradq.hooks._backward import OutermostBackward
 from gradq.hooks._fsdp_torch import Shard, Unit
 from gradq.hooks.averaged import DTYPES
 from gradq.hooks.ddp import HookState
@@ -64,7 +65,7 @@ class ShardedHookState(HookState):
     residual is of the shard only, and the default is that of DDP.
 
     Args:
-        model: a module with `fully_shard` applied to it, its parts, or both.
+        model: a module with `fully_shard` applied to it, its parts, or both; or FSDP2's `replicate`.
         spec: how gradients travel, see `HookState`. With replicas: between the replicas.
         feedback: error feedback: "auto" (off; with replicas at 4 bits and below), True or False.
         exact: see `HookState`; sizes are those of whole parameters.
@@ -101,20 +102,22 @@ class ShardedHookState(HookState):
         gather_spec: str | Codec | Spec = "none",
     ) -> None:
         self._units = _fsdp_torch.find_units(model)
-        shard_group = _same_group(self._units, "shard_group")
-        if shard_group is None:
+        if not self._units:
             raise UnsupportedError("fully_shard was applied to modules without parameters only")
+        shard_group, self._alone = _same_group(self._units, "shard_group"), None
+        if shard_group is None:  # `replicate`: a rank holds everything, as if it were the only shard
+            shard_group = self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         native = _same_group(self._units, "replicate_group")
         if native is not None and replicate_group is not None:
             raise ConfigError("replicate_group= was given, but the model's mesh already has replicas")
         self._own_replicas = replicate_group is not None
         replicate_group = native or replicate_group
-        if replicate_group is not None and replicate_group.size() == 1:
+        if replicate_group is not None and replicate_group.size() == 1 and self._alone is None:
             replicate_group, self._own_replicas = None, False  # a mesh of 1 x S is plain FSDP
         self._exact = exact
         self._feedback = False if feedback == "auto" and replicate_group is None else feedback
         self._partial: dict[int, Tensor] = {}
-        self._backward = -1
+        self._backward = OutermostBackward(self._begin_step, self._end_step, self._abandon_step)
         config = SyncConfig(
             seed=seed,
             collective=collective if replicate_group is not None else "auto",
@@ -258,25 +261,24 @@ class ShardedHookState(HookState):
             if self._shards.gather_plan:
                 unit.set_all_gather(_AllGatherComm(self._shards, unit))
 
-    def _enter_backward(self) -> None:
-        """Start a step with the first reduction of a backward, and end it with that backward."""
-        current = _fsdp_torch.backward_id()
-        if current == self._backward and current != -1:
-            return
-        self._backward = current
+    def _begin_step(self) -> None:
+        """The first reduction of an outermost backward."""
         self._shards.step = self.sync.step  # a checkpoint may have set it
         self._shards.begin()
-        _fsdp_torch.after_backward(self._leave_backward)
 
-    def _leave_backward(self) -> None:
-        self._backward = -1
+    def _end_step(self) -> None:
+        """The end of the outermost backward."""
         if self.failure is None:
             self._shards.finish()
+
+    def _abandon_step(self) -> None:
+        """The last backward raised half-way."""
+        self._shards.abandon()
 
     def reduce(self, unit: Unit, out: Tensor, flat: Tensor, op: Any, group: dist.ProcessGroup) -> None:
         """Reduce the gradients of one unit; what FSDP calls in the place of its reduce-scatter."""
         shards = self._shards
-        self._enter_backward()
+        self._backward.enter()
         if not shards.plan or shards.world_size == 1:  # torch 2.9 reduces over one rank, later ones do not
             nbytes = flat.nbytes * (shards.world_size - 1) // shards.world_size
             for kind in ("dense_bytes", "wire_bytes"):
@@ -294,7 +296,7 @@ class ShardedHookState(HookState):
         `set_requires_all_reduce(False)` holds they are only collected.
         """
         sync = self.sync
-        self._enter_backward()
+        self._backward.enter()
         if not self._shards.plan:
             self._shards.enter(unit.index)
         if not unit.all_reduces:
@@ -344,14 +346,18 @@ class ShardedHookState(HookState):
         return self._shards.failure or self.sync.failure
 
     def stats(self, *, parameters: bool = False) -> Stats:
-        """Totals of this rank; with replicas, a compressed reduce-scatter counts as inside the node."""
+        """Totals of this rank; with replicas, what gradq sends among shards counts as inside the node.
+
+        What FSDP sends by itself is not in them: gathered parameters without `gather_spec`, and with replicas
+        the reduce-scatter without `shard_spec`.
+        """
         stats = self.sync.stats(parameters)
-        if self.sync is self._shards or not self._shards.plan:
+        if self.sync is self._shards:
             return stats
         inside = self._shards.stats()
         sums = {
             name: getattr(stats, name) + getattr(inside, name)
-            for name in ("dense_bytes", "wire_bytes", "encode_ms", "exchange_ms", "decode_ms")
+            for name in ("dense_bytes", "wire_bytes", "gather_bytes", "encode_ms", "exchange_ms", "decode_ms")
         }
         return dataclasses.replace(stats, intra_node_bytes=inside.wire_bytes, **sums)
 
@@ -399,6 +405,9 @@ class ShardedHookState(HookState):
         if self.sync is not self._shards:
             self.sync.close()
         self._shards.close()
+        if self._alone is not None:
+            dist.destroy_process_group(self._alone)
+            self._alone = None
 
     def _say_what_it_costs(self) -> None:
         shards = self._shards
@@ -494,8 +503,8 @@ def _same_group(units: Sequence[Unit], what: str) -> dist.ProcessGroup | None:
     for unit, own in zip(units, ranks, strict=True):
         if own != ranks[0]:
             raise UnsupportedError(
-                f"module {unit.path!r} is sharded over other ranks than {units[0].path!r}; gradq compresses "
-                "models of one mesh"
+                f"module {unit.path!r} is sharded or replicated over other ranks than "
+                f"{units[0].path!r}; gradq compresses models of one mesh"
             )
     return groups[0] if groups else None
 

@@ -2,7 +2,7 @@
 
 It is a `GradientSync` whose collective is `ReduceScatter`, driven to its end on the calling thread: FSDP uses
 the result of a reduction at once. FSDP reduces each of its units by itself, in the same order on all ranks; a
-step is one backward.
+step is one outermost backward, in which a unit may be reduced several times.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class ShardedSync(GradientSync):
             flat: [W * n], row r what rank r will own of the named parameters; this rank's row is overwritten.
             out: [n], gets factor times the mean over ranks.
             names: of the parameters, in order.
-            index: of the unit. One that was reduced before in this step starts the next step.
+            index: of the unit.
             factor: W for a sum.
 
         Raises:
@@ -191,11 +191,16 @@ class ShardedSync(GradientSync):
         self._drive(layout.average(flat, Step(self.step, index)))
 
     def enter(self, index: int) -> None:
-        """Note that a unit is reduced; the second time in a step starts the next step."""
+        """Note that a unit is reduced. The second time in a step it owes what was lost the first time."""
         if index in self._reduced:
-            self.finish()
-            self.begin()
+            for sync in self._syncs():
+                sync.feedback.carry()
+            self._reduced.clear()
         self._reduced.add(index)
+
+    def _syncs(self) -> list[GradientSync]:
+        """This and the one that averages replicas, if there is one."""
+        return [self] if self.replicas is None else [self, self.replicas]
 
     def begin(self) -> None:
         """Start a step, for the replicas too."""
@@ -206,7 +211,7 @@ class ShardedSync(GradientSync):
 
     def finish(self) -> None:
         """End a step, for the replicas too. With feedback all ranks hear whether everything was finite."""
-        syncs: list[GradientSync] = [self] if self.replicas is None else [self, self.replicas]
+        syncs = self._syncs()
         finite = all(sync._finite for sync in syncs)
         if self.world_size > 1 and any(sync._has_feedback for sync in syncs):
             finite = self._all_ranks(finite)
@@ -215,6 +220,11 @@ class ShardedSync(GradientSync):
         super().finish()
         if self.replicas is not None:
             self.replicas.finish()
+
+    def abandon(self) -> None:
+        """Forget a step that did not come to its end."""
+        for sync in self._syncs():
+            sync.feedback.finish(False)
 
     def _all_ranks(self, finite: bool) -> bool:
         """Whether it holds on all ranks."""

@@ -533,53 +533,6 @@ def test_a_replica_group_of_ones_own(spec: str) -> None:
         assert stats.ratio > (2.5 if spec == "int8" else 0.9)
 
 
-# --- gathered parameters -------------------------------------------------------------------------------
-
-
-def gathered(rank: int):
-    """The weights a model computes with, and those it keeps."""
-    model = sharded({})
-    events: list[gradq.Event] = []
-    handle = gradq.compress(model, "int8", gather_spec="int8")
-    handle.add_sink(events.append)
-    kept = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
-    seen = []
-    for step in range(40):
-        model.unshard()
-        for child in (model.first, model.second):
-            child.unshard()
-        with torch.no_grad():
-            seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        model.reshard()
-        for child in (model.first, model.second):
-            child.reshard()
-        backward(model, rank, step, {})
-    after = {name: p.detach().full_tensor().clone() for name, p in model.named_parameters()}
-    handle.close()
-    counts = {
-        kind: sum(e.value for e in events if e.kind == kind)
-        for kind in ("gather_bytes", "dense_gather_bytes")
-    }
-    return kept, seen, after, counts
-
-
-def test_gathered_parameters_are_an_unbiased_rounding_and_shards_stay_exact() -> None:
-    results = run_ranks(gathered, 2, timeout=110)
-    for kept, seen, after, counts in results:
-        assert counts["gather_bytes"] < 0.3 * counts["dense_gather_bytes"]
-        for name, exact in kept.items():
-            assert torch.equal(exact, after[name]), "the master weights changed"
-            values = torch.stack([step[name] for step in seen])
-            assert torch.equal(values[0], results[0][1][0][name]), "ranks compute with different weights"
-            if exact.ndim == 1 or exact.numel() < 1024:
-                assert torch.equal(values[0], exact)
-            else:
-                level = float(exact.abs().max()) / 127
-                assert 0 < float((values - exact).abs().max()) <= 1.02 * level
-                bias = (values.mean(0) - exact).mean().abs()
-                assert float(bias) < 6 * level / (12 * values.numel()) ** 0.5
-
-
 # --- checkpoints ---------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gradq
-from gradq.hooks import _fsdp_torch
+from gradq.hooks import _backward, _fsdp_torch
 
 
 @pytest.mark.parametrize("name", ["set_custom_reduce_scatter", "_get_fsdp_state"])
@@ -26,7 +26,7 @@ def test_the_names_exist_in_this_torch() -> None:
     for name in ("set_custom_reduce_scatter", "set_custom_all_gather", "set_all_reduce_hook"):
         assert hasattr(FSDPModule, name), name
     assert hasattr(_fsdp_common, "FSDPMeshInfo")
-    assert _fsdp_torch.backward_id() == -1
+    assert _backward.backward_id() == -1
 
 
 def test_a_plain_module_is_not_sharded() -> None:
