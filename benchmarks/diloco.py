@@ -40,6 +40,9 @@ VARIANTS: dict[str, Record] = {
     "int4": {},
     "fp32": {"codec": "fp32"},
     "int4, 3 fragments, delay 5": {"fragments": 3, "delay": 5},
+    "int4, 3 fragments, delay 10": {"fragments": 3, "delay": 10},
+    "int4, 3 fragments, delay 10, alpha 0": {"fragments": 3, "delay": 10, "alpha": 0.0},
+    "int4, 3 fragments, delay 10, alpha 0.5": {"fragments": 3, "delay": 10, "alpha": 0.5},
 }
 DEFAULTS: Record = {"codec": "int4", "every": 30, "fragments": 1, "delay": 0}
 

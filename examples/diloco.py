@@ -45,6 +45,7 @@ class LocalTrainer(train_gpt.Trainer):
             outer_momentum=args.outer_momentum,
             fragments=args.fragments,
             delay=args.delay,
+            fragment_update_alpha=args.alpha,
             seed=args.seed,
         )
 
@@ -94,6 +95,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=30, help="inner steps between averages (default 30)")
     parser.add_argument("--fragments", type=int, default=1, help="parts averaged in turn (default 1)")
     parser.add_argument("--delay", type=int, default=0, help="steps an average may take (default 0)")
+    parser.add_argument("--alpha", type=float, help="own share in a delayed average (default: add own steps)")
     parser.add_argument("--outer-lr", type=float, default=0.7, help="of the outer step (default 0.7)")
     parser.add_argument("--outer-momentum", type=float, default=0.9, help="Nesterov's (default 0.9)")
     parser.add_argument("--params", default="1m", choices=train_gpt.PRESETS, help="model size (default 1m)")

@@ -2,7 +2,8 @@
 
 Between two averages every rank has parameters and an inner optimizer of its own, and DCP keeps only rank 0's
 copy of a plain tensor. So the state holds everything, the model and the inner optimizer too, and whatever
-differs between ranks is one row of a row-sharded DTensor [W, ...]::
+differs between ranks is one row of a row-sharded DTensor [W, ...]. Frozen parameters are equal on all ranks
+and saved once::
 
     dcp.save({"gradq": diloco.state_dict()}, checkpoint_id=path)
     gradq.load_checkpoint(diloco, path)
@@ -10,11 +11,16 @@ differs between ranks is one row of a row-sharded DTensor [W, ...]::
 On the same number of ranks the run continues bit for bit, also between outer steps. On another, every rank
 takes the mean of the old ranks' rows (of integers, rank 0's): the progress that the next average would have
 found is preserved, and so is the correction that error feedback owes.
+
+Parameters that were frozen or unfrozen between saving and loading are no obstacle: one that is frozen now
+takes the mean over the saved ranks, one that is trained now starts from what was saved, on all ranks. The
+inner optimizer's state finds its parameters by name.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +29,15 @@ from torch import Tensor
 
 from gradq import checkpoint
 from gradq.errors import CheckpointError
+from gradq.hooks import membership
+from gradq.hooks.inner_optimizer import stateful
 
 if TYPE_CHECKING:
     from gradq.hooks.local_sgd import LocalSGD
 
 __all__ = ["load_checkpoint", "load_state_dict", "state_dict"]
+
+_log = logging.getLogger("gradq")
 
 
 def state_dict(local: LocalSGD) -> dict[str, Any]:
@@ -35,9 +45,9 @@ def state_dict(local: LocalSGD) -> dict[str, Any]:
 
     Returns:
         "sync": see `gradq.checkpoint.state_dict`; "inner_step", "fragment" (under way, -1 if none), "due";
-        "shared": the same on all ranks: "anchor.<name>", "momentum.<name>", and "mean.<name>" of the fragment
-        under way; "rows": row-sharded: "parameter.<name>", "buffer.<name>", "sent.<name>" and
-        "optimizer.<index>.<key>"; "optimizer": the inner optimizer's settings as JSON.
+        "shared": the same on all ranks: "anchor.<name>", "momentum.<name>", "frozen.<name>", and of the
+        fragment under way "mean.<name>"; "rows": row-sharded: "parameter.<name>", "buffer.<name>",
+        "sent.<name>" and "optimizer.<index>.<key>"; "optimizer": the inner optimizer's settings as JSON.
     """
     pending = local.wait() if local.pending is not None else None
     group = local.sync.group
@@ -47,7 +57,9 @@ def state_dict(local: LocalSGD) -> dict[str, Any]:
         "inner_step": torch.tensor(local.inner_step),
         "fragment": torch.tensor(-1 if pending is None else pending.fragment),
         "due": torch.tensor(0 if pending is None else pending.due),
-        "shared": {name: tensor.clone() for name, tensor in _shared(local).items()},
+        "shared": {
+            name: tensor.detach().cpu().clone() for name, tensor in (_shared(local) | _frozen(local)).items()
+        },
         "rows": {
             name: checkpoint.to_row(tensor.detach().cpu().clone(), group)
             for name, tensor in (_own(local) | tensors).items()
@@ -130,10 +142,18 @@ def _shared(local: LocalSGD) -> dict[str, Tensor]:
     return shared | _under_way(local, "mean")
 
 
+def _frozen(local: LocalSGD) -> dict[str, Tensor]:
+    """Parameters that are neither averaged nor about to be, by name: equal on all ranks."""
+    members = local.parameters()
+    parameters = {n: p for n, p in membership.named(local.model).items() if n not in members and p.numel()}
+    return {f"frozen.{name}": p for name, p in parameters.items() if not p.requires_grad}
+
+
 def _own(local: LocalSGD) -> dict[str, Tensor]:
     """What differs between ranks, by name; the optimizer's state aside."""
-    own = {f"parameter.{n}": p for bucket in local.buckets() for n, p in bucket.parameters.items()}
-    own |= {f"buffer.{name}": buffer for name, buffer in local.model.named_buffers()}
+    unfrozen = {n: p for n, p in membership.named(local.model).items() if p.requires_grad and p.numel()}
+    own = {f"parameter.{name}": p for name, p in (unfrozen | local.parameters()).items()}
+    own |= {f"buffer.{name}": buffer for name, buffer in membership.buffers(local.model).items()}
     return own | _under_way(local, "sent")
 
 
@@ -153,7 +173,8 @@ def _optimizer_state(local: LocalSGD) -> tuple[str, dict[str, Tensor]]:
     """The inner optimizer's settings and plain numbers as JSON, and its tensors by name."""
     if local.inner_optimizer is None:
         return "", {}
-    whole = local.inner_optimizer.state_dict()
+    optimizer = stateful(local.inner_optimizer)
+    whole = optimizer.state_dict()
     tensors, numbers = {}, []
     for index, values in whole["state"].items():
         for key, value in values.items():
@@ -161,10 +182,11 @@ def _optimizer_state(local: LocalSGD) -> tuple[str, dict[str, Tensor]]:
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 numbers.append((index, key, value))
-    groups = [
-        {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items()}
-        for group in whole["param_groups"]
-    ]
+    names = {id(parameter): name for name, parameter in membership.named(local.model).items()}
+    groups = []
+    for group, real in zip(whole["param_groups"], optimizer.param_groups, strict=True):
+        plain = {k: float(v) if isinstance(v, Tensor) else v for k, v in group.items()}
+        groups.append(plain | {"names": [names.get(id(parameter)) for parameter in real["params"]]})
     try:
         return json.dumps({"groups": groups, "numbers": numbers}), tensors
     except TypeError as error:
@@ -177,16 +199,27 @@ def _check(local: LocalSGD, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: naming what differs.
     """
-    wanted = {n: t.shape for n, t in _shared(local).items() if not n.startswith("mean.")}
-    wanted |= {n: t.shape for n, t in _own(local).items() if not n.startswith("sent.")}
-    saved = {n: t.shape for n, t in state["shared"].items() if not n.startswith("mean.")}
-    saved |= {n: t.shape[1:] for n, t in state["rows"].items() if not n.startswith(("sent.", "optimizer."))}
+    kinds = ("parameter.", "frozen.", "buffer.")
+    wanted = {_plain(n): t.shape for n, t in (_own(local) | _frozen(local)).items() if n.startswith(kinds)}
+    saved = {_plain(n): t.shape for n, t in state["shared"].items() if n.startswith(kinds)}
+    saved |= {_plain(n): t.shape[1:] for n, t in state["rows"].items() if n.startswith(kinds)}
+    if not any(name.startswith("frozen.") for name in state["shared"]):  # saved before they were kept
+        wanted = {
+            n: shape for n, shape in wanted.items() if n in saved or f"frozen.{n}" not in _frozen(local)
+        }
     for name in [*wanted, *saved]:
         if wanted.get(name) != saved.get(name):
             raise CheckpointError(
                 f"{name} has the shape {_shape(saved.get(name))} in the saved state and "
-                f"{_shape(wanted.get(name))} here; this checkpoint is of another model or outer step"
+                f"{_shape(wanted.get(name))} here; this checkpoint is of another model"
             )
+    has_momentum = [
+        any(n.startswith("momentum.") for n in names) for names in (_shared(local), state["shared"])
+    ]
+    if has_momentum[0] != has_momentum[1]:
+        raise CheckpointError(
+            "this checkpoint is of another outer step: one has a momentum, the other has none"
+        )
     fragment = int(state["fragment"])
     names = {n.removeprefix("mean.") for n in state["shared"] if n.startswith("mean.")}
     if fragment >= 0 and (
@@ -197,6 +230,11 @@ def _check(local: LocalSGD, state: dict[str, Any]) -> None:
             f"the saved state was averaging fragment {fragment}, cut otherwise here; resume with the same "
             "number of fragments, or save when nothing is under way"
         )
+
+
+def _plain(name: str) -> str:
+    """Of a parameter its name, frozen or not."""
+    return name.removeprefix("parameter.").removeprefix("frozen.")
 
 
 def _shape(shape: torch.Size | None) -> object:
@@ -215,32 +253,103 @@ def _restore(local: LocalSGD, state: dict[str, Any]) -> None:
         has_sent = any(name.startswith("sent.") for name in rows)
         local.resume_pending(int(state["fragment"]), int(state["due"]), has_sent)
     with torch.no_grad():
-        for name, tensor in _shared(local).items():
-            tensor.copy_(state["shared"][name])
         for name, tensor in _own(local).items():
-            tensor.copy_(rows[name])
+            _restore_tensor(local, name, tensor, state["shared"], rows)
+        for name, tensor in _frozen(local).items():
+            _restore_tensor(local, name, tensor, state["shared"], rows)
+        _restore_shared(local, state["shared"], rows)
     if local.inner_optimizer is not None:
-        _restore_optimizer(local.inner_optimizer, state["optimizer"], rows)
+        _restore_optimizer(local, state["optimizer"], rows)
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, text: str, rows: dict[str, Tensor]) -> None:
+def _restore_tensor(
+    local: LocalSGD, name: str, tensor: Tensor, shared: dict[str, Tensor], rows: dict[str, Tensor]
+) -> None:
+    """Fill what this rank has for itself, or what is frozen; collective."""
+    plain = _plain(name)
+    if name in rows:
+        tensor.copy_(rows[name])
+    elif f"frozen.{plain}" in shared:
+        tensor.copy_(shared[f"frozen.{plain}"])
+    elif f"parameter.{plain}" in rows:  # it has been frozen since
+        tensor.copy_(rows[f"parameter.{plain}"])
+        membership.mean_over_ranks(tensor, local.sync.group)
+    else:
+        _log.warning("resumed: no value of %r was saved, which is frozen; it stays rank 0's", plain)
+
+
+def _restore_shared(local: LocalSGD, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+    """Fill anchors, momentum and what is under way; collective."""
+    for name, tensor in _shared(local).items():
+        kind, plain = name.split(".", 1)
+        if name in shared:
+            tensor.copy_(shared[name])
+        elif kind == "momentum":
+            tensor.zero_()
+        elif f"frozen.{plain}" in shared:  # trained since
+            tensor.copy_(shared[f"frozen.{plain}"])
+        else:  # it had been unfrozen when it was saved, but not yet averaged
+            tensor.copy_(rows[f"parameter.{plain}"])
+            membership.mean_over_ranks(tensor, local.sync.group)
+
+
+def _restore_optimizer(local: LocalSGD, text: str, rows: dict[str, Tensor]) -> None:
     if not text:
         raise CheckpointError(
             "the saved state has no inner optimizer: it was saved by a run that calls step() itself"
         )
-    saved = json.loads(text)
+    assert local.inner_optimizer is not None
+    saved, optimizer = json.loads(text), stateful(local.inner_optimizer)
     groups = optimizer.state_dict()["param_groups"]
-    if [len(group["params"]) for group in saved["groups"]] != [len(group["params"]) for group in groups]:
-        raise CheckpointError("the inner optimizer has other parameter groups than the saved one")
+    if len(saved["groups"]) != len(groups):
+        raise CheckpointError(
+            f"the inner optimizer has {len(groups)} parameter groups, the saved one {len(saved['groups'])}"
+        )
     for group, theirs in zip(groups, saved["groups"], strict=True):
         for key, value in theirs.items():
-            if key != "params":
+            if key not in ("params", "names"):
                 group[key] = tuple(value) if isinstance(value, list) else value
+    places = _places(local, optimizer, saved["groups"])
     state: dict[int, dict[str, Any]] = {}
     for index, key, value in saved["numbers"]:
-        state.setdefault(index, {})[key] = value
+        if index in places:
+            state.setdefault(places[index], {})[key] = value
     for name, row in rows.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = row.clone()
+            if int(index) in places:
+                state.setdefault(places[int(index)], {})[key] = row.clone()
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _places(local: LocalSGD, optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> dict[int, int]:
+    """Where each saved parameter of the optimizer stands now: by name, or by its place if that is all.
+
+    Raises:
+        CheckpointError: there are no names to go by, and the groups differ.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    names = {id(parameter): name for name, parameter in membership.named(local.model).items()}
+    ours = {
+        names.get(id(parameter)): index
+        for real, group in zip(optimizer.param_groups, groups, strict=True)
+        for parameter, index in zip(real["params"], group["params"], strict=True)
+    }
+    theirs = {n: i for group in saved for n, i in zip(group.get("names", []), group["params"], strict=False)}
+    if None in ours or None in theirs or not theirs:
+        sizes = [[len(group["params"]) for group in side] for side in (saved, groups)]
+        if sizes[0] != sizes[1]:
+            raise CheckpointError(
+                "the inner optimizer has other parameters than the saved one, and not all are the model's"
+            )
+        return {
+            t: o
+            for a, b in zip(saved, groups, strict=True)
+            for t, o in zip(a["params"], b["params"], strict=True)
+        }
+    fresh = sorted(str(name) for name in ours.keys() - theirs.keys())
+    if fresh:
+        _log.warning(
+            "resumed: %d parameters (%s, ...) start with a new inner optimizer", len(fresh), fresh[0]
+        )
+    return {index: ours[name] for name, index in theirs.items() if name in ours}

@@ -6,21 +6,37 @@ the common starting point: to the mean of the ranks (`LocalSGD`), or by Nesterov
 
 Streaming: the parameters are cut into fragments, and each is averaged at its own step of the cycle, so what
 is sent at once falls by their number. With a delay, a fragment's exchange runs while the next inner steps are
-taken, and is applied when they are done; what the rank learned meanwhile stays on top of the outer step.
+taken, and is applied when they are done. With the common start a, this rank's parameters p(t) at a step t
+of the schedule, and a delay of d steps::
 
-The inner optimizer's state stays each rank's own, and so do buffers such as BatchNorm's statistics.
+    g = mean over ranks of a - p(t)                sent at step t, waited for at step t + d
+    a' = outer step of a along g
+    p(t + d) <- a' + (p(t + d) - p(t))             what was learned meanwhile stays on top; or, with alpha,
+    p(t + d) <- alpha p(t + d) + (1 - alpha) a'
+
+torchft counts from the other end: it sends at step t - d and applies at t, the same exchange d steps earlier,
+and mixes by its `fragment_update_alpha` (0 by default: what was learned meanwhile is dropped).
+
+What is trained may change on the way, on all ranks after the same step: the next average notes it, and from
+then on a parameter that was unfrozen or added is averaged (after a plain mean over ranks, so that all start
+together), and one that was frozen or removed is not. A frozen parameter has rank 0's value everywhere.
+
+The inner optimizer's state stays each rank's own, and so do buffers after the start, such as BatchNorm's
+statistics: a checkpoint keeps those of every rank, and whoever saves the model at the end saves those of its
+own rank (`torch.optim.swa_utils.update_bn` makes them anew).
 
 References:
     Stich, "Local SGD converges fast and communicates little", ICLR 2019.
     Douillard et al., "DiLoCo: Distributed low-communication training of language models", 2023.
-    Douillard et al., "Streaming DiLoCo with overlapping communication", 2025 (fragments and delay; it mixes
-    old and new parameters half and half where we add the steps taken meanwhile).
+    Douillard et al., "Streaming DiLoCo with overlapping communication", 2025 (fragments, delay, and mixing
+    half and half).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,75 +45,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gradq import wire
 from gradq.codecs import Codec
-from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
+from gradq.errors import ConfigError, GradqError, MismatchError, PeerError, UnsupportedError
 from gradq.handshake import agree
-from gradq.hooks import local_checkpoint
+from gradq.hooks import inner_optimizer as inner
+from gradq.hooks import local_checkpoint, membership
+from gradq.hooks.fragments import WORK_DTYPES, Bucket, Fragment, fragments_of
 from gradq.metrics import Event, Stats
 from gradq.policy import AdaptivePolicy, ExactRule, FixedPolicy, ParameterInfo, Policy, Spec
 from gradq.sync import GradientSync
 from gradq.sync_config import SyncConfig, Timeout, as_timedelta
 
-__all__ = ["Bucket", "DiLoCo", "Fragment", "LocalSGD", "cut"]
+__all__ = ["DiLoCo", "LocalSGD"]
 
-_WORK_DTYPES = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.float64: torch.float64,
-}
-
-
-@dataclass
-class Bucket:
-    """Parameters of one work dtype in one fragment.
-
-    Attributes:
-        index: among all buckets.
-        parameters: by name.
-        anchor: where the ranks started from, flat [n], on the CPU; equal on all ranks.
-        momentum: of the outer step, flat [n]; None without.
-    """
-
-    index: int
-    parameters: dict[str, Tensor]
-    anchor: Tensor
-    momentum: Tensor | None
-
-    def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """The parts of flat [n] that belong to each parameter, in its shape."""
-        parts = torch.split(flat, [parameter.numel() for parameter in self.parameters.values()])
-        return {
-            name: part.view(parameter.shape)
-            for (name, parameter), part in zip(self.parameters.items(), parts, strict=True)
-        }
-
-    def read(self, flat: Tensor) -> None:
-        """Copy the parameters into flat [n]."""
-        for name, view in self.views(flat).items():
-            view.copy_(self.parameters[name])
-
-    def write(self, flat: Tensor) -> None:
-        """Copy flat [n] into the parameters."""
-        for name, view in self.views(flat).items():
-            self.parameters[name].copy_(view)
-
-
-@dataclass
-class Fragment:
-    """What is averaged together.
-
-    Attributes:
-        offset: averaged at the steps that equal this modulo `every`.
-        buckets: one a work dtype.
-    """
-
-    offset: int
-    buckets: list[Bucket]
+_log = logging.getLogger("gradq")
 
 
 @dataclass
@@ -119,30 +83,12 @@ class _Pending:
     futures: list[Future[Tensor]] = field(default_factory=list)
 
 
-def cut(numels: Sequence[int], count: int) -> list[int]:
-    """Which of count fragments each parameter belongs to: in order, about equally many elements each.
-
-    Raises:
-        ConfigError: there are fewer parameters than fragments.
-    """
-    if count > len(numels):
-        raise ConfigError(f"fragments={count}: the model has only {len(numels)} parameters to share out")
-    owners: list[int] = []
-    total, done = max(sum(numels), 1), 0
-    for index, numel in enumerate(numels):
-        middle = int((done + numel / 2) / total * count)
-        least = max(count - (len(numels) - index), 0)  # leave a parameter for each fragment to come
-        most = owners[-1] + 1 if owners else 0  # and none out
-        owners.append(min(max(middle, least), most, count - 1))
-        done += numel
-    return owners
-
-
 class LocalSGD:
     """Train locally, and replace the parameters by their mean over ranks every so many steps.
 
-    All ranks construct it together; rank 0's parameters and buffers are given to all. Afterwards the training
-    loop stays as it is: averaging happens inside the inner optimizer's `step`::
+    All ranks construct it together; rank 0's parameters (frozen ones too) and buffers are given to all. They
+    need one step of the inner optimizer in every iteration of every rank: see grad_scaler. The training loop
+    stays as it is: averaging happens inside the inner optimizer's `step`::
 
           optimizer = torch.optim.AdamW(model.parameters())
         + local = gradq.LocalSGD(model, optimizer, "int4", every=8)
@@ -154,9 +100,9 @@ class LocalSGD:
 
     Args:
         model: a plain module, the same on all ranks; not wrapped in DistributedDataParallel.
-        inner_optimizer: what the training loop steps; its step counts. None: call `step` yourself after every
-            step, for instance because several optimizers step together, or because a GradScaler skips steps
-            on some ranks only.
+        inner_optimizer: what the training loop steps; its step counts, also if it is one that wraps another.
+            Of several, the one that steps last. None: call `step` yourself after every iteration, for
+            instance because a rank may leave out steps.
         spec: how pseudo-gradients travel; see `gradq.HookState`.
         every: inner steps between two averages of a parameter.
         fragments: cut the model into this many parts, averaged one after another, `every / fragments` steps
@@ -168,7 +114,12 @@ class LocalSGD:
         seed: of the stochastic rounding.
         collective: "auto", "direct" or "two_phase".
         residual_dtype: "fp32" or "bf16".
-        timeout: of an exchange: how long the fastest rank waits for the slowest. The group's by default.
+        timeout: limit for one exchange: how long the fastest rank waits for the slowest. The group's if None.
+        grad_scaler: the GradScaler that steps inner_optimizer, if any: a step that it skips on one rank
+            counts too, so that all ranks average at the same iterations.
+        fragment_update_alpha: with a delay, this share of the rank's own parameters stays when an average is
+            applied, from 0 to 1. None adds what was learned meanwhile, see this module. With long delays 0.5
+            learned better (benchmarks/diloco.py).
 
     Raises:
         ConfigError: an argument out of its range (SpecError for the spec).
@@ -192,6 +143,8 @@ class LocalSGD:
         collective: str = "auto",
         residual_dtype: str = "fp32",
         timeout: Timeout = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        fragment_update_alpha: float | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError('no process group: call torch.distributed.init_process_group("gloo") first')
@@ -199,36 +152,63 @@ class LocalSGD:
         assert group is not None
         self.model, self.inner_optimizer = model, inner_optimizer
         self.every, self.delay = every, delay
-        self.inner_step = self._steps_here = 0
+        self.fragment_update_alpha = fragment_update_alpha
+        self.inner_step = self._steps_here = self._dense_so_far = 0
         self.pending: _Pending | None = None
-        config = SyncConfig(
+        self._num_fragments = fragments
+        self._config = SyncConfig(
             seed=seed, collective=collective, residual_dtype=residual_dtype, timeout=as_timedelta(timeout)
         )
+        self._notes = membership.Notes(group, self._config.timeout)
+        self._sinks: list[Callable[[Event], None]] = []
+        self._before = Stats()  # of what was averaged with other members
         try:
-            _check_schedule(every, fragments, delay)
-            parameters = _trainable(model)
-            _check_optimizer(inner_optimizer)
-            self.fragments = self._cut(parameters, fragments)
-            policy, label = _policy(spec, feedback, exact)
-            agree({"local steps": self._settings(fragments)}, group)
-            self.sync = GradientSync(_describe(parameters), policy, label, group, config)
+            _check_schedule(every, fragments, delay, fragment_update_alpha)
+            parameters = membership.trained(model)
+            if not parameters:
+                raise UnsupportedError(
+                    "no parameter of the model requires a gradient; there is nothing to average"
+                )
+            inner.check(inner_optimizer, grad_scaler, model.parameters())
+            self.fragments = self._cut(parameters)
+            self._policy, self._label = _policy(spec, feedback, exact)
+            agree(
+                {
+                    "local steps": self._settings(fragments),
+                    "trained parameters": membership.describe(parameters.items()),
+                    "frozen parameters": membership.describe(membership.frozen(model).items()),
+                    "buffers": membership.describe(membership.buffers(model).items()),
+                },
+                group,
+            )
+            self.sync = self._make_sync(parameters, group)
         except MismatchError:
             raise
         except GradqError as error:  # the other ranks are waiting in the handshake: tell them
             with contextlib.suppress(MismatchError):
                 agree({"error": str(error)}, group)
             raise
-        self._dense_bytes = wire.ring_bytes(
-            sum(parameter.nbytes for parameter in parameters.values()), self.sync.world_size
-        )
+        self._count_dense_bytes(parameters)
         self._start_together()
-        self._remove_hook: Callable[[], None] = lambda: None
+        self._counter: inner.StepCounter | None = None
         if inner_optimizer is not None:
-            self._remove_hook = inner_optimizer.register_step_post_hook(lambda *_: self.step()).remove
+            self._counter = inner.StepCounter(inner_optimizer, grad_scaler, self.step)
+
+    def _cut(self, parameters: dict[str, Tensor]) -> list[Fragment]:
+        self._members = self._asked = membership.digest(parameters)
+        return fragments_of(parameters, self._num_fragments, self.every, self._has_momentum())
+
+    def _make_sync(self, parameters: dict[str, Tensor], group: dist.ProcessGroup) -> GradientSync:
+        return GradientSync(_describe(parameters), self._policy, self._label, group, self._config)
+
+    def _count_dense_bytes(self, parameters: dict[str, Tensor]) -> None:
+        nbytes = sum(parameter.nbytes for parameter in parameters.values())
+        self._dense_bytes = wire.ring_bytes(nbytes, self.sync.world_size)
 
     def _settings(self, fragments: int) -> str:
         """What all ranks must have in common, besides what `GradientSync` compares."""
-        return f"{type(self).__name__}, every={self.every}, fragments={fragments}, delay={self.delay}"
+        mixing = "" if self.fragment_update_alpha is None else f", alpha={self.fragment_update_alpha}"
+        return f"{type(self).__name__}, every={self.every}, fragments={fragments}, delay={self.delay}{mixing}"
 
     def _outer_step(self, anchor: Tensor, mean: Tensor, momentum: Tensor | None) -> None:
         """Move the common starting point; mean is scratch afterwards."""
@@ -237,39 +217,20 @@ class LocalSGD:
     def _has_momentum(self) -> bool:
         return False
 
-    def _cut(self, parameters: dict[str, Tensor], count: int) -> list[Fragment]:
-        owners = cut([parameter.numel() for parameter in parameters.values()], count)
-        fragments, index = [], 0
-        for fragment in range(count):
-            mine = [item for item, owner in zip(parameters.items(), owners, strict=True) if owner == fragment]
-            buckets = []
-            for dtype in (torch.float32, torch.float64):
-                members = {name: p for name, p in mine if _WORK_DTYPES[p.dtype] == dtype}
-                if members:
-                    anchor = torch.zeros(sum(p.numel() for p in members.values()), dtype=dtype)
-                    momentum = torch.zeros_like(anchor) if self._has_momentum() else None
-                    buckets.append(Bucket(index, members, anchor, momentum))
-                    index += 1
-            fragments.append(Fragment((fragment + 1) * self.every // count % self.every, buckets))
-        return fragments
-
     @torch.no_grad()
     def _start_together(self) -> None:
-        """Give rank 0's parameters and buffers to all."""
-        group = self.sync.group
-        root = dist.get_global_rank(group, 0)
+        """Give rank 0's parameters and buffers to all, frozen ones too."""
+        membership.give_from_first([*self.model.parameters(), *self.model.buffers()], self.sync.group)
         for bucket in self.buckets():
             bucket.read(bucket.anchor)
-            dist.broadcast(bucket.anchor, root, group=group)
-            bucket.write(bucket.anchor)
-        for buffer in self.model.buffers():
-            on_cpu = buffer.detach().cpu().contiguous()
-            dist.broadcast(on_cpu, root, group=group)
-            buffer.copy_(on_cpu)
 
     def buckets(self) -> list[Bucket]:
         """The buckets of all fragments, in order."""
         return [bucket for fragment in self.fragments for bucket in fragment.buckets]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is averaged, by name, in the order of the buckets."""
+        return {name: p for bucket in self.buckets() for name, p in bucket.parameters.items()}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -280,6 +241,7 @@ class LocalSGD:
         """
         self.inner_step += 1
         self._steps_here += 1
+        self._dense_so_far += self._dense_bytes
         if self.pending is not None and self.inner_step >= self.pending.due:
             self._apply()
         for index, fragment in enumerate(self.fragments):
@@ -287,6 +249,7 @@ class LocalSGD:
                 self._start(index, self.inner_step + self.delay)
                 if not self.delay:
                     self._apply()
+                    break  # the fragments may be others now
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -298,20 +261,24 @@ class LocalSGD:
         """
         if self.pending is not None:
             self._apply()
+        self._post_note(final=True)
+        self._check_notes()
+        self._follow_model()
         if self.inner_step % self.every == 0 and len(self.fragments) == 1 and not self.delay:
             return
         for index in range(len(self.fragments)):
-            self._start(index, self.inner_step, keep_progress=False)
+            self._start(index, self.inner_step, final=True)
             self._apply(plain=True)
 
-    def _start(self, index: int, due: int, keep_progress: bool = True) -> None:
+    def _start(self, index: int, due: int, final: bool = False) -> None:
         """Start to average a fragment; what the rank learns meanwhile can be kept on top of the outcome."""
+        self._post_note(final)
         buckets = self.fragments[index].buckets
         pending = _Pending(index, due, [], [])
         for place, bucket in enumerate(buckets):
             flat = torch.empty_like(bucket.anchor)
             bucket.read(flat)
-            if self.delay and keep_progress:
+            if self.delay and not final:
                 pending.sent.append(flat.clone())
             torch.sub(bucket.anchor, flat, out=flat)
             pending.means.append(flat)
@@ -335,17 +302,97 @@ class LocalSGD:
             if not pending.sent:
                 bucket.write(bucket.anchor)
                 continue
-            flat = pending.means[place]
+            flat, alpha = pending.means[place], self.fragment_update_alpha
             bucket.read(flat)
-            bucket.write(flat.sub_(pending.sent[place]).add_(bucket.anchor))
+            if alpha is None:
+                flat.sub_(pending.sent[place]).add_(bucket.anchor)
+            else:
+                flat.mul_(alpha).add_(bucket.anchor, alpha=1 - alpha)
+            bucket.write(flat)
+        self._follow_model()
+
+    def _post_note(self, final: bool) -> None:
+        """Tell the other ranks where this one stands and what it trains."""
+        parameters = membership.trained(self.model)
+        for bucket in self.buckets():  # a parameter may have been replaced by another tensor of its kind
+            for name, member in bucket.parameters.items():
+                now = parameters.get(name, member)
+                if now.shape == member.shape and now.dtype == member.dtype:
+                    bucket.parameters[name] = now
+        self._asked = membership.digest(parameters) if parameters else self._members
+        self._notes.post(self.inner_step, final, self._asked)
+        sent = 8 * self._notes.NUMEL * (self.sync.world_size - 1)
+        self.sync.metrics.record(Event("wire_bytes", sent, self.sync.step))
+
+    def _check_notes(self) -> None:
+        """Compare the ranks' notes.
+
+        Raises:
+            MismatchError: they differ; PeerError: a rank is gone.
+        """
+        try:
+            self._notes.check()
+        except MismatchError:
+            raise
+        except RuntimeError as error:
+            raise PeerError(f"rank {self.sync.rank}: the other ranks did not answer: {error}") from error
+
+    def _follow_model(self) -> None:
+        """Average what is trained now: parameters unfrozen, frozen, added or removed before the last note.
+
+        Those that have become trained, or are no longer, get the plain mean of all ranks first, so that all
+        start together. Momentum starts at zero, the fragments are cut anew. Collective.
+        """
+        if self._asked == self._members:
+            return
+        now, old, group = membership.trained(self.model), self.sync, self.sync.group
+        kept = dict(self._anchors(now))
+        present = membership.named(self.model)
+        left = {n for bucket in self.buckets() for n in bucket.parameters if n in present and n not in now}
+        for name in sorted((now.keys() - kept.keys()) | left):
+            membership.mean_over_ranks(present[name], group)
+        self.fragments = self._cut(now)
+        for bucket in self.buckets():
+            bucket.read(bucket.anchor)
+            anchors = bucket.views(bucket.anchor)
+            momenta = {} if bucket.momentum is None else bucket.views(bucket.momentum)
+            for name in anchors.keys() & kept.keys():
+                anchor, momentum = kept[name]
+                anchors[name].copy_(anchor)
+                if momentum is not None:
+                    momenta[name].copy_(momentum)
+        self.sync = self._make_sync(now, group)
+        self.sync.step = old.step
+        _take_residuals(old, self.sync)
+        for sink in self._sinks:
+            self.sync.metrics.add_sink(sink)
+        self._before = _added(self._before, old.stats())
+        old.close()
+        self._count_dense_bytes(now)
+        _log.info("local steps average %d parameters from inner step %d on", len(now), self.inner_step)
+
+    def _anchors(self, now: dict[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor | None]]]:
+        """Anchor and momentum of each parameter that goes on being averaged, by name."""
+        for bucket in self.buckets():
+            momenta = {} if bucket.momentum is None else bucket.views(bucket.momentum)
+            for name, anchor in bucket.views(bucket.anchor).items():
+                new = now.get(name)
+                if new is not None and new.shape == anchor.shape and WORK_DTYPES[new.dtype] == anchor.dtype:
+                    yield name, (anchor, momenta.get(name))
 
     def wait(self) -> _Pending:
         """Wait for the average under way.
 
         Raises:
             PeerError, WireError: it failed.
+            MismatchError: ranks are at different places; see `membership.Notes`.
         """
         assert self.pending is not None
+        gone: PeerError | None = None
+        try:
+            self._check_notes()
+        except PeerError as error:
+            gone = error  # the averages know which rank
         for future in self.pending.futures:
             try:
                 future.wait()
@@ -354,6 +401,8 @@ class LocalSGD:
                     raise self.sync.failure from None
                 raise
         self.pending.futures.clear()
+        if gone is not None:
+            raise gone
         return self.pending
 
     def resume_pending(self, fragment: int, due: int, has_sent: bool) -> None:
@@ -372,11 +421,12 @@ class LocalSGD:
         Args:
             parameters: fill `Stats.parameters` too.
         """
-        stats = self.sync.stats(parameters)
-        return replace(stats, steps=self._steps_here, dense_bytes=self._steps_here * self._dense_bytes)
+        stats = _added(self.sync.stats(parameters), self._before)
+        return replace(stats, steps=self._steps_here, dense_bytes=self._dense_so_far)
 
     def add_sink(self, sink: Callable[[Event], None]) -> None:
         """Call sink(event) for every measurement, from the thread that made it; it must be quick."""
+        self._sinks.append(sink)
         self.sync.metrics.add_sink(sink)
 
     def state_dict(self) -> dict[str, Any]:
@@ -396,7 +446,10 @@ class LocalSGD:
 
     def close(self) -> None:
         """Leave the inner optimizer alone and end gradq's threads and process groups. Idempotent."""
-        self._remove_hook()
+        if self._counter is not None:
+            self._counter.close()
+            if not self._steps_here:
+                _log.warning("local steps ended without a step of the inner optimizer: nothing was averaged")
         self.sync.close()
 
     def __repr__(self) -> str:
@@ -454,7 +507,7 @@ class DiLoCo(LocalSGD):
         anchor.sub_(mean.add_(momentum, alpha=self.outer_momentum), alpha=self.outer_lr)
 
 
-def _check_schedule(every: int, fragments: int, delay: int) -> None:
+def _check_schedule(every: int, fragments: int, delay: int, alpha: float | None) -> None:
     if every < 1:
         raise ConfigError(f"every={every}: ranks average after 1 inner step or more")
     if not 1 <= fragments <= every:
@@ -464,46 +517,17 @@ def _check_schedule(every: int, fragments: int, delay: int) -> None:
             f"delay={delay}: choose from 0 to every // fragments = {every // fragments}, so that one average "
             "is applied before the next one starts"
         )
-
-
-def _check_optimizer(optimizer: object) -> None:
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise UnsupportedError(
-            f"inner_optimizer is a {type(optimizer).__name__}; pass the torch.optim.Optimizer that the "
-            "training loop steps, or None and call step() after every step"
+    if alpha is not None and not (delay and 0 <= alpha <= 1):
+        raise ConfigError(
+            f"fragment_update_alpha={alpha}: choose from 0 to 1, together with a delay of 1 or more: without "
+            "one there are no steps of the rank's own to mix in"
         )
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that require a gradient, by name.
-
-    Raises:
-        UnsupportedError: naming what cannot be averaged, and what to do.
-    """
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise UnsupportedError(
-            "the model is wrapped in DistributedDataParallel, which averages gradients in every step: local "
-            "steps replace that. Pass the plain module"
-        )
-    parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    for name, parameter in parameters.items():
-        if type(parameter.data).__name__ == "DTensor":
-            raise UnsupportedError(
-                f"parameter {name!r} is sharded (a DTensor); local steps need it whole on each rank"
-            )
-        if parameter.dtype not in _WORK_DTYPES:
-            raise UnsupportedError(
-                f"parameter {name!r} is {parameter.dtype}; local steps average fp32, bf16, fp16 and fp64"
-            )
-    if not parameters:
-        raise UnsupportedError("no parameter of the model requires a gradient; there is nothing to average")
-    return parameters
 
 
 def _describe(parameters: dict[str, Tensor]) -> list[ParameterInfo]:
     """Pseudo-gradients have the work dtype."""
     return [
-        ParameterInfo(name=name, shape=tuple(p.shape), dtype=_WORK_DTYPES[p.dtype], index=index)
+        ParameterInfo(name=name, shape=tuple(p.shape), dtype=WORK_DTYPES[p.dtype], index=index)
         for index, (name, p) in enumerate(parameters.items())
     ]
 
@@ -522,3 +546,22 @@ def _policy(
     parsed = Spec.parse(spec)
     policy = None if parsed.is_none else FixedPolicy(spec=parsed, exact=exact, feedback=feedback)
     return policy, str(parsed)
+
+
+def _take_residuals(old: GradientSync, new: GradientSync) -> None:
+    """Keep what is owed to parameters that go on; shard residuals where this rank still owns the piece."""
+    for name in old.feedback.local.names():
+        residual = old.feedback.local.current(name)
+        if name in new.plan and new.plan[name].feedback1 and new.parameters[name].numel == residual.numel():
+            new.feedback.local.replace(name, residual)
+    for name in old.feedback.shard.names():
+        if name in new.plan and new.plan[name].feedback2:
+            pieces = [sync.segment(name).piece(sync.world_size, sync.rank) for sync in (old, new)]
+            if pieces[0] == pieces[1]:
+                new.feedback.shard.replace(name, old.feedback.shard.current(name))
+
+
+def _added(stats: Stats, earlier: Stats) -> Stats:
+    """Bytes and times of both; the rest of the first."""
+    names = ("dense_bytes", "wire_bytes", "intra_node_bytes", "encode_ms", "exchange_ms", "decode_ms")
+    return replace(stats, **{name: getattr(stats, name) + getattr(earlier, name) for name in names})
