@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from gradq.errors import GradqError, MismatchError
 
-__all__ = ["agree", "gather", "meeting", "reason"]
+__all__ = ["agree", "gather", "meeting", "reason", "tell"]
 
 _T = TypeVar("_T")
 

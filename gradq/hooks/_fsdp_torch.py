@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradq.errors import UnsupportedError
+from gradq.policy import canonical_name
 
 __all__ = [
     "Shard",
@@ -25,8 +26,6 @@ __all__ = [
     "reduce_scatter",
     "unmanaged_parameters",
 ]
-
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation checkpointing and torch.compile
 
 
 def _missing(what: str) -> UnsupportedError:
@@ -245,7 +244,7 @@ def find_units(model: nn.Module) -> list[Unit]:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    paths = {id(module): _clean(path) for path, module in reversed(list(model.named_modules()))}
+    paths = {id(module): canonical_name(path) for path, module in reversed(list(model.named_modules()))}
     units: list[Unit] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -275,20 +274,18 @@ def _groups(module: Any) -> Sequence[Any]:
     return [] if single is None else [single]
 
 
-def _clean(path: str) -> str:
-    for wrapper in _WRAPPERS:
-        path = (path + ".").replace(wrapper, "").removesuffix(".")
-    return path
-
-
 def unmanaged_parameters(model: nn.Module, units: Sequence[Unit]) -> Iterator[str]:
     """Names of trained parameters that no unit manages."""
     managed = {shard.name for unit in units for shard in unit.shards}
     from torch.distributed.tensor import DTensor
 
     for name, parameter in model.named_parameters():
-        if _clean(name) not in managed and parameter.requires_grad and not isinstance(parameter, DTensor):
-            yield _clean(name)
+        if (
+            canonical_name(name) not in managed
+            and parameter.requires_grad
+            and not isinstance(parameter, DTensor)
+        ):
+            yield canonical_name(name)
 
 
 def reduce_scatter(output: Tensor, flat: Tensor, op: Any, group: dist.ProcessGroup) -> None:

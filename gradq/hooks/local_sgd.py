@@ -48,14 +48,14 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from gradq import wire
-from gradq.codecs import Codec
 from gradq.errors import ConfigError, GradqError, MismatchError, PeerError, UnsupportedError
 from gradq.handshake import agree
 from gradq.hooks import inner_optimizer as inner
 from gradq.hooks import local_checkpoint, membership
+from gradq.hooks.copied import CopiedHandle
 from gradq.hooks.fragments import WORK_DTYPES, Bucket, Fragment, fragments_of
 from gradq.metrics import Event, Stats
-from gradq.policy import AdaptivePolicy, ExactRule, FixedPolicy, ParameterInfo, Policy, Spec
+from gradq.policy import AdaptivePolicy, Asked, ExactRule, ParameterInfo, Policy, label, resolve
 from gradq.sync import GradientSync
 from gradq.sync_config import SyncConfig, Timeout, as_timedelta
 
@@ -131,7 +131,7 @@ class LocalSGD:
         self,
         model: nn.Module,
         inner_optimizer: Optimizer | None,
-        spec: str | Codec | Spec | Policy = "int8",
+        spec: Asked = "int8",
         *,
         every: int,
         fragments: int = 1,
@@ -452,6 +452,10 @@ class LocalSGD:
                 _log.warning("local steps ended without a step of the inner optimizer: nothing was averaged")
         self.sync.close()
 
+    def __reduce__(self) -> tuple[type[CopiedHandle], tuple[str]]:
+        """A copy or a pickle is a `CopiedHandle`, as of `HookState`."""
+        return CopiedHandle, (type(self).__name__,)
+
     def __repr__(self) -> str:
         return f"<gradq {self._settings(len(self.fragments))}, {self.stats()}>"
 
@@ -484,7 +488,7 @@ class DiLoCo(LocalSGD):
         self,
         model: nn.Module,
         inner_optimizer: Optimizer | None,
-        spec: str | Codec | Spec | Policy = "int4",
+        spec: Asked = "int4",
         *,
         every: int,
         outer_lr: float = 0.7,
@@ -532,20 +536,15 @@ def _describe(parameters: dict[str, Tensor]) -> list[ParameterInfo]:
     ]
 
 
-def _policy(
-    spec: str | Codec | Spec | Policy, feedback: bool | str, exact: ExactRule
-) -> tuple[Policy | None, str]:
+def _policy(spec: Asked, feedback: bool | str, exact: ExactRule) -> tuple[Policy | None, str]:
     """The policy a spec stands for, and what to call it."""
     if isinstance(spec, AdaptivePolicy):
         raise UnsupportedError(
             f"{type(spec).__name__} plans again at step boundaries, and fragments have none in common; "
             "give local steps a fixed spec"
         )
-    if not isinstance(spec, str | Codec | Spec):
-        return spec, type(spec).__name__
-    parsed = Spec.parse(spec)
-    policy = None if parsed.is_none else FixedPolicy(spec=parsed, exact=exact, feedback=feedback)
-    return policy, str(parsed)
+    asked, policy = resolve(spec, exact=exact, feedback=feedback)
+    return policy, label(asked)
 
 
 def _take_residuals(old: GradientSync, new: GradientSync) -> None:

@@ -295,6 +295,14 @@ def test_a_copied_handle_says_what_it_is(make):
     handle.close()
 
 
+def test_local_steps_say_the_same():
+    with pytest.raises(gradq.SpecError, match="'int8'"):
+        gradq.LocalSGD(model(), None, 8, every=2)
+    local = gradq.LocalSGD(model(), None, {"*": "int8"}, every=2)
+    assert "compresses nothing" in repr(copy.deepcopy(local))
+    local.close()
+
+
 def test_a_closed_handle_makes_room_for_another():
     wrapped = ddp()
     first = gradq.compress(wrapped, "int8")

@@ -10,6 +10,7 @@ from torch import nn
 
 import gradq
 from gradq.hooks import _backward, _fsdp_torch
+from gradq.policy import canonical_name
 
 
 @pytest.mark.parametrize("name", ["set_custom_reduce_scatter", "_get_fsdp_state"])
@@ -43,4 +44,4 @@ def test_a_plain_module_is_not_sharded() -> None:
     ],
 )
 def test_wrappers_leave_no_trace_in_names(path: str, name: str) -> None:
-    assert _fsdp_torch._clean(path) == name
+    assert canonical_name(path) == name
