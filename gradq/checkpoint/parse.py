@@ -17,6 +17,7 @@ from gradq.checkpoint.packing import Piece, digest, pack
 from gradq.checkpoint.rows import Rows, check_tensor
 from gradq.checkpoint.state import FORMAT, bases_shapes, head_digest, residual_shapes
 from gradq.errors import CheckpointError
+from gradq.policy import canonical_name
 from gradq.sync import GradientSync
 
 __all__ = ["Saved", "check_fit", "integer", "mapping", "parse"]
@@ -24,7 +25,6 @@ __all__ = ["Saved", "check_fit", "integer", "mapping", "parse"]
 _ENTRIES = ("format", "step", "world_size", "rank", "local", "shard")
 _OPTIONAL = ("bases", "policy", "index", "digests")
 _MAX_STEP, _MAX_RANKS, _MAX_NUMEL = 1 << 48, 1 << 20, 1 << 26
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # names that today's states do not have
 
 
 @dataclass
@@ -125,10 +125,10 @@ class _Names:
     """This run's name of a saved parameter; wrappers' names do not count."""
 
     def __init__(self, sync: GradientSync) -> None:
-        self._own = {_plain(name): name for name in sync.parameters}
+        self._own = {canonical_name(name): name for name in sync.parameters}
 
     def ours(self, saved: str) -> str | None:
-        return self._own.get(_plain(saved))
+        return self._own.get(canonical_name(saved))
 
     def wanted(self, saved: Mapping[str, int], wanted: Mapping[str, object]) -> dict[str, str]:
         """This run's names by saved names, of those that this run uses."""
@@ -138,14 +138,8 @@ class _Names:
     def check(self, saved: Mapping[str, int], kind: str) -> None:
         seen: dict[str, str] = {}
         for name in saved:
-            if (before := seen.setdefault(_plain(name), name)) != name:
+            if (before := seen.setdefault(canonical_name(name), name)) != name:
                 raise CheckpointError(f"{kind!r} has two entries of one parameter: {before!r} and {name!r}")
-
-
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 @dataclass

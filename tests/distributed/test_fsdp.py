@@ -542,6 +542,9 @@ def save(rank: int, folder: str, job: dict[str, Any]):
     for step in range(4):
         backward(model, rank, step, job)
     dcp.save({"gradq": handle.state_dict()}, checkpoint_id=folder)
+    gathered = handle.gathered_state_dict()
+    if rank == 0:
+        torch.save(gathered, folder + ".pt")
     saved = {n: handle.sync.feedback.local.current(n).clone() for n in residual_names(handle)}
     history = [backward(model, rank, step, job) for step in (4, 5)]
     handle.close()
@@ -554,6 +557,9 @@ def resume(rank: int, folder: str, job: dict[str, Any]):
     gradq.load_checkpoint(handle, folder)
     step = handle.sync.step
     loaded = {n: handle.sync.feedback.local.current(n).clone() for n in residual_names(handle)}
+    handle.sync.feedback.local.clear()
+    handle.load_state_dict(torch.load(folder + ".pt", weights_only=True))
+    assert all(torch.equal(handle.sync.feedback.local.current(name), row) for name, row in loaded.items())
     history = [backward(model, rank, index, job) for index in (4, 5)]
     handle.close()
     return loaded, history, step
