@@ -48,6 +48,13 @@ def export(
     ] = True,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes to time at.")] = "1",
     seconds: Annotated[float, typer.Option(help="Time for each batch size.")] = 2.0,
+    test: Annotated[
+        str | None,
+        typer.Option(help="Batches with labels to measure accuracy on; by default those of --calibrate."),
+    ] = None,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="INT8 that is slower than fp32 here is a warning only.")
+    ] = False,
     max_loss: Annotated[float, typer.Option(help="Points of accuracy below fp32 that are a failure.")] = 1.0,
 ) -> None:
     """Quantize a model from calibration data, write it and check it against the original."""
@@ -61,6 +68,11 @@ def export(
     console.print(f"1/4 building {model}", markup=False)
     net = _build(model, checkpoint)
     data = _Data(calibrate)
+    tested = data if test is None else _Data(test)
+    if check and test is None:
+        console.print(
+            "--test is not given: the file is compared, and its accuracy measured, on the calibration batches"
+        )
     console.print("2/4 quantizing")
     config = _config(processor, weights, activations)
     first = data.first()
@@ -75,9 +87,10 @@ def export(
         console.print(str(written), markup=False)
         if check and target == "onnx":
             console.print("4/4 checking")
-            _check(path, qmodel, data, sizes, seconds, max_loss)
+            _check(path, qmodel, tested, sizes, seconds, max_loss, None if allow_slower else 1.0)
     if check and target == "bundle":
-        console.print("4/4 choosing")
+        console.print("4/4 checking and choosing")
+        _check_bundle(out, qmodel, tested, max_loss)
         rich.console.Console().print(exporting.load(out, seconds=seconds).why, markup=False)
 
 
@@ -106,12 +119,35 @@ TARGETS: dict[str, Callable[[nn.Module, Path], dict[Path, object]]] = {
 
 
 def _check(
-    path: Path, qmodel: nn.Module, data: Iterable[Any], sizes: list[int], seconds: float, max_loss: float
+    path: Path,
+    qmodel: nn.Module,
+    data: Iterable[Any],
+    sizes: list[int],
+    seconds: float,
+    max_loss: float,
+    min_speedup: float | None,
 ) -> None:
-    """Verify and show the table, whether or not it holds."""
+    """Verify and show the table."""
     report = exporting.verify(
-        path, qmodel, data, batch_sizes=sizes, seconds=seconds, max_accuracy_loss=max_loss, strict=False
-    )
+        path, qmodel, data, batch_sizes=sizes, seconds=seconds, max_accuracy_loss=max_loss, strict=False,
+        min_speedup=min_speedup,
+    )  # fmt: skip
+    _show(report)
+
+
+def _check_bundle(path: Path, qmodel: nn.Module, data: Iterable[Any], max_loss: float) -> None:
+    """Verify every variant of a bundle that runs right on this processor, without timing it."""
+    for name, report in exporting.verify_bundle(path, qmodel, data, max_accuracy_loss=max_loss).items():
+        rich.console.Console().print(f"variant {name}", markup=False)
+        _show(report)
+
+
+def _show(report: exporting.VerifyReport) -> None:
+    """The table, whether or not it holds.
+
+    Raises:
+        VerifyError: it does not.
+    """
     table = rich.table.Table("", "fp32", "int8", "", title=title(report), title_justify="left", box=None)
     for row in report_rows(report):
         style = "red" if row[0] == "FAILED" else "yellow" if row[0] == "warning" else None
@@ -121,7 +157,7 @@ def _check(
         console.width = 160  # a file or a pipe has no edge to wrap at
     console.print(table)
     if not report.ok:
-        raise VerifyError(f"{path}: " + "; ".join(report.failures), report)
+        raise VerifyError(f"{report.path}: " + "; ".join(report.failures), report)
 
 
 def load_attribute(spec: str) -> Any:

@@ -6,7 +6,7 @@ Example:
     >>> print(gradq.export.verify("model.onnx", qmodel, loader))  # doctest: +SKIP
 """
 
-from gradq.export.bundles import Bundle, bundle, load
+from gradq.export.bundles import Bundle, bundle, load, verify_bundle
 from gradq.export.inspect import Operators, operators
 from gradq.export.pt2 import Pt2Report, exported_program, pt2
 from gradq.export.runtime import features, session
@@ -31,4 +31,5 @@ __all__ = [
     "session",
     "variant",
     "verify",
+    "verify_bundle",
 ]

@@ -1,7 +1,9 @@
-"""`bundle` packs a model for several processors; `load` picks the variant that is fastest on this one.
+"""`bundle` packs a model for several processors; `load` picks the variant for this one.
 
 A bundle is a folder or a zip file: ``manifest.json`` and one ONNX file a variant. `load` looks at the
-processor, drops what would be wrong or cannot run here, times the rest, and says what it chose and why.
+processor, drops what would be wrong or cannot run here, takes the variant made for this processor unless
+another
+one is clearly faster here, and says what it chose and why.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,15 @@ from gradq.errors import ConfigError, ExportError
 from gradq.export.capture import example_inputs_of
 from gradq.export.files import atomic, require
 from gradq.export.runtime import DTYPES, features, feed, session
-from gradq.export.timing import interleave
+from gradq.export.timing import interleave, summarize
 from gradq.export.variants import VARIANTS, variant
+from gradq.export.verification import VerifyReport, verify
 from gradq.export.write import ExportReport, onnx
 from gradq.quant.batches import unwrap
 
-__all__ = ["Bundle", "bundle", "load"]
+__all__ = ["Bundle", "bundle", "load", "verify_bundle"]
 
+CLEARLY_FASTER = 1.2  # in nine tenths of the rounds: what another variant must be to be taken instead
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 # Which variants are right on which processor, best first. "other" has no integer kernels to choose for.
@@ -186,7 +191,13 @@ def load(
     processor: str | None = None,
     choose: str | None = None,
 ) -> Bundle:
-    """Load the variant of a bundle that is fastest on this processor.
+    """Load the variant of a bundle for this processor.
+
+    The variant made for the processor is taken, unless another one was at least a fifth faster in nine
+    tenths of
+    the rounds: replicas on equal machines take the same one. To pin the choice pass `choose` (or
+    `seconds=0`, which
+    times nothing).
 
     Args:
         path: folder or zip file from `bundle`.
@@ -225,14 +236,16 @@ def load(
     if len(names) > 1 and seconds > 0:
         sample = _sample(manifest["inputs"], batch_size, sessions[names[0]])
         calls = {n: lambda s=s: s.run(None, sample) for n, s in sessions.items()}
-        times = interleave(calls, seconds=seconds, min_rounds=3)
-        timings = {n: float(np.median([turn.ms for turn in turns])) for n, turns in times.items()}
-        chosen = min(names, key=timings.__getitem__)
+        clock = time.thread_time if threads == 1 else time.perf_counter
+        times = summarize(interleave(calls, seconds=seconds, min_rounds=5, clock=clock), names[0])
+        timings = {n: latency.median_ms for n, latency in times.items()}
+        faster = [n for n in names[1:] if times[n].ratio_low > CLEARLY_FASTER]
+        chosen = min(faster, key=timings.__getitem__, default=names[0])
     else:
         chosen = names[0]
     return Bundle(
         chosen=chosen,
-        why=_reason(here, chosen, choose, timings, batch_size, sorted(set(found) - set(names))),
+        why=_reason(here, chosen, choose, timings, batch_size, sorted(set(found) - set(names)), names[0]),
         timings_ms=timings,
         session=sessions[chosen],
         manifest=manifest,
@@ -332,6 +345,7 @@ def _reason(
     timings: Mapping[str, float],
     batch_size: int,
     out: Sequence[str],
+    first: str,
 ) -> str:
     if asked is not None:
         return f"{chosen}: asked for"
@@ -339,8 +353,45 @@ def _reason(
     if timings:
         others = ", ".join(f"{n} {t:.3g} ms" for n, t in timings.items() if n != chosen)
         text += f"{timings[chosen]:.3g} ms at batch {batch_size}, against {others}"
+        text += (
+            " (the one made for it)" if chosen == first else f" ({first} is made for it, and clearly slower)"
+        )
     else:
         text += "the first that suits"
     if out:
         text += f"; not for this processor: {', '.join(out)}"
     return text
+
+
+def verify_bundle(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    loader: Iterable[Any] | None = None,
+    *,
+    processor: str | None = None,
+    **options: Any,
+) -> dict[str, VerifyReport]:
+    """Check every variant of a bundle that is right on this processor against the float model.
+
+    Args:
+        path: from `bundle`, made from one model.
+        model: the model it was made from.
+        loader: as for `gradq.export.verify`; iterated once a variant.
+        processor: instead of what this machine is found to be.
+        options: more for `gradq.export.verify`; nothing is raised for a variant that failed, and by default
+        nothing
+            is timed.
+
+    Returns:
+        Report by variant.
+
+    Raises:
+        ExportError: no such bundle, or a damaged one.
+    """
+    reports = {}
+    with _opened(Path(path)) as folder:
+        found = {v["name"]: v for v in _manifest(folder, path)["variants"]}
+        for name in [n for n in _SUITS.get(processor or features(), _SUITS["other"]) if n in found]:
+            chosen: dict[str, Any] = {"batch_sizes": (), "strict": False, "show_progress": False, **options}
+            reports[name] = verify(folder / found[name]["file"], variant(model, name), loader, **chosen)
+    return reports

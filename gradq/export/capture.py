@@ -27,8 +27,9 @@ from gradq.errors import ConfigError, ExportError, GradqError
 from gradq.quant.attention import QuantMultiheadAttention
 from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant, FakeQuantize, WeightQuant
+from gradq.quant.info import prepare_info
 from gradq.quant.modules import QuantEmbedding, QuantLayer, QuantLinear, _QuantConv
-from gradq.quant.prepare import finalize, prepare_info
+from gradq.quant.prepare import finalize
 from gradq.quant.recurrent import _QuantCell
 from gradq.quant.tracing import example_arguments
 
@@ -370,6 +371,8 @@ class _Table:
 
         def make() -> Layer:
             w, b, q = (getattr(owner, key) for key in keys)
+            if keys[1] == "bias":
+                b = owner.effective_bias()
             return Layer(q.name, "linear", w, q, b if b is None or rows is None else b[rows], rows)
 
         outputs = weight.shape[0] if rows is None else rows.stop - rows.start
@@ -395,7 +398,7 @@ class _Table:
 
         def make() -> Layer:
             q = layer.weight_quant
-            return Layer(q.name, "conv", layer.weight, q, layer.bias, geometry=geometry)
+            return Layer(q.name, "conv", layer.weight, q, layer.effective_bias(), geometry=geometry)
 
         return _emit("Layer", [x], self._add(make), (x.shape[0], *size), x.dtype, rank=x.ndim)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,22 @@ def session(
         raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
 
 
-def feed(running: Any, inputs: Sequence[Any]) -> dict[str, Any]:
+def feed(running: Any, inputs: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     """Inputs of a session by name, checked.
 
     Args:
         running: from `session`.
-        inputs: arrays or tensors, in the order of the model's inputs.
+        inputs: arrays or tensors by name, or in the order of the file's inputs.
 
     Raises:
         ConfigError: a wrong number, type or shape; the message names the input and what it takes.
     """
     wanted = running.get_inputs()
+    if isinstance(inputs, Mapping):
+        missing = [i.name for i in wanted if i.name not in inputs]
+        if missing:
+            raise ConfigError(f"input {missing[0]} is missing; the model takes {[i.name for i in wanted]}")
+        inputs = [inputs[i.name] for i in wanted]
     if len(inputs) != len(wanted):
         raise ConfigError(f"the model takes {[i.name for i in wanted]}; got {len(inputs)} inputs")
     out = {}

@@ -168,7 +168,7 @@ class IntMatmul(nn.Module):
         fmt, w_scale = quantizer.format, stored.scale
         self.low, self.high, self.shift = fmt.qmin, fmt.qmax, 0 if fmt.symmetric else 128
         self.is_dynamic = fmt.is_dynamic
-        bias = None if layer.bias is None else layer.bias.detach().clone()
+        bias = None if layer.bias is None else layer.effective_bias().detach().clone()  # type: ignore[union-attr]
         if bias is not None and not self.is_dynamic:
             bias = integer_bias(bias, quantizer.scale.detach(), w_scale)
         self.register_buffer("bias", bias)

@@ -51,7 +51,15 @@ def report_rows(report: VerifyReport) -> list[list[str]]:
         )
     if report.accuracy:
         before, after = report.accuracy["fp32"], report.accuracy["int8"]
-        rows.append(["accuracy, %", f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f} points"])
+        unit = " points" if report.metric == "accuracy, %" else ""
+        rows.append([report.metric, f"{before:.4g}", f"{after:.4g}", f"{after - before:+.2f}{unit}"])
+    fidelity = report.fidelity
+    note = (
+        "trained since prepare"
+        if fidelity.trained
+        else f"{100 * fidelity.same_choice:.2f} % with the same argmax"
+    )
+    rows.append(["signal to noise, float model as given", "", f"{fidelity.sqnr_db:.1f} dB", note])
     equal = "every bit" if agreement.equal == 1.0 else f"{100 * agreement.equal:.3f} % of the elements"
     kind = "exact" if agreement.exact else "float between the layers"
     rows.append(["equal to the integer reference", "", equal, f"{agreement.inputs} inputs, {kind}"])

@@ -4,52 +4,40 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from gradq.errors import ConfigError, VerifyError
+from gradq.errors import VerifyError
 from gradq.export.capture import example_inputs_of
+from gradq.export.comparison import (
+    Agreement,
+    Comparison,
+    Fidelity,
+    Metric,
+    float_runner,
+    input_names,
+    split_batch,
+)
 from gradq.export.files import require
 from gradq.export.inspect import Operators, operators
 from gradq.export.runtime import features, feed, session
 from gradq.export.tables import render
 from gradq.export.timing import Latency, interleave, summarize
 from gradq.export.write import float_onnx
-from gradq.quant.batches import evaluating, float_mode, progress, unwrap
-from gradq.quant.reference import integer_reference
+from gradq.quant.batches import float_mode, progress, unwrap
+from gradq.quant.info import float_model as kept_float_model
+from gradq.quant.prepare import float_graph
 
-__all__ = ["Agreement", "VerifyReport", "verify"]
+__all__ = ["Agreement", "Fidelity", "VerifyReport", "verify"]
 
-Metric = Callable[[Tensor, Tensor], float]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """File against integer reference.
-
-    Attributes:
-        inputs: how many were compared.
-        equal: share of the output elements that are equal, bit for bit.
-        largest_difference: of the others, relative to the outputs' largest magnitude.
-        same_choice: share of the inputs with the same argmax over the last axis.
-        exact: True if every operator is exact, so that nothing but equality will do.
-        repeatable: True if a second call gave the same bits.
-        batch_independent: True if single inputs gave the bits they gave in a batch; None if not asked.
-    """
-
-    inputs: int
-    equal: float
-    largest_difference: float
-    same_choice: float
-    exact: bool
-    repeatable: bool
-    batch_independent: bool | None
+SMALLEST_LOSS_OF_TIME = 0.05  # ms a call: below it nothing is called slower
+SMALLEST_SQNR = 10.0  # dB, without labels: below it the outputs are others
 
 
 @dataclass(frozen=True)
@@ -61,8 +49,11 @@ class VerifyReport:
         processor: what the session was chosen for.
         operators: of the optimized graph.
         agreement: with the integer reference.
-        accuracy: ``fp32`` (the same model with its quantizers off, corrected biases and all) and ``int8`` in
-            per cent, if the loader has labels.
+        fidelity: to the float model as it was given to `gradq.quant.prepare`.
+        accuracy: ``fp32`` (the float model as given), ``int8`` and ``reference``, if the loader has labels:
+        in
+            per cent by the default metric, else what the metric gives.
+        metric: ``accuracy, %``, or the name of the metric that was given.
         size_bytes: ``fp32`` and ``int8``.
         latency: batch size → ``fp32`` and ``int8``.
         failures: what makes the file wrong.
@@ -73,11 +64,13 @@ class VerifyReport:
     processor: str
     operators: Operators
     agreement: Agreement
+    fidelity: Fidelity
     accuracy: dict[str, float]
     size_bytes: dict[str, int]
     latency: dict[int, dict[str, Latency]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    metric: str = "accuracy, %"
 
     @property
     def ok(self) -> bool:
@@ -99,6 +92,7 @@ def verify(
     model: nn.Module,
     loader: Iterable[Any] | None = None,
     *,
+    float_model: nn.Module | None = None,
     example_inputs: Any = None,
     metric: Metric | None = None,
     baseline: str | os.PathLike[str] | None = None,
@@ -106,8 +100,9 @@ def verify(
     seconds: float = 2.0,
     threads: int = 1,
     max_batches: int | None = None,
-    max_accuracy_loss: float = 1.0,
-    min_speedup: float | None = None,
+    max_accuracy_loss: float | None = None,
+    min_sqnr: float | None = None,
+    min_speedup: float | None = 1.0,
     strict: bool = True,
     show_progress: bool = True,
 ) -> VerifyReport:
@@ -115,22 +110,33 @@ def verify(
 
     Looked at: operators of the optimized graph (a float convolution or matrix product that the export did not
     announce is a failure), equality with the integer reference (bit for bit where every operator is exact),
-    equality of repeated calls, accuracy, size and latency against fp32 in the same runtime, in turns.
+    equality of repeated calls, outputs and accuracy against the float model *as it was given to* `prepare`,
+    size and
+    latency against fp32 in the same runtime, in turns.
 
     Args:
         path: from `gradq.export.onnx`.
         model: the model it was written from.
         loader: batches; labels behind the inputs, if there are any. None compares on the example inputs.
+        float_model: what to compare with; by default the model as given to `prepare`, which keeps a copy.
+        For models
+            with layers placed by hand it is the same model with its quantizers off.
         example_inputs: for models with layers placed by hand; by default those of `prepare`.
-        metric: (outputs, labels) → share or mean of what is right, higher is better; by default the share of
-            labels that are the argmax of the last axis.
+        metric: (outputs, labels) → a figure in its own unit, higher is better; by default the share of labels
+            that are the argmax of the last axis (of the second, for labels of images), in per cent.
         baseline: the fp32 file, from `gradq.export.float_onnx`; written to a temporary folder if None.
         batch_sizes: latencies are measured at these; none if empty.
         seconds: per batch size.
         threads: of the sessions.
         max_batches: look at so many batches only.
-        max_accuracy_loss: points of accuracy below fp32 that are a failure.
-        min_speedup: a lower latency ratio is a failure; None makes a ratio below 1 a warning.
+        max_accuracy_loss: what a figure may be below fp32's, in the metric's unit; by default 1 point of
+        accuracy,
+            and 1 % of fp32's figure for a metric that is given.
+        min_sqnr: dB to the float model below which the outputs are wrong; by default 10 without labels for a
+            model that was not trained since `prepare`, otherwise only a warning.
+        min_speedup: a lower latency ratio is a failure (if nine tenths of the rounds agree, and a call
+        takes at
+            least 0.05 ms longer); None makes it a warning.
         strict: raise if something failed; False only reports it.
         show_progress: a progress bar on stderr.
 
@@ -147,108 +153,93 @@ def verify(
     found = operators(path)
     running = session(path, threads=threads)
     args, kwargs = example_inputs_of(plain, example_inputs)
-    first = (*args, *kwargs.values())
-    comparison = _Comparison(plain, running, found, metric)
+    names = input_names(plain, args, kwargs)
+    first, _ = split_batch((*args, *(kwargs[n] for n in names[len(args) :])), names)
+    original, trained = _original(plain, float_model, len(args))
+    comparison = Comparison(plain, original, running, names, found, metric, trained)
     batches = [first] if loader is None else loader
     for count, batch in enumerate(progress(batches, "verifying", show=show_progress)):
         if max_batches is not None and count >= max_batches:
             break
-        comparison.add(batch, len(first))
+        comparison.add(batch)
     with tempfile.TemporaryDirectory() as folder:
         free = _is_dynamic(running)
         baseline_path = Path(folder) / "fp32.onnx" if baseline is None else Path(baseline)
         if baseline is None:
-            float_onnx(plain, baseline_path, example_inputs=example_inputs, dynamic_batch=free)
+            float_onnx(
+                plain,
+                baseline_path,
+                float_model=float_model,
+                example_inputs=example_inputs,
+                dynamic_batch=free,
+            )
         sizes = {"fp32": _size(baseline_path), "int8": _size(Path(path))}
-        plain_session = session(baseline_path, threads=threads)
-        latency = {}
-        for size in batch_sizes:
-            feeds = {
-                name: feed(s, _resized(first, size) if free else first)
-                for name, s in (("fp32", plain_session), ("int8", running))
-            }
-            calls = {
-                "fp32": lambda f=feeds["fp32"]: plain_session.run(None, f),
-                "int8": lambda f=feeds["int8"]: running.run(None, f),
-            }
-            latency[size] = summarize(interleave(calls, seconds=seconds), "fp32")
-    agreement, accuracy = comparison.finish(free)
+        latency = {
+            size: _latency({"fp32": session(baseline_path, threads=threads), "int8": running},
+                           _resized(first, size) if free else first, seconds, threads)
+            for size in batch_sizes
+        }  # fmt: skip
+    agreement, fidelity, accuracy = comparison.finish(free)
     report = VerifyReport(
         path=Path(path),
         processor=features(),
         operators=found,
         agreement=agreement,
+        fidelity=fidelity,
         accuracy=accuracy,
         size_bytes=sizes,
         latency=latency,
+        metric="accuracy, %"
+        if metric is None
+        else getattr(metric, "__name__", "metric").replace("<lambda>", "metric"),
     )
-    _judge(report, max_accuracy_loss, min_speedup)
+    _judge(report, metric is not None, max_accuracy_loss, min_sqnr, min_speedup)
     if strict and report.failures:
         raise VerifyError(f"{path}: " + "; ".join(report.failures), report)
     return report
 
 
-class _Comparison:
-    """Runs batches through file, reference and float model, and counts."""
+def _original(
+    model: nn.Module, given: nn.Module | None, positional: int
+) -> tuple[Callable[[dict[str, Any]], Any], bool]:
+    """The float model to compare with, and whether the quantized one was trained since."""
+    if not isinstance(model, fx.GraphModule):
+        if given is not None:
+            return float_runner(given, positional), False
+        run = float_runner(model, positional)
 
-    def __init__(self, model: nn.Module, running: Any, found: Operators, metric: Metric | None) -> None:
-        self.model, self.running, self.found = model, running, found
-        self.metric = metric or _share_of_argmax
-        self.reference = integer_reference(model)
-        self.inputs = self.elements = self.equal = self.choices = self.same = 0
-        self.largest = self.magnitude = 0.0
-        self.repeatable = True
-        self.right: dict[str, float] = {}
-        self.labelled = 0
-        self.last: tuple[Any, ...] | None = None
+        def without_quantizers(inputs: dict[str, Any]) -> Any:
+            with float_mode(model):
+                return run(inputs)
 
-    def add(self, batch: Any, count: int) -> None:
-        inputs, labels = _split(batch, count, self.running)
-        theirs = [torch.from_numpy(np.asarray(y)) for y in self.running.run(None, feed(self.running, inputs))]
-        again = self.running.run(None, feed(self.running, inputs))
-        self.repeatable &= all(np.array_equal(a, b.numpy()) for a, b in zip(again, theirs, strict=True))
-        ours = [t for t in torch.utils._pytree.tree_leaves(self.reference(*inputs)) if isinstance(t, Tensor)]
-        if len(ours) != len(theirs):
-            raise ConfigError(f"the file has {len(theirs)} outputs, the model {len(ours)}")
-        for a, b in zip(ours, theirs, strict=True):
-            self.elements += a.numel()
-            self.equal += int((a == b).sum())
-            self.largest = max(self.largest, float((a - b).abs().max())) if a.numel() else self.largest
-            self.magnitude = max(self.magnitude, float(a.abs().max())) if a.numel() else self.magnitude
-        a, b = ours[0].argmax(-1), theirs[0].argmax(-1)
-        self.choices, self.same = self.choices + a.numel(), self.same + int((a == b).sum())
-        size = int(inputs[0].shape[0])
-        self.inputs += size
-        self.last = inputs
-        if labels is not None:
-            with evaluating(self.model), float_mode(self.model):
-                plain = torch.utils._pytree.tree_leaves(self.model(*inputs))[0]
-            for name, out in (("fp32", plain), ("int8", theirs[0]), ("reference", ours[0])):
-                self.right[name] = self.right.get(name, 0.0) + size * self.metric(out, labels)
-            self.labelled += size
-
-    def finish(self, free: bool) -> tuple[Agreement, dict[str, float]]:
-        if self.last is None:
-            raise ConfigError("the loader yielded no batch; give at least one")
-        independent = None
-        if free and self.last[0].shape[0] > 1:
-            whole = self.running.run(None, feed(self.running, self.last))[0]
-            one = tuple(x[:1] if isinstance(x, Tensor) else x for x in self.last)
-            alone = self.running.run(None, feed(self.running, one))[0]
-            independent = bool(np.array_equal(whole[:1], alone))
-        agreement = Agreement(
-            inputs=self.inputs,
-            equal=self.equal / max(1, self.elements),
-            largest_difference=self.largest / self.magnitude if self.magnitude else self.largest,
-            same_choice=self.same / max(1, self.choices),
-            exact=not self.found.inexact,
-            repeatable=self.repeatable,
-            batch_independent=independent,
-        )
-        return agreement, {name: 100 * value / self.labelled for name, value in self.right.items()}
+        return without_quantizers, False
+    original = given if given is not None else kept_float_model(model)
+    now = dict(model.named_parameters())
+    then = dict(float_graph(model, original).named_parameters())
+    trained = any(
+        name in now and not torch.allclose(now[name].detach().cpu(), value, rtol=1e-4, atol=1e-7)
+        for name, value in then.items()
+    )
+    return float_runner(original, positional), trained
 
 
-def _judge(report: VerifyReport, max_accuracy_loss: float, min_speedup: float | None) -> None:
+def _latency(
+    sessions: dict[str, Any], inputs: dict[str, Any], seconds: float, threads: int
+) -> dict[str, Latency]:
+    """Contenders in turns; a single thread's own time leaves out what other processes took."""
+    fed = {name: feed(running, inputs) for name, running in sessions.items()}
+    calls = {n: lambda s=s, f=fed[n]: s.run(None, f) for n, s in sessions.items()}
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    return summarize(interleave(calls, seconds=seconds, clock=clock), "fp32")
+
+
+def _judge(
+    report: VerifyReport,
+    own_metric: bool,
+    max_accuracy_loss: float | None,
+    min_sqnr: float | None,
+    min_speedup: float | None,
+) -> None:
     """Fill in what failed and what is a poor trade."""
     agreement, fail, warn = report.agreement, report.failures.append, report.warnings.append
     if report.operators.unexpected:
@@ -268,35 +259,46 @@ def _judge(report: VerifyReport, max_accuracy_loss: float, min_speedup: float | 
     if agreement.exact and agreement.batch_independent is False:
         fail("an input gives another result alone than in a batch")
     if report.accuracy:
-        loss = report.accuracy["fp32"] - report.accuracy["int8"]
-        if loss > max_accuracy_loss:
-            fail(f"accuracy is {loss:.2f} points below fp32; allowed: {max_accuracy_loss:g}")
+        before, loss = report.accuracy["fp32"], report.accuracy["fp32"] - report.accuracy["int8"]
+        allowed = max_accuracy_loss
+        if allowed is None:
+            allowed = 0.01 * abs(before) if own_metric else 1.0
+        if not loss <= allowed:  # NaN is a failure too
+            unit = "" if own_metric else " points"
+            fail(f"{report.metric.split(',')[0]} is {loss:.4g}{unit} below fp32; allowed: {allowed:.4g}")
+    _judge_fidelity(report, min_sqnr)
     for size, contenders in report.latency.items():
-        ratio = contenders["int8"].ratio
-        if min_speedup is not None and ratio < min_speedup:
-            fail(f"int8 is {ratio:.2f}x as fast as fp32 at batch {size}; asked for: {min_speedup:g}x")
-        elif ratio < 1.0:
+        ours, ratio = contenders["int8"], contenders["int8"].ratio
+        wanted = 1.0 if min_speedup is None else min_speedup
+        longer = ours.median_ms - contenders["fp32"].median_ms
+        sure = ours.ratio_high < wanted and (wanted != 1.0 or longer > SMALLEST_LOSS_OF_TIME)
+        if min_speedup is not None and sure:
+            fail(
+                f"int8 is {ratio:.2f}x as fast as fp32 at batch {size}; asked for: {min_speedup:g}x "
+                "(ship the float "
+                "model here, or see what stays in float above)"
+            )
+        elif ratio < wanted:
             warn(f"int8 is slower than fp32 at batch {size}: {ratio:.2f}x")
 
 
-def _share_of_argmax(outputs: Tensor, labels: Tensor) -> float:
-    return float((outputs.argmax(-1) == labels).double().mean())
+def _judge_fidelity(report: VerifyReport, min_sqnr: float | None) -> None:
+    """Outputs against the float model: a failure where nothing else says what is right."""
+    fidelity, least = report.fidelity, SMALLEST_SQNR if min_sqnr is None else min_sqnr
+    if fidelity.sqnr_db >= least:
+        return
+    text = (
+        f"output {fidelity.output} is {fidelity.sqnr_db:.1f} dB (signal to noise) from the float "
+        "model's; asked for: "
+        f"{least:g} dB"
+    )
+    if min_sqnr is not None or not (report.accuracy or fidelity.trained):
+        report.failures.append(text)
+    else:
+        report.warnings.append(text + (" (it was trained since prepare)" if fidelity.trained else ""))
 
 
-def _split(batch: Any, count: int, running: Any) -> tuple[tuple[Any, ...], Tensor | None]:
-    """Inputs and labels of a batch as a loader gives it."""
-    if isinstance(batch, Tensor):
-        return (batch,), None
-    if isinstance(batch, dict):
-        names = [i.name for i in running.get_inputs()]
-        return tuple(batch[n] for n in names), batch.get("labels")
-    if isinstance(batch, (tuple, list)):
-        inputs = tuple(batch[:count])
-        return inputs, batch[count] if len(batch) > count else None
-    raise ConfigError(f"a batch is a {type(batch).__name__}; yield tensors, tuples or dicts")
-
-
-def _resized(inputs: Sequence[Any], size: int) -> tuple[Any, ...]:
+def _resized(inputs: dict[str, Any], size: int) -> dict[str, Any]:
     """The inputs repeated or cut to another batch size."""
 
     def resize(x: Any) -> Any:
@@ -304,7 +306,7 @@ def _resized(inputs: Sequence[Any], size: int) -> tuple[Any, ...]:
             return x
         return x.repeat(-(-size // x.shape[0]), *(1,) * (x.ndim - 1))[:size]
 
-    return tuple(resize(x) for x in inputs)
+    return {name: resize(x) for name, x in inputs.items()}
 
 
 def _is_dynamic(running: Any) -> bool:

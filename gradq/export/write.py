@@ -23,8 +23,9 @@ from gradq.export.tensorrt import lower_for_tensorrt
 from gradq.export.weights import is_weight_constant
 from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant
+from gradq.quant.info import prepare_info
 from gradq.quant.mixed import average_bits
-from gradq.quant.prepare import prepare_info
+from gradq.quant.prepare import float_graph
 
 __all__ = ["ExportReport", "describe", "facts_of", "float_onnx", "onnx"]
 
@@ -145,15 +146,19 @@ def float_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    float_model: nn.Module | None = None,
     example_inputs: Any = None,
     dynamic_batch: bool = True,
     opset: int = 20,
 ) -> int:
-    """Write the same model in fp32, batch norm folded: the baseline of every comparison.
+    """Write the float model as given to `prepare`, batch norm folded: the baseline of every comparison.
+
+    Nothing that was done to the quantized model since (bias correction, training) is in it.
 
     Args:
-        model: as for `onnx`.
+        model: as for `onnx`. With layers placed by hand it is written with its quantizers off.
         path: the file to write.
+        float_model: the float model, if `prepare` was told not to keep it.
         example_inputs: as for `onnx`.
         dynamic_batch: as for `onnx`.
         opset: version of the default operator set.
@@ -166,9 +171,12 @@ def float_onnx(
     """
     for package in ("onnx", "onnxscript"):
         require(package)
+    plain = unwrap(model)
+    if isinstance(plain, fx.GraphModule):
+        plain = float_graph(plain, float_model)
     with atomic(path) as temporary:
         captured = capture(
-            unwrap(model), example_inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_axes=None,
+            plain, example_inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_axes=None,
             quantized=False,
         )  # fmt: skip
         return _save(lower(captured).proto, temporary, {"gradq.version": _version("gradq")})

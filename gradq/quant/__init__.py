@@ -8,9 +8,11 @@ from gradq.quant.calibrate import calibrate
 from gradq.quant.config import Config, detect_target
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
+from gradq.quant.info import float_model, prepare_info
 from gradq.quant.mixed import assign_bits, average_bits, choose_bits, model_bytes
 from gradq.quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding, QuantLinear
-from gradq.quant.prepare import finalize, prepare, prepare_info, restore
+from gradq.quant.prepare import finalize, prepare, restore
+from gradq.quant.readers import input_quantizers
 from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell
 from gradq.quant.reference import IntegerReference, integer_reference
 from gradq.quant.refine import correct_bias, round_weights
@@ -41,6 +43,8 @@ __all__ = [
     "detect_target",
     "divergence",
     "finalize",
+    "float_model",
+    "input_quantizers",
     "integer_reference",
     "model_bytes",
     "param_groups",

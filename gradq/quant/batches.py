@@ -44,12 +44,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def float_mode(model: nn.Module) -> Iterator[None]:
-    """Turn every quantizer of a model off: it computes in float."""
+def float_mode(model: nn.Module, mode: str = "float") -> Iterator[None]:
+    """Turn every quantizer of a model off: it computes in float.
+
+    Args:
+        model: with quantizers.
+        mode: ``copy`` passes copies on, as a quantizer does: who changes a tensor in place behind it is seen.
+    """
     quantizers = [m for m in model.modules() if isinstance(m, FakeQuantize)]
     modes = [q.mode for q in quantizers]
     for quantizer in quantizers:
-        quantizer.mode = "float"
+        quantizer.mode = mode
     try:
         yield
     finally:

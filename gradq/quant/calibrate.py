@@ -17,6 +17,7 @@ from gradq.errors import CalibrationError, MismatchError
 from gradq.quant.batches import ToInputs, evaluating, limited, progress, run_batch, unwrap
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.modules import QuantLayer
+from gradq.quant.readers import widen_scales
 
 __all__ = ["calibrate", "quantizers", "weights"]
 
@@ -104,7 +105,7 @@ def calibrate(
     finally:
         for quantizer in acts.values():
             quantizer.observer, quantizer.mode = None, "quantize"
-    return model
+    return widen_scales(model)
 
 
 def _agree(acts: dict[str, ActQuant], failure: Exception | None, group: dist.ProcessGroup | None) -> None:

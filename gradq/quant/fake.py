@@ -25,14 +25,14 @@ from gradq.quant.ops import fake_codebook, fake_quantize, nearest_code, quantize
 
 __all__ = ["ActQuant", "FakeQuantize", "WeightQuant"]
 
-MODES = ("quantize", "observe", "float")
+MODES = ("quantize", "observe", "float", "copy")
 
 
 class FakeQuantize(nn.Module):
     """What weights' and activations' quantizers share: the scale, its state, and the modes.
 
     Modes: ``quantize`` (the default), ``observe`` (feed the observer, pass the values through), ``float``
-        (pass).
+        (pass the values through), ``copy`` (pass a copy).
 
     Args:
         fmt: the number format.
@@ -281,7 +281,7 @@ class WeightQuant(FakeQuantize):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize a weight; the result has its shape and dtype."""
-        if self.mode == "float" or weight.numel() == 0:
+        if self.mode in ("float", "copy") or weight.numel() == 0:
             return weight
         self._require_range()
         self._check_finite(weight)
@@ -391,6 +391,8 @@ class ActQuant(FakeQuantize):
         """Fake-quantize values; the result has their shape and dtype."""
         if self.mode == "float" or x.numel() == 0:
             return x
+        if self.mode == "copy":
+            return x.clone()
         if self.mode == "observe":
             assert self.observer is not None
             self.observer.update(x)

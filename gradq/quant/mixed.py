@@ -16,6 +16,7 @@ from gradq.quant.batches import unwrap
 from gradq.quant.calibrate import weights
 from gradq.quant.modules import _QuantConv
 from gradq.quant.prepare import finalize
+from gradq.quant.readers import widen_scales
 from gradq.quant.sensitivity import SensitivityReport
 
 __all__ = ["assign_bits", "average_bits", "choose_bits", "model_bytes"]
@@ -131,6 +132,7 @@ def assign_bits(
     for name, bits in chosen.items():
         weight, quantizer = found[name]
         quantizer.set_bits(bits, weight)
+    widen_scales(model)
     return chosen
 
 

@@ -38,6 +38,32 @@ class QuantLayer(nn.Module):
     input_quant: ActQuant | None
     integer: bool = False
 
+    @property
+    def bias_correction(self) -> Tensor | None:
+        """(O,) added to the bias while the weight is quantized (`gradq.quant.correct_bias`), or None.
+
+        The float model, which is the bias alone, stays as it is.
+        """
+        return self._buffers.get("bias_correction")
+
+    def correct_bias(self, shift: Tensor) -> None:
+        """Add to the correction of the bias.
+
+        Args:
+            shift: (O,).
+        """
+        old = 0.0 if self.bias_correction is None else self.bias_correction
+        self._buffers["bias_correction"] = (old + shift).detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch; a correction that was saved is taken over."""
+        saved = state_dict.get(f"{prefix}bias_correction")
+        if saved is None and self.bias_correction is not None:
+            del self._buffers["bias_correction"]
+        elif saved is not None and self.bias_correction is None:
+            self._buffers["bias_correction"] = torch.zeros_like(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _attach(
         self,
         weights: str | Format,
@@ -71,8 +97,11 @@ class QuantLayer(nn.Module):
         return self.weight  # type: ignore[return-value]
 
     def effective_bias(self) -> Tensor | None:
-        """The bias that goes with `effective_weight`."""
-        return self.bias  # type: ignore[return-value]
+        """The bias that goes with `effective_weight`, corrected while the weight is quantized."""
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if bias is None or self.bias_correction is None or self.weight_quant.mode in ("float", "copy"):
+            return bias
+        return bias + self.bias_correction
 
     def quantized_weights(self) -> list[tuple[str, Tensor, WeightQuant]]:
         """(name, weight, quantizer) of every weight of this layer, submodules excluded."""
@@ -160,11 +189,11 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def integer_forward(self, x: Codes) -> Accumulator | Tensor:
         """The layer on codes (B, …, I)."""
-        return integer_linear(x, self.weight, self.weight_quant, self.bias)
+        return integer_linear(x, self.weight, self.weight_quant, self.effective_bias())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, …, I) → (B, …, O)."""
-        return self._matmul(x, self.input_quant, self.weight, self.weight_quant, self.bias)
+        return self._matmul(x, self.input_quant, self.weight, self.weight_quant, self.effective_bias())
 
 
 def _with_defaults(kw: dict[str, str]) -> dict[str, str]:
@@ -225,7 +254,8 @@ class _QuantConv(QuantLayer):
             raise UnsupportedError(
                 f"{self.weight_quant.name}: batch norm is live; call quant.finalize(model) first"
             )
-        return integer_conv(x, self.weight, self.weight_quant, self.bias, self._conv_forward)  # type: ignore[arg-type]
+        bias = self.effective_bias()
+        return integer_conv(x, self.weight, self.weight_quant, bias, self._conv_forward)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, *spatial) → (B, O, *spatial)."""
@@ -235,7 +265,7 @@ class _QuantConv(QuantLayer):
         weight = self.weight_quant(self.effective_weight())
         out: Tensor
         if self.bn is None:
-            out = self._conv_forward(x, weight, self.bias)  # type: ignore[operator]
+            out = self._conv_forward(x, weight, self.effective_bias())  # type: ignore[operator]
             return out
         raw = self._conv_forward(x, weight, None)  # type: ignore[operator]
         channel = (1, -1) + (1,) * (weight.ndim - 2)

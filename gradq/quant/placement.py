@@ -11,6 +11,8 @@ activation
    functions read, a convolution's output in front of an addition included; every reader gets the quantized
    values. ReLU and its like belong to the layer before them: the quantizer stands behind them.
 4. What only reaches the model's output stays in float.
+5. A constant (computed from parameters and numbers alone: a mask, positions, a mean to subtract) is no
+   activation: it is never quantized, and what combines it with an activation computes in float.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from gradq.quant.recurrent import _QuantCell
 __all__ = [
     "CLIPS",
     "MOVES",
+    "constants",
     "global_mean",
     "has_attention",
     "matches",
@@ -132,6 +135,15 @@ def source_of(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
         return node
 
 
+def constants(traced: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that depend on no input of the model."""
+    found: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        if node.op not in ("placeholder", "output") and all(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def place_activations(traced: fx.GraphModule, floats: dict[str, int], config: Config) -> list[str]:
     """Insert the activation quantizers, in place.
 
@@ -146,8 +158,11 @@ def place_activations(traced: fx.GraphModule, floats: dict[str, int], config: Co
     full = config.placement == "full" or (config.placement == "auto" and not has_attention(traced))
     formats: dict[fx.Node, Format] = {}
     edges: list[tuple[fx.Node, fx.Node, fx.Node]] = []  # (source, the value read, reader)
+    fixed = constants(traced)
     for node in traced.graph.nodes:
         layer = weight_layer(node, traced)
+        if node in fixed or any(n in fixed and n.name in floats for n in node.all_input_nodes):
+            continue
         reads = layer is not None or (full and matches(node, traced, ADDS + _POOLS + _FUNCTIONS))
         fmt = config.activation_format(convolution=layer is None or layer.is_convolution)
         if not reads or fmt is None:

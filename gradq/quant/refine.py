@@ -16,6 +16,7 @@ from torch.nn import functional
 from gradq.errors import CalibrationError, ConfigError
 from gradq.quant.batches import ToInputs, evaluating, float_mode, limited, progress, run_batch, unwrap
 from gradq.quant.modules import QuantLayer, QuantLinear, _QuantConv
+from gradq.quant.readers import widen_scales
 
 __all__ = ["correct_bias", "round_weights"]
 
@@ -82,7 +83,10 @@ def correct_bias(
     to_inputs: ToInputs | None = None,
     show_progress: bool = True,
 ) -> nn.Module:
-    """Shift each bias by what quantization shifts the mean of the layer's output, in place.
+    """Correct each bias by what quantization shifts the mean of the layer's output, in place.
+
+    The correction stands beside the bias and counts while weights are quantized: the float model, which
+    `gradq.export.verify` compares with and `restore` gives back, is not moved.
 
     Nagel et al. 2019 (arXiv:1906.04721, §4.2, the empirical form). Layers without a bias and layers with live
     batch norm are left as they are.
@@ -114,8 +118,8 @@ def correct_bias(
         ):
             now = _means(model, name, layer, batches, to_inputs)
             bias: Any = layer.bias
-            bias += (torch.stack(sums[name]).mean(0) - now).to(bias.dtype)
-    return model
+            layer.correct_bias((torch.stack(sums[name]).mean(0) - now).to(bias.dtype))
+    return widen_scales(model)
 
 
 def _means(
@@ -211,9 +215,9 @@ def _round_layer(layer: Any, inputs: list[Tensor], targets: list[Tensor], steps:
             x = layer.input_quant(x)
         if isinstance(layer, _QuantConv):
             convolution: Any = layer
-            out: Tensor = convolution._conv_forward(x, weight, layer.bias)
+            out: Tensor = convolution._conv_forward(x, weight, layer.effective_bias())
             return out
-        return functional.linear(x, weight, layer.bias)
+        return functional.linear(x, weight, layer.effective_bias())
 
     power = sum(float(t.square().mean()) for t in targets) / len(targets) + 1e-12
     with torch.enable_grad():

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from gradq.errors import ConfigError, TraceError
+from gradq.quant.batches import evaluating
 from gradq.quant.config import Config
 from gradq.quant.fake import FakeQuantize
+from gradq.quant.layers import layer_kind
 from gradq.quant.modules import QuantLayer
 
-__all__ = ["ModeConstant", "QuantGraph", "example_arguments", "float_tensors", "trace"]
+__all__ = ["ModeConstant", "QuantGraph", "example_arguments", "float_tensors", "ordered_inputs", "trace"]
 
 _FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace")
 _HERE = str(Path(__file__).parent)
@@ -43,19 +45,45 @@ class ModeConstant(nn.Module):
 
 
 class QuantGraph(fx.GraphModule):
-    """A graph module that keeps its ``meta`` when it is pickled (fx's own drops it)."""
+    """A graph module that keeps its ``meta`` when it is pickled (fx's own drops it).
+
+    Attributes:
+        only_evaluation: why it cannot be trained, or an empty string.
+    """
+
+    only_evaluation: str = ""
+
+    def train(self, mode: bool = True) -> QuantGraph:
+        """As torch.
+
+        Raises:
+            TraceError: the model takes another path in training, and this is the graph of its evaluation.
+        """
+        if mode and self.only_evaluation:
+            raise TraceError(f"this model was prepared for evaluation only: {self.only_evaluation}")
+        super().train(mode)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantGraph:
+        """As fx, and the note with it."""
+        out: Any = super().__deepcopy__(memo)
+        out.only_evaluation = self.only_evaluation
+        graph: QuantGraph = out
+        return graph
 
     def __reduce__(self) -> Any:
         """Pickle as fx does, and the notes with it."""
         function, arguments = super().__reduce__()
-        return _rebuild, (function, arguments, self.meta, self.training)
+        return _rebuild, (function, arguments, self.meta, self.training, self.only_evaluation)
 
 
-def _rebuild(function: Any, arguments: Any, meta: dict[str, Any], training: bool) -> QuantGraph:
+def _rebuild(
+    function: Any, arguments: Any, meta: dict[str, Any], training: bool, only_evaluation: str
+) -> QuantGraph:
     plain = function(*arguments)
     out = QuantGraph(plain, plain.graph, type(plain).__name__)
     out.meta.update(meta)
-    out.training = training
+    out.training, out.only_evaluation = training, only_evaluation
     return out
 
 
@@ -63,9 +91,12 @@ class _Tracer(fx.Tracer):
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
         self.config = config or Config()  # fx makes one without arguments when it unpickles a graph
+        self.record_stack_traces = True  # errors name the line
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (QuantLayer, FakeQuantize)) or self.config.is_skipped(module_qualified_name):
+            return True
+        if layer_kind(m) is not None:  # a subclass that computes what torch's layer does
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -161,14 +192,27 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], confi
     finally:
         model.train(mode)
     graph = graphs[False]
-    constants = _merge_modes(graphs[True], graph, type(model).__name__)
+    only_eval = ""
+    constants: dict[str, ModeConstant] = {}
+    try:
+        constants = _merge_modes(graphs[True], graph, model)
+    except TraceError as error:
+        only_eval = str(error)
     _drop_fixed(graph)
     for name, module in constants.items():
         setattr(model, name, module)
     traced = QuantGraph(model, graph, type(model).__name__)
     for name in constants:
         delattr(model, name)
-    traced.train(mode)
+    for name in [n for n in vars(model) if n.startswith("_tensor_constant")]:
+        delattr(model, name)
+    for name in [n for n in model._buffers if n.startswith("_tensor_constant")]:
+        delattr(model, name)
+    if only_eval:
+        traced.eval()
+        traced.only_evaluation = only_eval
+    else:
+        traced.train(mode)
     return traced
 
 
@@ -200,14 +244,22 @@ def _user_line(error: BaseException) -> str:
     return f"{last.filename}:{last.lineno} in {last.name}: {source}"
 
 
-def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model_name: str) -> dict[str, ModeConstant]:
-    """Compare the graphs of both modes; constants that differ become `ModeConstant` nodes of `evaluation`."""
+def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model: nn.Module) -> dict[str, ModeConstant]:
+    """Compare the graphs of both modes; constants that differ become `ModeConstant` nodes of `evaluation`.
+
+    Raises:
+        TraceError: the modes take different paths; `evaluation` is then as it was.
+    """
+    model_name = type(model).__name__
     constants: dict[str, ModeConstant] = {}
+    changes: list[tuple[fx.Node, int | str, str]] = []
+    same: dict[fx.Node, fx.Node] = {}
     pairs = list(zip(train.nodes, evaluation.nodes, strict=False))
     for a, b in pairs:
+        same[a] = b
         if (
             a.op != b.op
-            or a.target != b.target
+            or (a.target != b.target and not _equal_constants(a, b, model))
             or len(a.args) != len(b.args)
             or a.kwargs.keys() != b.kwargs.keys()
         ):
@@ -217,7 +269,7 @@ def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model_name: str) -> dict
                 f"{b.format_node()}; make the forward the same in both, or skip the module that holds it"
             )
         for key, (u, v) in _constants(a, b):
-            if not _same(u, v):
+            if not _same(u, v, same):
                 if _holds_node(u) or _holds_node(v):
                     raise TraceError(
                         f"{model_name}.forward reads other tensors in training than in evaluation: "
@@ -225,17 +277,27 @@ def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model_name: str) -> dict
                     )
                 name = f"mode_constant_{len(constants)}"
                 constants[name] = ModeConstant(u, v)
-                with evaluation.inserting_before(b):
-                    node = evaluation.call_module(name)
-                if isinstance(key, int):
-                    b.update_arg(key, node)
-                else:
-                    b.update_kwarg(key, node)
-    if len(train.nodes) + len(constants) != len(evaluation.nodes):
+                changes.append((b, key, name))
+    if len(train.nodes) != len(evaluation.nodes):
         raise TraceError(
             f"{model_name}.forward does not do the same operations in training and in evaluation"
         )
+    for b, key, name in changes:
+        with evaluation.inserting_before(b):
+            node = evaluation.call_module(name)
+        if isinstance(key, int):
+            b.update_arg(key, node)
+        else:
+            b.update_kwarg(key, node)
     return constants
+
+
+def _equal_constants(a: fx.Node, b: fx.Node, model: nn.Module) -> bool:
+    """True if both nodes get the same tensor that forward made without its inputs."""
+    if a.op != "get_attr" or not all(str(n.target).startswith("_tensor_constant") for n in (a, b)):
+        return False
+    u, v = (getattr(model, str(n.target)) for n in (a, b))
+    return u.dtype == v.dtype and u.shape == v.shape and torch.equal(u, v)
 
 
 def _constants(a: fx.Node, b: fx.Node) -> Iterator[tuple[int | str, tuple[Any, Any]]]:
@@ -244,13 +306,15 @@ def _constants(a: fx.Node, b: fx.Node) -> Iterator[tuple[int | str, tuple[Any, A
         yield key, (a.kwargs[key], b.kwargs[key])
 
 
-def _same(u: Any, v: Any) -> bool:
+def _same(u: Any, v: Any, nodes: dict[fx.Node, fx.Node]) -> bool:
     if isinstance(u, fx.Node) or isinstance(v, fx.Node):
-        return isinstance(u, fx.Node) and isinstance(v, fx.Node) and u.name == v.name
+        return isinstance(u, fx.Node) and nodes.get(u) is v
     if isinstance(u, (tuple, list)) and isinstance(v, (tuple, list)):
-        return len(u) == len(v) and all(_same(x, y) for x, y in zip(u, v, strict=True))
+        return len(u) == len(v) and all(_same(x, y, nodes) for x, y in zip(u, v, strict=True))
+    if isinstance(u, dict) and isinstance(v, dict):
+        return list(u) == list(v) and all(_same(u[key], v[key], nodes) for key in u)
     if isinstance(u, slice) and isinstance(v, slice):
-        return all(_same(x, y) for x, y in ((u.start, v.start), (u.stop, v.stop), (u.step, v.step)))
+        return all(_same(x, y, nodes) for x, y in ((u.start, v.start), (u.stop, v.stop), (u.step, v.step)))
     return bool(type(u) is type(v) and (u is v or u == v))
 
 
@@ -281,7 +345,13 @@ def _erase_users(graph: fx.Graph, node: fx.Node) -> None:
         graph.erase_node(user)
 
 
-def float_tensors(traced: fx.GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, int]:
+def ordered_inputs(traced: fx.GraphModule, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Example arguments in the order of the graph's placeholders."""
+    names = [str(n.target) for n in traced.graph.nodes if n.op == "placeholder"]
+    return (*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs))
+
+
+def float_tensors(traced: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
     """Run the example; the nodes whose value is a floating tensor, with its number of dimensions."""
     found: dict[str, int] = {}
 
@@ -292,13 +362,7 @@ def float_tensors(traced: fx.GraphModule, args: Sequence[Any], kwargs: dict[str,
                 found[n.name] = value.ndim
             return value
 
-    names = [n.target for n in traced.graph.nodes if n.op == "placeholder"]
-    ordered = [*args, *(kwargs[str(name)] for name in names[len(args) :] if name in kwargs)]
-    mode = traced.training
-    traced.eval()
-    try:
-        with torch.no_grad():
-            Recorder(traced).run(*ordered)
-    finally:
-        traced.train(mode)
+    copied = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), tuple(inputs))
+    with evaluating(traced):
+        Recorder(traced).run(*copied)
     return found

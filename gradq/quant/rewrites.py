@@ -1,0 +1,117 @@
+"""Rewrites of the float graph before layers are swapped: folded batch norm, equalization."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from gradq.quant.config import Config
+from gradq.quant.folding import FoldRecord, equalize_pair, fold_batch_norm
+from gradq.quant.info import PrepareInfo
+from gradq.quant.layers import BATCH_NORMS, CONVOLUTIONS, layer_kind
+from gradq.quant.modules import _QuantConv
+from gradq.quant.placement import matches
+from gradq.quant.swapping import set_module
+
+__all__ = ["attach_live", "equalize", "fold_batch_norms"]
+
+
+def fold_batch_norms(traced: fx.GraphModule, config: Config, info: PrepareInfo, dims: dict[str, int]) -> None:
+    """Fold each batch norm into the layer before it, or note it to stay live, in place.
+
+    Args:
+        traced: the graph of torch's layers.
+        config: whether batch norm is folded.
+        info: where folds and what is left are noted.
+        dims: node name → dimensions of its value on the example.
+    """
+    calls: dict[str, int] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or not isinstance(traced.get_submodule(node.target), BATCH_NORMS):
+            continue
+        bn: Any = traced.get_submodule(node.target)
+        before = node.args[0]
+        layer: Any = traced.get_submodule(before.target) if before.op == "call_module" else None
+        reason = None
+        if layer is None or layer_kind(layer) is None:
+            reason = "no convolution or linear layer in front of it"
+        elif dims.get(before.name) != _dims_of_channels(layer) or bn.num_features != len(layer.weight):
+            reason = f"its channels are another axis than the outputs of {before.target}"
+        elif isinstance(layer, nn.Linear) and config.batch_norm == "train":
+            reason = "live batch norm is for convolutions; use batch_norm='fold'"
+        elif len(before.users) > 1 or calls[before.target] > 1 or calls[node.target] > 1:
+            reason = f"{before.target} or its output is used more than once"
+        elif bn.running_var is None:
+            reason = "it keeps no running statistics"
+        elif config.is_skipped(before.target) or config.is_skipped(node.target):
+            reason = "skipped by the configuration"
+        if reason is not None:
+            info.float_islands.append((node.target, f"batch norm not folded: {reason}"))
+            continue
+        record = FoldRecord(before.target, node.target)
+        if config.batch_norm == "train":
+            info.live.append(record)
+            continue
+        folded = copy.copy(layer)
+        folded._parameters = dict(layer._parameters)
+        folded._parameters["weight"], folded._parameters["bias"] = fold_batch_norm(layer, bn)
+        set_module(traced, before.target, folded)
+        node.replace_all_uses_with(before)
+        traced.graph.erase_node(node)
+        traced.delete_submodule(node.target)
+        info.folded.append(record)
+    traced.recompile()
+
+
+def _dims_of_channels(layer: nn.Module) -> int:
+    """Dimensions of an output whose second axis is the layer's channels: (N, C) or (N, C, *spatial)."""
+    weight: Any = layer.weight
+    return int(weight.ndim)
+
+
+def equalize(traced: fx.GraphModule) -> None:
+    """Equalize every pair of layers with nothing but ReLU and pooling between them, in place."""
+    kinds = (*CONVOLUTIONS, nn.Linear)
+    uses: dict[int, int] = {}
+    for node in traced.graph.nodes:
+        if node.op == "call_module":
+            for parameter in traced.get_submodule(node.target).parameters():
+                uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for node in traced.graph.nodes:
+        if node.op != "call_module" or layer_kind(traced.get_submodule(node.target)) not in kinds:
+            continue
+        first, following = traced.get_submodule(node.target), node
+        while len(following.users) == 1:
+            following = next(iter(following.users))
+            relu = matches(following, traced, (nn.ReLU, torch.relu, torch.nn.functional.relu, "relu"))
+            if not relu and not matches(following, traced, (nn.MaxPool2d, nn.Dropout, nn.Identity)):
+                break
+        if following.op != "call_module" or following is node:
+            continue
+        second: Any = traced.get_submodule(following.target)
+        if layer_kind(second) is not layer_kind(first) or getattr(second, "groups", 1) != 1:
+            continue
+        if any(uses[id(p)] > 1 for p in (*first.parameters(), *second.parameters())):
+            continue
+        equalize_pair(first, second)
+
+
+def attach_live(traced: fx.GraphModule, info: PrepareInfo) -> None:
+    """Move each live batch norm into its convolution, in place."""
+    nodes = {str(n.target): n for n in traced.graph.nodes if n.op == "call_module"}
+    for record in info.live:
+        layer = traced.get_submodule(record.layer)
+        if not isinstance(layer, _QuantConv):
+            continue
+        layer.attach_batch_norm(traced.get_submodule(record.batch_norm))
+        node = nodes[record.batch_norm]
+        node.replace_all_uses_with(node.args[0])
+        traced.graph.erase_node(node)
+        traced.delete_submodule(record.batch_norm)
+    traced.recompile()

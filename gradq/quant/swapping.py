@@ -1,0 +1,203 @@
+"""Layers become their quantized forms; layers that share a weight share its quantizer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from gradq.quant.attention import (
+    QuantMultiheadAttention,
+    QuantTransformerEncoder,
+    QuantTransformerEncoderLayer,
+)
+from gradq.quant.config import Config
+from gradq.quant.fake import WeightQuant
+from gradq.quant.formats import Format
+from gradq.quant.info import PrepareInfo
+from gradq.quant.layers import CONVOLUTIONS, layer_kind
+from gradq.quant.modules import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantEmbedding,
+    QuantLayer,
+    QuantLinear,
+)
+from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell, refuse_recurrent
+
+__all__ = ["Swapper", "set_module"]
+
+_QUANTIZED: dict[type[nn.Module], Any] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+}
+_FUSED_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.RNNCell)
+_COMPOSITES = (
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.Transformer,
+)
+_FLOAT_WEIGHTS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.EmbeddingBag)
+
+
+def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of a qualified name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+class Swapper:
+    """Replaces the layers of a graph, in place.
+
+    Args:
+        traced: the graph.
+        config: formats, and what is skipped.
+        info: where layers that stay in float are listed.
+    """
+
+    def __init__(self, traced: fx.GraphModule, config: Config, info: PrepareInfo) -> None:
+        self.traced, self.config, self.info = traced, config, info
+        # by identity; the values hold the objects, so that no id is used twice
+        self.quantizers: dict[int, tuple[Tensor, WeightQuant]] = {}
+        self.swapped: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+    def run(self) -> None:
+        """Replace every layer that the graph calls."""
+        for node in list(self.traced.graph.nodes):
+            if node.op == "call_module":
+                name = str(node.target)
+                module = self.traced.get_submodule(name)
+                new = self.swap(name, module, node)
+                if new is not module:
+                    set_module(self.traced, name, new)
+            elif node.op == "get_attr" and _is_weight(self.traced, node):
+                self.info.float_islands.append(
+                    (str(node.target), "a bare parameter; put it in a layer to quantize it")
+                )
+
+    def swap(self, name: str, module: nn.Module, node: fx.Node | None) -> nn.Module:
+        """The quantized form of a module (or the module itself); `node` is None inside a composite."""
+        if self.config.is_skipped(name):
+            if any(True for _ in module.parameters()):
+                self.info.float_islands.append((name, "skipped by the configuration"))
+            return module
+        if id(module) in self.swapped:
+            return self.swapped[id(module)][1]
+        if isinstance(module, _FUSED_RECURRENT):
+            refuse_recurrent(name, module)
+        if isinstance(module, _FLOAT_WEIGHTS):
+            self.info.float_islands.append((name, f"nn.{type(module).__name__} has no integer form here"))
+            return module
+        new = self._swap(name, module, node)
+        self.swapped[id(module)] = module, new
+        return new
+
+    def _swap(self, name: str, module: nn.Module, node: fx.Node | None) -> nn.Module:
+        config = self.config
+        kind = layer_kind(module)
+        convolution, embedding = kind in CONVOLUTIONS, isinstance(module, nn.Embedding)
+        kw = {"observer": config.observer, "weight_observer": config.weight_observer, "name": name}
+        if isinstance(module, _COMPOSITES):
+            return self._swap_inside(name, module)
+        if isinstance(module, QuantLayer):
+            return module
+        fmt = config.weight_format(name, convolution=convolution, embedding=embedding)
+        act = config.activation_format(convolution=convolution)
+        own = act if node is None else None  # inside a composite there is no graph to place quantizers in
+        new: QuantLayer
+        if convolution:
+            if fmt is None:
+                return module
+            new = _QUANTIZED[kind].from_float(module, fmt, None, **kw)  # type: ignore[index]
+        elif isinstance(module, nn.MultiheadAttention):
+            if fmt is None:
+                return module
+            new = QuantMultiheadAttention.from_float(
+                module, fmt, act, num_inputs=_distinct_inputs(node), **kw
+            )
+        elif kind is nn.Linear:
+            if fmt is None:
+                return module
+            new = QuantLinear.from_float(module, fmt, own, **kw)  # type: ignore[arg-type]
+        elif embedding and fmt is not None:
+            new = QuantEmbedding.from_float(module, fmt, **kw)  # type: ignore[arg-type]
+        elif isinstance(module, (nn.LSTMCell, nn.GRUCell)) and fmt is not None:
+            cell = QuantLSTMCell if isinstance(module, nn.LSTMCell) else QuantGRUCell
+            new = cell.from_float(module, fmt, act, **kw)
+        else:
+            self._list_float(name, module)
+            return module
+        self._share_quantizer(new, fmt)
+        return new
+
+    def _list_float(self, name: str, module: nn.Module) -> None:
+        """A convolution or linear layer with a forward of its own stays in float, and is listed."""
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and self.config.weights is not None:
+            self.info.float_islands.append(
+                (
+                    name,
+                    f"{type(module).__name__} has a forward of its own; write it with functional.linear or "
+                    "functional.conv2d on its weight, or inherit the forward, to quantize it",
+                )
+            )
+
+    def _share_quantizer(self, layer: QuantLayer, fmt: Format) -> None:
+        """Tied weights have one quantizer."""
+        weight = layer.effective_weight()
+        known = self.quantizers.setdefault(id(weight), (weight, layer.weight_quant))[1]
+        if known is not layer.weight_quant and known.format == fmt:
+            layer.weight_quant = known
+
+    def _swap_inside(self, name: str, module: nn.Module) -> nn.Module:
+        """Swap the layers inside one of torch's transformer containers, on a copy with shared parameters."""
+        memo: dict[int, Any] = {id(p): p for p in [*module.parameters(), *module.buffers()]}
+        module = copy.deepcopy(module, memo)
+        if type(module) is nn.TransformerEncoder:
+            module.__class__ = QuantTransformerEncoder
+        if type(module) is nn.TransformerEncoderLayer:
+            module.__class__ = QuantTransformerEncoderLayer
+        for child_name, child in list(module.named_children()):
+            path = f"{name}.{child_name}"
+            if isinstance(child, nn.ModuleList):
+                for i, item in enumerate(child):
+                    child[i] = self.swap(f"{path}.{i}", item, None)
+            elif isinstance(child, nn.MultiheadAttention) and not self.config.is_skipped(path):
+                fmt = self.config.weight_format(path)
+                if fmt is None:
+                    continue
+                new = QuantMultiheadAttention.from_float(
+                    child,
+                    fmt,
+                    self.config.activation_format(),
+                    num_inputs=2 if child_name == "multihead_attn" else 1,
+                    observer=self.config.observer,
+                    weight_observer=self.config.weight_observer,
+                    name=path,
+                )
+                setattr(module, child_name, new)
+            else:
+                setattr(module, child_name, self.swap(path, child, None))
+        return module
+
+
+def _is_weight(traced: fx.GraphModule, node: fx.Node) -> bool:
+    value: Any = traced
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return isinstance(value, nn.Parameter) and value.ndim > 1
+
+
+def _distinct_inputs(node: fx.Node | None) -> int:
+    """1 for self attention, 2 if key and value are one tensor, 3 otherwise."""
+    if node is None:
+        return 1
+    names = ("query", "key", "value")
+    given = [*node.args, *(node.kwargs.get(n) for n in names[len(node.args) :])][:3]
+    if given[0] is given[1] and given[1] is given[2]:
+        return 1
+    return 2 if given[1] is given[2] else 3
