@@ -74,7 +74,8 @@ def _make_plain(module: nn.Module) -> None:
     """
     mode = module.training
     module.eval()  # spectral norm iterates while it trains
-    values = {key: getattr(module, key).detach().clone() for key in module.parametrizations}
+    keys: Any = module.parametrizations
+    values = {key: getattr(module, key).detach().clone() for key in keys}
     kind = parametrize.type_before_parametrizations(module)
     del module._modules["parametrizations"]
     module.__class__ = kind
