@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradq import rng
 from gradq.collectives import Step
-from gradq.handshake import gather
+from gradq.handshake import gather, meeting
 from gradq.metrics import Event, Metrics
 from gradq.policy import AdaptivePolicy, ParameterInfo, Plan, Policy
 
@@ -65,16 +65,23 @@ class Learner:
         if self.adaptive is not None:
             self._metrics.add_sink(self.adaptive.observe)
 
-    def learns(self, step: int) -> bool:
-        """Whether to plan again before this step; if so, the policy has been given all ranks' measurements.
+    def is_due(self, step: int) -> bool:
+        """Whether to plan again before this step; the same on all ranks."""
+        return self.adaptive is not None and self.adaptive.is_due(step)
 
-        Collective on a step whose number says so, the same on all ranks.
+    def learn(self) -> None:
+        """Give the policy all ranks' measurements; collective.
+
+        Raises:
+            MismatchError: the policy failed on another rank.
         """
         policy = self.adaptive
-        if policy is None or not policy.is_due(step):
-            return False
-        policy.learn(gather(policy.measured(), self._group))
-        return True
+        assert policy is not None
+        with meeting(self._group, "plan again"):
+            measured = policy.measured()
+        everyone = gather(measured, self._group)
+        with meeting(self._group, "plan again"):
+            policy.learn(everyone)
 
     def measure(self, parameters: Sequence[ParameterInfo], flat: Tensor, step: Step) -> None:
         """Record the energy of gradients and the errors that the policy's candidates make on them.

@@ -6,7 +6,8 @@ means this rank owns; 1/W of it).
 
 Each residual has two buffers. A step reads one and writes the other, and `commit` makes the written ones
 current once every gradient of the step is known to be finite; otherwise `discard` leaves everything as it
-was, exactly, on every rank. That costs one more copy of the gradients in memory, and no time.
+was, exactly, on every rank. Until the next step writes, `revert` takes a commit back: for gradients that
+nobody applied. All that costs one more copy of the gradients in memory, and no time.
 
 Residuals are fp32. bf16 halves the memory, and then what one step loses is remembered to 8 bits only: an
 error of about 2**-9 of the residual every step, which is not fed back.
@@ -19,7 +20,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from gradq.errors import ConfigError
 
-__all__ = ["DTYPES", "Feedback", "Residuals", "still_finite"]
+__all__ = ["DTYPES", "Feedback", "Residuals"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,12 +39,15 @@ class _Pair:
     """Two buffers of one parameter; `current` is the valid one.
 
     Attributes:
+        written: whether the step under way has written the other one.
+        committed: whether the last step's was made current; the other buffer still holds the one before.
         carried: what is read in the place of the valid one, for the rest of the step.
     """
 
     buffers: tuple[Tensor, Tensor]
     current: int = 0
     written: bool = False
+    committed: bool = False
     carried: Tensor | None = None
 
 
@@ -117,6 +121,7 @@ class Residuals:
     def commit(self) -> None:
         """Make what this step wrote current."""
         for pair in self._pairs.values():
+            pair.committed = pair.written
             if pair.written:
                 pair.current = 1 - pair.current
                 pair.written = False
@@ -125,7 +130,7 @@ class Residuals:
     def discard(self) -> None:
         """Forget what this step wrote."""
         for pair in self._pairs.values():
-            pair.written = False
+            pair.written = pair.committed = False
             pair.carried = None
 
     def carry(self) -> None:
@@ -137,19 +142,40 @@ class Residuals:
             if pair.written:
                 pair.carried = pair.buffers[1 - pair.current].clone()
 
-    def select(self, finite: Tensor) -> None:
-        """Where finite, a tensor of one bool, is false, replace what this step wrote by what it read.
+    def revert(self, names: Iterable[str] | None = None) -> None:
+        """Take back the last `commit`, until the next step writes; of the named parameters, or of all."""
+        for name in list(self._pairs if names is None else names):
+            pair = self._pairs.get(name)
+            if pair is not None and pair.committed:
+                pair.current = 1 - pair.current
+                pair.committed = False
 
-        So a step that the host does not know to be finite can be committed without asking the device.
+    def revert_where(self, name: str, unused: Tensor) -> None:
+        """As `revert`, if unused, a tensor of one bool, is true, without asking the device."""
+        pair = self._pairs.get(name)
+        if pair is not None and pair.committed:
+            new, old = pair.buffers[pair.current], pair.buffers[1 - pair.current]
+            torch.where(unused, old, new, out=new)
+
+    def select(self, good: Tensor) -> None:
+        """Where good, a tensor of one bool, is false, replace what this step wrote by what it read.
+
+        So a step that the host does not know to be good can be committed without asking the device.
         """
         for pair in self._pairs.values():
             if pair.written:
                 old, new = pair.buffers[pair.current], pair.buffers[1 - pair.current]
-                torch.where(finite, new, old, out=new)
+                torch.where(good, new, old, out=new)
 
     def clear(self) -> None:
         """Forget everything."""
         self._pairs.clear()
+
+    def freeze(self) -> None:
+        """Keep what is valid, to be read, and give back the memory that a step would write."""
+        for name, pair in self._pairs.items():
+            valid = pair.buffers[pair.current]
+            self._pairs[name] = _Pair((valid, valid))
 
     def keep(self, kept: set[str]) -> list[str]:
         """Drop the residuals of all other parameters; returns the names dropped."""
@@ -184,10 +210,18 @@ class Feedback:
         self.shard = Residuals(self.dtype)
         self.bases = Residuals()
 
-    def finish(self, finite: bool) -> None:
-        """End a step: commit if every gradient was finite, else discard."""
-        for residuals in (self.local, self.shard, self.bases):
-            if finite:
+    def finish(self, good: bool | Tensor) -> None:
+        """End a step: commit if it may enter the residuals, else discard.
+
+        Args:
+            good: see `finite.StepCheck.verdict`. If only the device knows, it is told to take back what must
+                not count.
+        """
+        for residuals in self._all():
+            if isinstance(good, Tensor):
+                residuals.select(good)
+                residuals.commit()
+            elif good:
                 residuals.commit()
             else:
                 residuals.discard()
@@ -197,13 +231,28 @@ class Feedback:
         for residuals in self._all():
             residuals.carry()
 
-    def settle(self, finite: bool | Tensor) -> bool:
-        """What to tell `finish`. If only the device knows, it is told to take back what must not count."""
-        if isinstance(finite, bool):
-            return finite
+    def revert(self, names: Iterable[str] | None = None) -> None:
+        """Bring back what was there before the last step: its gradients were not applied.
+
+        Args:
+            names: parameters; None means all.
+        """
+        names = None if names is None else list(names)
         for residuals in self._all():
-            residuals.select(finite)
-        return True
+            residuals.revert(names)
+
+    def revert_unused(self, unused: Mapping[str, bool | Tensor]) -> None:
+        """As `revert`, of the parameters for which unused is true, or a tensor that only the device knows."""
+        self.revert(name for name, known in unused.items() if known is True)
+        for name, known in unused.items():
+            if isinstance(known, Tensor):
+                for residuals in self._all():
+                    residuals.revert_where(name, known)
+
+    def freeze(self) -> None:
+        """Keep what is valid, to be read, and give back the memory that a step would write."""
+        for residuals in self._all():
+            residuals.freeze()
 
     def to(self, device: torch.device) -> None:
         """Make residuals on a device from now on."""
@@ -212,22 +261,3 @@ class Feedback:
 
     def _all(self) -> list[Residuals]:
         return [value for value in vars(self).values() if isinstance(value, Residuals)]
-
-
-def still_finite(finite: bool | Tensor, flat: Tensor) -> bool | Tensor:
-    """Whether it was finite before and nothing in flat is NaN or Inf.
-
-    Returns:
-        For CPU tensors a bool. For CUDA tensors a tensor of one bool on the device: nobody waits for it.
-    """
-    if not flat.is_cuda:
-        return bool(finite) and bool(_all_finite(flat))
-    own = _all_finite(flat)
-    return own if finite is True else own & finite
-
-
-def _all_finite(flat: Tensor) -> Tensor:
-    """One pass that allocates nothing large for fp32 and fp64."""
-    if flat.dtype in (torch.float32, torch.float64):
-        return torch.isfinite(flat.sum())
-    return torch.isfinite(flat).all()

@@ -1,9 +1,13 @@
-"""Handshake: before the first step all ranks compare what they were told to do."""
+"""Handshake: before all ranks go on together they compare what they were told to do, and whether they can.
+
+Whatever can fail on one rank alone (an import, a compilation, a full disk, a user's predicate) belongs into a
+`meeting`, so that the other ranks hear of it at once and do not wait for the process group's timeout.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -57,26 +61,35 @@ def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
 
     Args:
         fields: what must be equal, by name; values are compared with ==. A mapping as a value is compared key
-            by key, so that the message names the entry. "error" says that this rank cannot start, and why.
+            by key, so that the message names the entry. "error" says that this rank cannot go on, and why;
+            "verb" what it cannot do.
         group: the ranks.
 
     Raises:
-        MismatchError: on every rank, naming the first rank that cannot start, or that differs from rank 0,
+        MismatchError: on every rank, naming the first rank that cannot go on, or that differs from rank 0,
             and the field.
     """
-    everyone = gather(dict(fields), group)
+    difference = _verdict(gather(dict(fields), group))
+    if difference is not None:
+        error = MismatchError(difference)
+        error.__dict__["_gradq_told"] = {id(group)}
+        raise error
+
+
+def _verdict(everyone: Sequence[Mapping[str, object]]) -> str | None:
     for rank, theirs in enumerate(everyone):
         if "error" in theirs:
-            raise MismatchError(f"rank {rank} cannot {theirs.get('verb', 'start')}: {theirs['error']}")
+            return f"rank {rank} cannot {theirs.get('verb', 'start')}: {theirs['error']}"
     for rank, theirs in enumerate(everyone):
         for field in dict.fromkeys([*everyone[0], *theirs]):
             difference = _difference(field, everyone[0].get(field), theirs.get(field))
             if difference is not None:
                 name, ours, other = difference
-                raise MismatchError(
+                return (
                     f"ranks disagree: {name} is {ours!r} on rank 0 and {other!r} on rank {rank}. "
                     "Start all ranks with the same model and the same gradq arguments"
                 )
+    return None
 
 
 def gather(value: _T, group: dist.ProcessGroup) -> list[_T]:

@@ -7,13 +7,16 @@ The life of a gradient:
 3. The bucket is cut into parts (`collectives/parts.py`). For each the collective encodes, exchanges, averages
    and decodes, stage by stage on the executor's threads (`_run`; read `collectives/direct.py`, then
    `two_phase.py`).
-4. After the last bucket of a step the residuals are committed, unless a gradient was not finite (`finish`).
+4. After the last bucket of a step the residuals are committed, unless a gradient was not finite or an outlier
+   (`finish`); what the trainer does not apply after all is taken back (`not_applied`, `discard_step`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,13 +26,17 @@ from torch.futures import Future
 
 from gradq import wire
 from gradq.adaptive import Learner
-from gradq.collectives import Bucket, Executor, Segment, Setting, Step, choose, open_channels
+from gradq.collectives import Bucket, Executor, Segment, Setting, Step, dense, open_channels
 from gradq.collectives.base import Pending
+from gradq.collectives.executor import end
 from gradq.collectives.streams import done
-from gradq.feedback import Feedback, still_finite
-from gradq.handshake import agree
-from gradq.metrics import Event, Metrics, ParameterStats, Stats
-from gradq.policy import ParameterInfo, Plan, Policy, check_plan
+from gradq.errors import ConfigError
+from gradq.feedback import Feedback
+from gradq.finite import StepCheck
+from gradq.handshake import meeting
+from gradq.layout import Ways
+from gradq.metrics import Event, Metrics, Stats
+from gradq.policy import ParameterInfo, Plan, Policy
 from gradq.sync_config import SyncConfig
 
 __all__ = ["GradientSync"]
@@ -63,83 +70,86 @@ class GradientSync:
         self.device = device or torch.device("cpu")
         self.parameters = {p.name: replace(p, world_size=self.world_size) for p in parameters}
         self.metrics = Metrics()
-        self.feedback = Feedback(config.residual_dtype)
-        self.feedback.to(self.device)
         self.step = 0
         self.sample_next = False
-        self._finite: bool | Tensor = True
-        self._sample, self._loss_scale = False, 1.0
+        self._sample, self._loss_scale, self._under_way = False, 1.0, False
         self._buckets: dict[int, Bucket] = {}
-        self._executor = Executor.on(self.device)
-        self.plan: Plan = {}
-        self.learner = Learner(group, self.metrics, config.seed)
-        self.set_policy(policy, label)
-        count = max(2, self._collective.num_channels)
+        with meeting(group) as notes:
+            self._ways = self._nothing = Ways.of(None, label, self.parameters, config, self.world_size)
+            self.feedback = Feedback(config.residual_dtype)
+            self.feedback.to(self.device)
+            self.check = StepCheck(self.device)
+            self.learner = Learner(group, self.metrics, config.seed)
+            self._executor = Executor.on(self.device)
+            ways = self._prepare(policy, label)
+            notes.update(self._notes(ways, label))
+        self._adopt(ways, policy, label)
+        count = max(2, self._ways.plain.num_channels)
         self._channels, self._close_channels = open_channels(
             group, count, self.metrics, config.timeout, self.device
         )
+        self._executor.failed.tell = self._close_channels
+        self._release = weakref.finalize(self, end, os.getpid(), self._executor, self._close_channels)
 
-    def set_policy(self, policy: Policy | None, label: str) -> None:
+    def set_policy(self, policy: Policy | None, label: str, *, verb: str = "change its spec") -> None:
         """Use another policy from the next step on. Call it between steps, on all ranks: they compare notes.
 
         Local residuals of parameters that still use feedback are kept, shard residuals if the piece that
         this rank owns is the same too; all others are dropped, and a log line says so.
 
+        Args:
+            policy: see above, like label.
+            label: see above.
+            verb: what a rank that fails cannot do, for the other ranks' message.
+
         Raises:
-            ConfigError: the plan does not fit the model; MismatchError: ranks disagree. The old policy stays.
+            ConfigError: the plan does not fit the model; MismatchError: ranks disagree, or another one
+                failed. The old policy stays.
         """
-        plan = dict(policy.plan(list(self.parameters.values()))) if policy is not None else {}
-        if plan:
-            check_plan(plan, self.parameters, label)
-        agree(self._notes(plan, label), self.group)
-        self.learner.follow(policy, label, self.plan, plan, self.step)
-        if plan and plan == self.plan:
+        with meeting(self.group, verb) as notes:
+            ways = self._prepare(policy, label)
+            notes.update(self._notes(ways, label))
+        self._adopt(ways, policy, label)
+
+    def _prepare(self, policy: Policy | None, label: str) -> Ways:
+        """Everything about a policy that can fail on one rank alone; changes nothing."""
+        ways = Ways.of(policy, label, self.parameters, self.config, self.world_size)
+        if self.world_size > 1 and ways.plan != self.plan:
+            ways.warm_up(self.device)
+        return ways
+
+    def _adopt(self, ways: Ways, policy: Policy | None, label: str) -> None:
+        """Make what `_prepare` made current; cannot fail."""
+        before, self._ways = self._ways, ways
+        self.learner.follow(policy, label, before.plan, ways.plan, self.step)
+        if ways.plan and ways.plan == before.plan:
             return
-        unchanged = {name for name, entry in plan.items() if entry == self.plan.get(name)}
-        before, self.plan = self._shard_pieces(), plan
         self._buckets.clear()
-        payload_bytes = int(sum(e.payload_bytes(self.parameters[name]) for name, e in plan.items()))
-        self._collective = choose(self.config.collective, self.world_size, payload_bytes)
-        self._collectives = {
-            name: choose(entry.resolve(self.config.collective), self.world_size, plain=self._collective)
-            for name, entry in plan.items()
-        }
-        self._has_feedback = any(entry.feedback1 or entry.feedback2 for entry in self.plan.values())
-        dropped = self.feedback.local.keep({n for n, entry in self.plan.items() if entry.feedback1})
-        kept = {name for name, piece in self._shard_pieces().items() if before.get(name) == piece}
+        unchanged = {name for name, entry in ways.plan.items() if entry == before.plan.get(name)}
+        pieces = before.shard_pieces(self.rank)
+        kept = {name for name, piece in ways.shard_pieces(self.rank).items() if pieces.get(name) == piece}
+        dropped = self.feedback.local.keep({n for n, entry in ways.plan.items() if entry.feedback1})
         dropped += self.feedback.shard.keep(kept)
         self.feedback.bases.keep(unchanged)
         if dropped:
             _log.info("new plan: dropped the residuals of %d parameters (%s, ...)", len(dropped), dropped[0])
-        if self.world_size > 1:
-            for codec in {codec for entry in plan.values() for codec in (entry.phase1, entry.phase2)}:
-                codec.warm_up(self.device, self.world_size)
-            for collective in set(self._collectives.values()):
-                collective.warm_up(self.device)
 
-    def _shard_pieces(self) -> dict[str, tuple[int, int]]:
-        """The part of each parameter of which this rank keeps a shard residual."""
-        segments = [self.segment(name) for name in self.plan]
-        return {s.name: s.piece(self.world_size, self.rank) for s in segments if s.feedback2}
+    @property
+    def plan(self) -> Plan:
+        """The codecs in use, by parameter; empty if gradients are left to a plain all-reduce."""
+        return self._ways.plan
 
-    def _notes(self, plan: Plan, label: str) -> dict[str, object]:
+    @property
+    def has_feedback(self) -> bool:
+        """Whether anything keeps a residual."""
+        return self._ways.has_feedback
+
+    def _notes(self, ways: Ways, label: str) -> dict[str, object]:
         """What all ranks must have in common."""
-        described = {
-            name: (info.shape, str(info.dtype), str(plan.get(name, "plain")))
-            for name, info in self.parameters.items()
-        }
-        config = self.config
-        return {
-            "wire format": wire.VERSION,
-            "spec": label,
-            "seed": config.seed,
-            "collective": config.collective,
-            "local_world_size": config.local_world_size,
-            "residual_dtype": config.residual_dtype,
-            "piece_numel": config.piece_numel,
-            "step": self.step,
-            "parameters": described,
-        }
+        config = vars(self.config)
+        compared = {name: value for name, value in config.items() if name not in ("timeout", "loss_scale")}
+        ours = {"wire format": wire.VERSION, "spec": label, "step": self.step}
+        return {**ours, **compared, "parameters": ways.notes()}
 
     def average(
         self, flat: Tensor, names: Sequence[str], *, index: int, last: bool, first: bool | None = None
@@ -156,17 +166,31 @@ class GradientSync:
         Returns:
             A future of flat.
         """
-        first = index == 0 if first is None else first
+        try:
+            return self._average(flat, names, index, last, index == 0 if first is None else first)
+        except BaseException as error:  # the other ranks must not wait for this one
+            self.fail(error)
+            raise
+
+    def _average(
+        self, flat: Tensor, names: Sequence[str], index: int, last: bool, first: bool
+    ) -> Future[Tensor]:
         if first:
             self.begin()
-        if self.world_size == 1:
-            return self._pass_through(flat, last)
-        if first and self.learner.learns(self.step):
-            self.set_policy(self.learner.policy, self.learner.label)
-        dense_bytes = wire.ring_bytes(flat.nbytes, self.world_size)
+        if self.world_size == 1:  # the mean is the gradient
+            if last:
+                self.finish()
+            return done(flat)
+        if first and self.learner.is_due(self.step):
+            self.learner.learn()
+            self.set_policy(self.learner.policy, self.learner.label, verb="plan again")
+        dense_bytes = wire.ring_bytes(dense.nbytes(flat), self.world_size)
         self.metrics.record(Event("dense_bytes", dense_bytes, self.step, index))
-        if not self.plan:
-            return self._all_reduce(flat, dense_bytes, index, last)
+        if not self.plan:  # what DDP does without a hook, counted
+            self.metrics.record(Event("wire_bytes", dense_bytes, self.step, index))
+            if last:
+                self.finish()
+            return dense.all_reduce(flat, self.group)
         bucket = self._bucket(flat, tuple(names), index)
         step = Step(self.step, index, self._loss_scale, self._sample)
         futures = [
@@ -175,39 +199,31 @@ class GradientSync:
         ]
         return futures[-1]  # the others are done before it
 
+    def fail(self, error: BaseException) -> None:
+        """This rank cannot go on: later averages raise the same, and the other ranks fail at once."""
+        self._executor.failed.set(error)
+
     def begin(self) -> None:
         """Start a step."""
-        self._finite, self._sample = True, self.sample_next
-        self.sample_next = False
+        self._under_way = True
+        self.check.begin()
+        self._sample, self.sample_next = self.sample_next, False
         self._loss_scale = float(self.config.loss_scale())
 
     def _bucket(self, flat: Tensor, names: tuple[str, ...], index: int) -> Bucket:
         """The bucket's collectives and buffers, made anew when DDP has changed its layout."""
         bucket = self._buckets.get(index)
         if bucket is None or not bucket.fits(flat, names):
-            ways = [(self._collectives[name], self.segment(name)) for name in names]
+            ways = [(self._ways.collectives[name], self.segment(name)) for name in names]
             # a stream runs one stage after another, whatever their size
             most = self.config.piece_numel * self.world_size if flat.is_cpu else max(flat.numel(), 1)
-            used, setting = set(self._collectives.values()), self._setting(flat.device)
+            used, setting = set(self._ways.collectives.values()), self._setting(flat.device)
             bucket = self._buckets[index] = Bucket(flat, names, ways, used, setting, most)
         return bucket
 
     def segment(self, name: str) -> Segment:
         """How a parameter travels, in a bucket of its own."""
-        info, entry, local = self.parameters[name], self.plan[name], self.config.local_world_size
-        return Segment(
-            name=name,
-            start=0,
-            numel=info.numel,
-            rotation=info.index,
-            phase1=entry.phase1,
-            phase2=entry.phase2,
-            feedback1=entry.feedback1,
-            feedback2=entry.feedback2 and self._collectives[name].has_phase2(self.world_size, local),
-            matrix=info.matrix,
-            low_rank=min(entry.low_rank, *info.matrix),
-            local_world_size=local,
-        )
+        return self._ways.segment(name)
 
     def piece_numel(self, name: str, owner: int) -> int:
         """Elements of a parameter that a rank owns in phase 2."""
@@ -225,50 +241,61 @@ class GradientSync:
             metrics=self.metrics,
             device=device,
             bases=self.feedback.bases,
-            plain=self._collective,
+            plain=self._ways.plain,
             local_world_size=self.config.local_world_size,
         )
 
     def _run(self, bucket: Bucket, number: int, flat: Tensor, step: Step, last: bool) -> Iterator[Pending]:
         """The stages of one part of a bucket, for the executor."""
         if number == 0:
-            self.learner.measure([self.parameters[name] for name in bucket.names], bucket.open(flat), step)
+            work = bucket.open(flat)
+            if self.learner.adaptive is not None:
+                self.learner.measure([self.parameters[name] for name in bucket.names], work, step)
         yield from bucket.average(number, flat, step)
-        if self._has_feedback:
-            for piece in bucket.doubtful(number, flat):
-                self._finite = still_finite(self._finite, piece)
+        if self.has_feedback:
+            self.check.add(bucket.mean(number, flat), flat.dtype)
         if last and number == len(bucket.parts) - 1:
             self.finish()
 
-    def finish(self) -> None:
-        """End a step."""
-        self.feedback.finish(self.feedback.settle(self._finite))
+    def judge(self) -> bool | Tensor:
+        """Whether what this step lost may enter the residuals; see `finite.StepCheck.verdict`."""
+        return self.check.verdict(self._loss_scale, self.step) if self.has_feedback else True
+
+    def finish(self, good: bool | Tensor | None = None) -> None:
+        """End a step.
+
+        Args:
+            good: whether it may enter the residuals; `judge` decides if it is not said.
+        """
+        self.feedback.finish(self.judge() if good is None else good)
         self.metrics.record(Event("step", 1, self.step))
         self.step += 1
+        self._under_way = False
 
-    def _pass_through(self, flat: Tensor, last: bool) -> Future[Tensor]:
-        """World size 1: the mean is the gradient."""
-        if last:
-            self.finish()
-        return done(flat)
+    def discard_step(self) -> None:
+        """The gradients of the last step were not applied: residuals are again what they were before it.
 
-    def _all_reduce(self, flat: Tensor, dense_bytes: int, index: int, last: bool) -> Future[Tensor]:
-        """The spec "none": what DDP does without a hook, counted."""
-        self.metrics.record(Event("wire_bytes", dense_bytes, self.step, index))
-        future = dist.all_reduce(flat.div_(self.world_size), group=self.group, async_op=True).get_future()
-        if last:
-            self.finish()
-        averaged: Future[Tensor] = future.then(lambda done: done.value()[0])
-        return averaged
+        Call it on all ranks, after a backward and before the next one. A second call does nothing.
+
+        Raises:
+            ConfigError: a step is under way.
+        """
+        if self._under_way and self.failure is None:
+            raise ConfigError("discard_step() is for a step that has ended: call it after backward()")
+        self.feedback.revert()
+        self.check.revert()
+
+    def not_applied(self, unused: Mapping[str, bool | Tensor]) -> None:
+        """Of some parameters the mean of the last step was thrown away: what was owed them still is.
+
+        Args:
+            unused: by name, whether it was; a tensor of one bool if only the device knows.
+        """
+        self.feedback.revert_unused(unused)
 
     def stats(self, parameters: bool = False) -> Stats:
         """Totals so far, and per parameter if asked."""
-        table = {}
-        for name, entry in self.plan.items() if parameters else ():
-            info = self.parameters[name]
-            bits = 8 * entry.payload_bytes(info) / max(info.numel, 1)
-            table[name] = ParameterStats(info.numel, str(entry), bits)
-        return self.metrics.stats(table)
+        return self.metrics.stats(self._ways.stats() if parameters else {})
 
     @property
     def failure(self) -> BaseException | None:
@@ -276,8 +303,17 @@ class GradientSync:
         return self._executor.failure
 
     def close(self) -> None:
-        """End the threads and the process groups; afterwards `average` is a plain all-reduce. Idempotent."""
-        self.plan, self._has_feedback, self.learner.policy = {}, False, None
-        self._executor.close()
-        self._close_channels()
-        self._close_channels = lambda: None
+        """End the threads and connections; afterwards `average` is a plain all-reduce. Idempotent."""
+        if self._release.alive:
+            self._executor.close()
+        self._ways, self.learner.policy = self._nothing, None
+        self.release()
+
+    def release(self) -> None:
+        """End the threads and connections without waiting for an exchange: nobody will average any more.
+
+        The residuals can still be read and saved; what a step would write is given back.
+        """
+        self._buckets.clear()
+        self.feedback.freeze()
+        self._release()

@@ -63,6 +63,11 @@ class Codec(ABC):
         """The collective for parameters in this codec, where none was asked for; "auto" for the model's."""
         return "auto"
 
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element if a payload is just the elements, each by itself, in order; else 0."""
+        return 0
+
     def for_feedback(self, feedback: bool) -> Codec:
         """This codec with every "auto" option decided, for use with or without error feedback."""
         return self

@@ -64,6 +64,11 @@ class ExactCodec(Codec):
         """The dtype on the wire."""
         return _DTYPES[self.dtype]
 
+    @property
+    def element_bytes(self) -> int:
+        """The size of the dtype on the wire."""
+        return self.wire_dtype.itemsize
+
     def nbytes(self, numel: int) -> int:
         """Numel times the size of the dtype."""
         return numel * self.wire_dtype.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gradq.collectives import dense
 from gradq.collectives.all_gather import AllGather
 from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
 from gradq.collectives.bucket import Bucket
@@ -37,6 +38,7 @@ __all__ = [
     "Step",
     "basis_numel",
     "choose",
+    "dense",
     "open_channels",
     "parts_of",
     "ranks_per_node",

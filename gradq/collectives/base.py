@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -31,7 +31,6 @@ __all__ = [
     "SegmentCodec",
     "Setting",
     "Step",
-    "merged",
 ]
 
 
@@ -41,6 +40,10 @@ class SegmentCodec(Protocol):
     @property
     def block_size(self) -> int:
         """A segment may be cut at multiples of it."""
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element if a payload is just the elements, each by itself, in order; else 0."""
 
     def nbytes(self, numel: int) -> int:
         """Payload bytes of numel elements."""
@@ -61,9 +64,6 @@ class SegmentCodec(Protocol):
 
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """Mean over the rows of payloads into out."""
-
-    def surely_finite(self, payloads: Tensor, numel: int) -> bool:
-        """Whether a glance at the payloads shows that their mean is finite; False says nothing."""
 
 
 class Residuals(Protocol):
@@ -166,16 +166,6 @@ class Step:
     sample: bool = False
 
 
-def merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges [start, stop) in order, those that touch as one."""
-    out: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if out and out[-1][1] == start:
-            start = out.pop()[0]
-        out.append((start, stop))
-    return out
-
-
 class Scratch:
     """Buffers of bytes by name, each as large as the largest request so far."""
 
@@ -268,13 +258,6 @@ class Collective(ABC):
     @abstractmethod
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
         """Replace flat by its mean over ranks; the same bits on every rank."""
-
-    def doubtful(self, flat: Tensor) -> list[Tensor]:
-        """What of the mean in host memory must be read, after `average`, to know that it is finite.
-
-        Here: all of it.
-        """
-        return [flat]
 
     def post(self, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step) -> Pending:
         """Post an exchange on the channel of a phase and count its bytes."""

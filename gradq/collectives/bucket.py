@@ -66,9 +66,7 @@ class Bucket:
         if work is not flat:
             flat[where].copy_(work[where])
 
-    def doubtful(self, number: int, flat: Tensor) -> list[Tensor]:
-        """What of a part's mean must be read to know whether it is finite."""
-        where, collective = self.parts[number]
-        # a device is not asked; what is finite in fp32 may be Inf in fp16
-        whole = not flat.is_cpu or flat.dtype == torch.float16
-        return [flat[where]] if whole else collective.doubtful(flat[where])
+    def mean(self, number: int, flat: Tensor) -> Tensor:
+        """A part's mean after `average`, in the dtype that codecs work in."""
+        where, _ = self.parts[number]
+        return (flat if self._work is None else self._work)[where]

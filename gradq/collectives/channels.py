@@ -2,29 +2,117 @@
 
 Every receive is posted before any send: on Gloo that gives the ideal time on every run, where its own
 all-to-all takes one to two times as long, and it needs neither equal sizes nor padding.
+
+On Gloo all channels share one process group, and tags keep their messages apart. It is made outside torch's
+registry, over a prefix of the store that nobody used before: so it goes when it is closed, may be made again
+over the same ranks, and `destroy_process_group()` does not concern it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from gradq import wire
 from gradq.collectives.base import Channel
 from gradq.errors import PeerError, UnsupportedError
+from gradq.handshake import gather, meeting, reason
 from gradq.metrics import Event, Metrics
 
-__all__ = ["PeerChannel", "open_channels"]
+__all__ = ["Links", "PeerChannel", "open_channels"]
 
 
 _BACKENDS = ("gloo", "mpi4py")  # what can post a receive before the send, and tell messages apart by tags
 _TAGS = 1 << 15  # MPI allows at least as many
+_FAILURE = "failure"  # the store's key for why a rank gave up
+_STORE_S = 2.0
+
+
+class Links:
+    """A process group of gradq's own, until it is closed.
+
+    Args:
+        group: has `send` and `recv`; no one else may use it.
+        store: where ranks leave word why they give up; None if there is none.
+        destroy: called on closing.
+    """
+
+    def __init__(
+        self, group: Any, store: Store | None = None, destroy: Callable[[], None] = lambda: None
+    ) -> None:
+        self.group: Any = group
+        self._store, self._destroy = store, destroy
+        self._channels: list[PeerChannel] = []
+
+    def serve(self, channel: PeerChannel) -> None:
+        """Close a channel too when this closes."""
+        self._channels.append(channel)
+
+    def close(self) -> None:
+        """Let the group go; its connections close with the last exchange under way. Idempotent."""
+        if self.group is not None:
+            self.group = None
+            for channel in self._channels:
+                channel.close()
+            _open.discard(self)
+            self._destroy()
+
+    def give_up(self, rank: int, error: BaseException) -> None:
+        """Leave word for the peers, and close: they then fail at once and not at the timeout."""
+        store, text = self._store, f"rank {rank} gave up: {reason(error)}"
+        if store is not None and not isinstance(error, PeerError):
+            _within(_STORE_S, lambda: store.set(_FAILURE, text))
+        self.close()
+
+    def word(self) -> str:
+        """Why a peer gave up, if it left word; else nothing."""
+        store, found = self._store, list[str]()
+
+        def look(store: Store) -> None:
+            if store.check([_FAILURE]):
+                found.append(store.get(_FAILURE).decode(errors="replace"))
+
+        if store is not None:
+            _within(_STORE_S, lambda: look(store))
+        return "".join(found)
+
+
+def _within(seconds: float, action: Callable[[], object]) -> None:
+    """Try something that may fail, or never return: the store's host may be gone, or stopped."""
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            action()
+
+    thread = threading.Thread(target=attempt, name="gradq-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+_open: set[Links] = set()  # the only owner of their groups
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: the threads of these groups stay behind, so nothing may ever wait for them."""
+    for links in _open:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(links.group))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class _Exchange:
@@ -36,28 +124,33 @@ class _Exchange:
         receive: Sequence[Tensor],
         header: wire.Header,
         metrics: Metrics,
+        links: Links,
     ) -> None:
         self._works = works
         self._receive = receive
         self._header = header
         self._metrics = metrics
+        self._links = links
         self._posted = time.perf_counter()
 
     def wait(self) -> None:
         """Wait for all, check every header.
 
         Raises:
-            PeerError: a peer died, stalled past the group's timeout, or the link broke.
+            PeerError: a peer gave up, died, stalled past the group's timeout, or the link broke.
             WireError: a message is not the one expected.
         """
         header = self._header
-        for verb, peer, work in self._works:
+        while self._works:
+            verb, peer, work = self._works.pop(0)
             try:
                 work.wait()
             except RuntimeError as error:
+                del work
+                self._works.clear()  # they keep the connections open
                 raise PeerError(
                     f"rank {header.sender}: {verb} rank {peer} failed in step {header.step}, bucket "
-                    f"{header.bucket}, phase {header.phase}: {error}"
+                    f"{header.bucket}, phase {header.phase}: {self._links.word() or error}"
                 ) from error
         elapsed_ms = 1e3 * (time.perf_counter() - self._posted)
         self._metrics.record(Event("exchange_ms", elapsed_ms, header.step, header.bucket, header.phase))
@@ -68,39 +161,49 @@ class _Exchange:
 
 
 class PeerChannel:
-    """A process group used by one thread only.
+    """The messages of one stage.
 
     Args:
-        group: a group of gradq's own; no one else may use it.
+        links: a process group of gradq's own.
         metrics: takes the exchange times.
+        index: of this channel among those that share the group.
+        count: of those.
     """
 
-    def __init__(self, group: dist.ProcessGroup, metrics: Metrics) -> None:
-        self._group = group
+    def __init__(self, links: Links, metrics: Metrics, index: int = 0, count: int = 1) -> None:
+        self._links, self._group = links, links.group
         self._metrics = metrics
-        self._posted = 0
+        self._next, self._stride = index, count
+        links.serve(self)
+
+    def close(self) -> None:
+        """Let the group go."""
+        self._group = None
 
     def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> _Exchange:
         """See `gradq.collectives.base.Channel.post`."""
         packed = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
         peers = [(header.sender + i) % len(send) for i in range(1, len(send))]
         works: list[tuple[str, int, dist.Work]] = []
-        tag = self._posted % _TAGS  # its own, so a message can only meet the receive meant for it
-        self._posted += 1
+        tag = self._next % _TAGS  # its own, so a message can only meet the receive meant for it
+        self._next += self._stride
+        group = self._group
+        if group is None:
+            raise PeerError(f"rank {header.sender}: its connections are closed")
         try:
             for peer in reversed(peers):
                 if receive[peer].numel():
-                    works.append(("receiving from", peer, self._group.recv([receive[peer]], peer, tag)))
+                    works.append(("receiving from", peer, group.recv([receive[peer]], peer, tag)))
             for peer in peers:
                 if send[peer].numel():
                     send[peer][: wire.HEADER_BYTES] = packed
-                    works.append(("sending to", peer, self._group.send([send[peer]], peer, tag)))
+                    works.append(("sending to", peer, group.send([send[peer]], peer, tag)))
         except RuntimeError as error:
             raise PeerError(
                 f"rank {header.sender}: cannot reach rank {peer} in step {header.step}, "
-                f"bucket {header.bucket}, phase {header.phase}: {error}"
+                f"bucket {header.bucket}, phase {header.phase}: {self._links.word() or error}"
             ) from error
-        return _Exchange(works, receive, header, self._metrics)
+        return _Exchange(works, receive, header, self._metrics, self._links)
 
 
 def open_channels(
@@ -109,47 +212,84 @@ def open_channels(
     metrics: Metrics,
     timeout: timedelta | None = None,
     device: torch.device | None = None,
-) -> tuple[Sequence[Channel], Callable[[], None]]:
-    """Make process groups over the ranks of a group, one a channel. All its ranks must call this together.
+) -> tuple[Sequence[Channel], Callable[[BaseException | None], None]]:
+    """Connect the ranks of a group once more, for gradq alone. All its ranks must call this together.
 
     Args:
         group: whose ranks take part.
         count: number of channels.
         metrics: takes the exchange times.
-        timeout: of every exchange; the group's own by default.
+        timeout: limit for one exchange; the group's own by default.
         device: of the messages; the CPU by default.
 
     Returns:
-        The channels, and a function that gives their process groups back.
+        The channels, and a function that ends their connections; given an error, it leaves word of it for the
+        other ranks.
 
     Raises:
         UnsupportedError: the group does not move CPU tensors over Gloo or MPI.
     """
     if group.size() == 1:
-        return [], lambda: None
+        return [], lambda error: None
     if device is not None and device.type != "cpu":
         from gradq.collectives.streams import open_stream_channels
 
         return open_stream_channels(group, count, metrics, timeout, device)
-    backend = _cpu_backend(group)
-    if timeout is None:
-        timeout = getattr(group._get_backend(torch.device("cpu")).options, "_timeout", None)
-    ranks = dist.get_process_group_ranks(group)
-    # torch names a locally synchronized group after its ranks. Destroyed and made again it would find the old
-    # one's addresses in the store and hang, so those of a subgroup live until destroy_process_group().
-    whole_world = group.size() == dist.get_world_size()
-    groups = [
-        dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=not whole_world)
-        for _ in range(count)
-    ]
+    with meeting(group):
+        backend = _cpu_backend(group)
+        if timeout is None:
+            timeout = getattr(group._get_backend(torch.device("cpu")).options, "_timeout", None)
+    if backend == "gloo":
+        links = [_gloo(group, timeout)]
+        channels = [PeerChannel(links[0], metrics, index, count) for index in range(count)]
+    else:
+        links = [_registered(group, timeout, backend) for _ in range(count)]
+        channels = [PeerChannel(each, metrics) for each in links]
     dist.barrier(group)  # a rank that fails right after this must not break a peer's connecting
+    _open.update(links)
+    rank = group.rank()
 
-    def close() -> None:
-        if dist.is_initialized() and whole_world:
-            for own in groups:
-                dist.destroy_process_group(own)
+    def close(error: BaseException | None = None) -> None:
+        for each in links:
+            each.close() if error is None else each.give_up(rank, error)
 
-    return [PeerChannel(own, metrics) for own in groups], close
+    return channels, close
+
+
+def _gloo(group: dist.ProcessGroup, timeout: timedelta | None) -> Links:
+    """A Gloo group of its own, over the network device of the group given."""
+    from torch.distributed.distributed_c10d import _get_process_group_store
+
+    name = gather(uuid.uuid4().hex, group)[0]
+    store = PrefixStore(f"gradq/{name}", _get_process_group_store(group))
+    theirs = group._get_backend(torch.device("cpu")).options
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = getattr(theirs, "_devices", None) or [dist.ProcessGroupGloo.create_default_device()]
+    options._threads = 1  # point-to-point messages use none
+    if timeout is not None:
+        options._timeout = timeout
+    return Links(dist.ProcessGroupGloo(store, group.rank(), group.size(), options), store)
+
+
+def _registered(group: dist.ProcessGroup, timeout: timedelta | None, backend: str) -> Links:
+    """A group of a backend that torch must make.
+
+    torch names a locally synchronized group after its ranks. Destroyed and made again it would find the old
+    one's addresses in the store and hang, so those of a subgroup live until destroy_process_group().
+    """
+    whole_world = group.size() == dist.get_world_size()
+    own = dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=timeout,
+        backend=backend,
+        use_local_synchronization=not whole_world,
+    )
+
+    def destroy() -> None:
+        if whole_world and dist.is_initialized():
+            dist.destroy_process_group(own)
+
+    return Links(own, None, destroy)
 
 
 def _cpu_backend(group: dist.ProcessGroup) -> str:

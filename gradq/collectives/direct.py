@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives.base import Collective, Pending, Segment, Setting, Step, merged
+from gradq.collectives.base import Collective, Pending, Segment, Setting, Step
+from gradq.collectives.runs import Place, Run, runs_of
 
 __all__ = ["Direct"]
 
@@ -28,9 +29,19 @@ class Direct(Collective):
         sizes = [segment.phase1.nbytes(segment.numel) for segment in self.segments]
         offsets, nbytes = wire.message_offsets(sizes)
         self._messages_WN = torch.zeros(setting.world_size, nbytes, dtype=torch.uint8, device=setting.device)
-        self._payloads = [
-            self._messages_WN[:, offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)
+        places = [
+            Place(segment, segment.start, segment.numel, (offset, 0))
+            for segment, offset in zip(self.segments, offsets, strict=True)
         ]
+        self._runs, alone = runs_of(places, dtype, setting.device, setting.world_size)
+        self._alone = [self._row_part(place) for place in alone]
+        self._all = [self._row_part(place) for place in places]
+
+    def _row_part(self, place: Place) -> tuple[Segment, slice, Tensor]:
+        """A segment, where it stands in the bucket, and its payloads [W, nbytes]."""
+        nbytes = place.segment.phase1.nbytes(place.numel)
+        payload_WN = self._messages_WN[:, place.at[0] : place.at[0] + nbytes]
+        return place.segment, slice(place.start, place.start + place.numel), payload_WN
 
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
         """See `Collective.average`.
@@ -40,22 +51,17 @@ class Direct(Collective):
         3. Decode the W rows in rank order, sum in fp32, divide once.
         """
         rank, world_size = self.setting.rank, self.setting.world_size
+        runs: list[Run] = [] if step.sample else self._runs
+        parts = self._all if step.sample else self._alone
         with self.timed("encode_ms", step, 1):
-            for segment, payload_WN in zip(self.segments, self._payloads, strict=True):
-                x = flat[segment.start : segment.start + segment.numel]
-                self.encode1(segment, 0, segment.numel, x, payload_WN[rank], step)
+            for segment, where, payload_WN in parts:
+                self.encode1(segment, 0, segment.numel, flat[where], payload_WN[rank], step)
+            for run in runs:
+                run.encode(flat, self._messages_WN[rank])
         rows = list(self._messages_WN)
         yield self.post(1, [rows[rank]] * world_size, rows, step)
         with self.timed("decode_ms", step, 1):
-            for segment, payload_WN in zip(self.segments, self._payloads, strict=True):
-                out = flat[segment.start : segment.start + segment.numel]
-                segment.phase1.decode_mean(payload_WN, out)
-
-    def doubtful(self, flat: Tensor) -> list[Tensor]:
-        """See `Collective.doubtful`."""
-        ranges = [
-            (segment.start, segment.start + segment.numel)
-            for segment, payload_WN in zip(self.segments, self._payloads, strict=True)
-            if not segment.phase1.surely_finite(payload_WN, segment.numel)
-        ]
-        return [flat[start:stop] for start, stop in merged(ranges)]
+            for segment, where, payload_WN in parts:
+                segment.phase1.decode_mean(payload_WN, flat[where])
+            for run in runs:
+                run.decode_mean(self._messages_WN, flat)

@@ -7,9 +7,10 @@ of the next and the backward pass. The executor knows neither codecs nor transpo
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,38 @@ from gradq.errors import ConfigError, UnsupportedError
 if TYPE_CHECKING:
     from gradq.collectives.streams import StreamExecutor
 
-__all__ = ["Executor"]
+__all__ = ["Executor", "Failure", "end"]
+
+_PATIENCE_S = 1.0  # how long `stop` waits for a thread
+
+
+class Failure:
+    """The first thing that went wrong, for good; safe between threads.
+
+    Attributes:
+        tell: called once with the error, from the thread that met it: so that the other ranks hear of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        self.tell: Callable[[BaseException], None] = lambda error: None
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong first, None if nothing did."""
+        return self._error
+
+    def set(self, error: BaseException) -> BaseException:
+        """Note an error; returns the first one."""
+        with self._lock:
+            before = self._error
+            if before is None:
+                self._error = error
+        if before is not None:
+            return before
+        self.tell(error)
+        return error
 
 
 @dataclass
@@ -45,8 +77,13 @@ class Executor:
         self._name = name
         self._stages: list[queue.SimpleQueue[_Job | None]] = []
         self._threads: list[threading.Thread] = []
-        self.failure: BaseException | None = None
+        self.failed = Failure()
         self._closed = False
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the executor, None while it works."""
+        return self.failed.error
 
     @staticmethod
     def on(device: torch.device) -> Executor | StreamExecutor:
@@ -77,12 +114,19 @@ class Executor:
 
     def close(self) -> None:
         """Finish what is queued and end the threads. Idempotent."""
+        self._end(None)
+
+    def stop(self) -> None:
+        """As `close`, but do not wait for a thread that waits for a peer: it ends when that does."""
+        self._end(_PATIENCE_S)
+
+    def _end(self, patience_s: float | None) -> None:
         self._closed = True
         if self._stages:
             self._stages[0].put(None)
         for thread in self._threads:
-            thread.join()
-        self._stages.clear()
+            if thread is not threading.current_thread():  # the garbage collector runs on any thread
+                thread.join(patience_s)
         self._threads.clear()
 
     def _stage(self, index: int) -> queue.SimpleQueue[_Job | None]:
@@ -99,8 +143,12 @@ class Executor:
     def _run(self, index: int) -> None:
         inbox = self._stages[index]
         with torch.no_grad():  # grad mode is thread-local
-            while (job := inbox.get()) is not None:
+            while True:
+                job = inbox.get()
+                if job is None:
+                    break
                 self._advance(job, index)
+                del job  # while this waits for the next one, nothing may hang on the last
         if index + 1 < len(self._stages):
             self._stages[index + 1].put(None)
 
@@ -113,13 +161,21 @@ class Executor:
                 job.pending.wait()
             job.pending = next(job.steps, None)
         except BaseException as error:  # carried to the training loop, whatever it is
-            self.failure = error
-            job.done.set_result(error)
+            job.done.set_result(self.failed.set(error))
             return
         if job.pending is None:
             job.done.set_result(job.result)
         else:
             self._stage(index + 1).put(job)
+
+
+def end(
+    process: int, executor: Executor | StreamExecutor, close_channels: Callable[[BaseException | None], None]
+) -> None:
+    """Give back what only one process has, its threads and connections: a forked child leaves them alone."""
+    if os.getpid() == process:
+        executor.stop()
+        close_channels(None)
 
 
 def _value(done: Future[Tensor | BaseException]) -> Tensor:

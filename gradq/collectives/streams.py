@@ -26,7 +26,8 @@ from torch.futures import Future
 
 from gradq import wire
 from gradq.collectives.base import Channel, Pending
-from gradq.collectives.channels import PeerChannel
+from gradq.collectives.channels import Links, PeerChannel
+from gradq.collectives.executor import Failure
 from gradq.errors import ConfigError, PeerError, UnsupportedError, WireError
 from gradq.metrics import Event, Metrics
 
@@ -50,7 +51,12 @@ class StreamExecutor:
     def __init__(self, device: torch.device) -> None:
         self._stream = cast(Any, torch.cuda.Stream)(device) if device.type == "cuda" else None
         self._closed = False
-        self.failure: BaseException | None = None
+        self.failed = Failure()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What stopped the executor, None while it works."""
+        return self.failed.error
 
     def submit(self, steps: Iterator[Pending], result: Tensor) -> Future[Tensor]:
         """Enqueue steps; the future holds result, or raises what a stage raised.
@@ -66,7 +72,7 @@ class StreamExecutor:
                     for pending in steps:
                         pending.wait()
                 except BaseException as error:  # carried to the training loop, whatever it is
-                    self.failure = error
+                    self.failed.set(error)
             future = done(result)
         return future.then(self._outcome) if self.failure is not None else future
 
@@ -75,6 +81,10 @@ class StreamExecutor:
         self._closed = True
         if self._stream is not None:
             self._stream.synchronize()
+
+    def stop(self) -> None:
+        """As `close`, but wait for nothing."""
+        self._closed = True
 
     def _side(self) -> AbstractContextManager[object]:
         """The side stream, after everything that the current stream has been given."""
@@ -212,7 +222,7 @@ class StagedChannel:
     """
 
     def __init__(self, group: dist.ProcessGroup, metrics: Metrics) -> None:
-        self._channel = PeerChannel(group, metrics)
+        self._channel = PeerChannel(Links(group), metrics)
         self._free: list[Tensor] = []
 
     def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> _Staged:
@@ -249,7 +259,7 @@ class StagedChannel:
 
 def open_stream_channels(
     group: dist.ProcessGroup, count: int, metrics: Metrics, timeout: timedelta | None, device: torch.device
-) -> tuple[list[Channel], Callable[[], None]]:
+) -> tuple[list[Channel], Callable[[BaseException | None], None]]:
     """As `channels.open_channels`, for tensors of a device. One process group serves all channels.
 
     Raises:
@@ -269,7 +279,9 @@ def open_stream_channels(
     own = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=not whole_world)
     dist.barrier(group)  # see `channels.open_channels`
 
-    def close() -> None:
+    def close(error: BaseException | None = None) -> None:
+        if error is not None:  # exchanges may be under way on the device; its watchdog tells the others
+            return
         if dist.is_initialized() and whole_world:
             dist.destroy_process_group(own)
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives.base import Collective, Pending, Segment, Setting, Step, merged
+from gradq.collectives.base import Collective, Pending, Segment, Setting, Step
+from gradq.collectives.runs import Place, Run, runs_of
 
 __all__ = ["TwoPhase"]
 
@@ -31,6 +32,11 @@ class _Piece:
         self.nbytes1 = segment.phase1.nbytes(self.numel)
         self.nbytes2 = segment.phase2.nbytes(self.numel)
         self.at1 = self.at2 = 0  # offsets in the owner's messages
+
+    @property
+    def place(self) -> Place:
+        """Where it stands, for `runs_of`."""
+        return Place(self.segment, self.flat.start, self.numel, (self.at1, self.at2))
 
 
 class TwoPhase(Collective):
@@ -64,6 +70,14 @@ class TwoPhase(Collective):
             for owner in range(world_size)
         ]  # phase 1, what it sends
         self._means = [buffer(nbytes) for nbytes in nbytes2]  # phase 2, by owner
+        self._runs: list[list[Run]] = []  # by owner: small exact pieces that travel as one
+        self._alone: list[list[_Piece]] = []  # by owner: the others
+        for pieces in self._pieces:
+            runs, alone = runs_of([piece.place for piece in pieces], dtype, setting.device, world_size)
+            starts = {place.start for place in alone}
+            self._runs.append(runs)
+            self._alone.append([piece for piece in pieces if piece.flat.start in starts])
+        self._no_runs: list[list[Run]] = [[] for _ in range(world_size)]
         largest = max((piece.numel for piece in self._pieces[rank]), default=0)
         self._mean = torch.zeros(largest, dtype=dtype, device=setting.device)
 
@@ -77,36 +91,33 @@ class TwoPhase(Collective):
         5. Everyone, the owner too, decodes the same bytes into the bucket.
         """
         rank, world_size = self.setting.rank, self.setting.world_size
+        # an error is sampled by parameter
+        runs, alone = (self._no_runs, self._pieces) if step.sample else (self._runs, self._alone)
         with self.timed("encode_ms", step, 1):
-            for pieces, message in zip(self._pieces, self._scattered, strict=True):
-                for piece in pieces:
+            for owner, message in enumerate(self._scattered):
+                for piece in alone[owner]:
                     payload = message[piece.at1 : piece.at1 + piece.nbytes1]
                     self.encode1(piece.segment, piece.start, piece.stop, flat[piece.flat], payload, step)
+                for run in runs[owner]:
+                    run.encode(flat, message)
         yield self.post(1, self._scattered, list(self._gathered_WN), step)
-        for piece in self._pieces[rank]:
+        own = self._means[rank]
+        for piece in alone[rank]:
             mean = self._mean[: piece.numel]
             with self.timed("decode_ms", step, 1):
                 payloads_WN = self._gathered_WN[:, piece.at1 : piece.at1 + piece.nbytes1]
                 piece.segment.phase1.decode_mean(payloads_WN, mean)
             with self.timed("encode_ms", step, 2):
-                payload = self._means[rank][piece.at2 : piece.at2 + piece.nbytes2]
+                payload = own[piece.at2 : piece.at2 + piece.nbytes2]
                 self.encode2(piece.segment, piece.start, piece.stop, mean, payload, step)
-        yield self.post(2, [self._means[rank]] * world_size, self._means, step)
+        with self.timed("decode_ms", step, 1):
+            for run in runs[rank]:
+                run.average(self._gathered_WN, own)
+        yield self.post(2, [own] * world_size, self._means, step)
         with self.timed("decode_ms", step, 2):
-            for pieces, message in zip(self._pieces, self._means, strict=True):
-                for piece in pieces:
-                    piece.segment.phase2.decode(
-                        message[piece.at2 : piece.at2 + piece.nbytes2], flat[piece.flat]
-                    )
-
-    def doubtful(self, flat: Tensor) -> list[Tensor]:
-        """See `Collective.doubtful`."""
-        ranges = [
-            (piece.flat.start, piece.flat.stop)
-            for pieces, message in zip(self._pieces, self._means, strict=True)
-            for piece in pieces
-            if not piece.segment.phase2.surely_finite(
-                message[None, piece.at2 : piece.at2 + piece.nbytes2], piece.numel
-            )
-        ]
-        return [flat[start:stop] for start, stop in merged(sorted(ranges))]
+            for owner, message in enumerate(self._means):
+                for piece in alone[owner]:
+                    payload = message[piece.at2 : piece.at2 + piece.nbytes2]
+                    piece.segment.phase2.decode(payload, flat[piece.flat])
+                for run in runs[owner]:
+                    run.decode(message, flat)

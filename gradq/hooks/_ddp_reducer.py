@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["averaged_parameters", "hook_states", "unwrap_compiled", "wrappers_of"]
+from gradq.errors import UnsupportedError
+
+__all__ = [
+    "Trainer",
+    "after_backward",
+    "averaged_parameters",
+    "hook_states",
+    "in_backward",
+    "unwrap_compiled",
+    "wrappers_of",
+]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
@@ -55,3 +66,87 @@ def wrappers_of(parameter: Tensor) -> list[DistributedDataParallel]:
     """The DDP models of this process that hold a parameter. Takes milliseconds: it looks at every object."""
     found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     return [model for model in found if any(own is parameter for own in model.parameters())]
+
+
+class Trainer:
+    """What a communication hook must know of the DistributedDataParallel that calls it.
+
+    It is held weakly: its reducer owns the hook, and the garbage collector does not see through that.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._model = weakref.ref(model)
+
+    @property
+    def model(self) -> DistributedDataParallel | None:
+        """The module, None if it is gone."""
+        return self._model()
+
+    def check_join(self) -> None:
+        """Raise what the hook cannot do: it does not hear how many ranks still have inputs.
+
+        Raises:
+            UnsupportedError: `join` was asked to divide by the number of those.
+        """
+        model = self.model
+        if model is None or getattr(model, "_divide_by_initial_world_size", True):
+            return
+        if model._join_config.enable:
+            raise UnsupportedError(
+                "join(divide_by_initial_world_size=False) is not supported: a communication hook divides by "
+                "the number of all ranks; use join() as it is by default, or no gradq"
+            )
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there may be parameters that no rank used, whose mean is thrown away."""
+        model = self.model
+        return model is not None and bool(model.find_unused_parameters or model.static_graph)
+
+    def unused(self, parameters: Iterable[Tensor]) -> list[bool | Tensor]:
+        """Of which parameters DDP threw the mean away in the last backward; call it by `after_backward`.
+
+        It does so where no rank had a gradient, unless the gradient is a view of the bucket, into which the
+        mean was written.
+
+        Args:
+            parameters: all that DDP averages, in its order.
+
+        Returns:
+            By parameter; a tensor of one bool where only the device knows.
+
+        Raises:
+            UnsupportedError: the parameters are not those that DDP averages.
+        """
+        model = self.model
+        if model is None:
+            return []
+        own = list(parameters)
+        used = model.reducer._get_local_used_map()  # summed over ranks by then; hangs inside a hook
+        if used.numel() != len(own):
+            raise UnsupportedError(
+                f"DDP averages {used.numel()} parameters and gradq was told of {len(own)}; make the handle "
+                "right after wrapping the model, and leave requires_grad as it is"
+            )
+        kept = bool(model.gradient_as_bucket_view)
+        if used.is_cpu:
+            pairs = zip(own, used.tolist(), strict=True)
+            return [not count and not (kept and p.grad is not None) for p, count in pairs]
+        return [
+            True if p.grad is None else False if kept else used[index] == 0 for index, p in enumerate(own)
+        ]
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call callback when DDP has finished the backward under way.
+
+    DDP queues its own end after the hook of the last bucket has returned; so this is queued once more from
+    the queue.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(callback))

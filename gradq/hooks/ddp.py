@@ -4,8 +4,9 @@ This module has no `from __future__ import annotations`: DDP compares the hook's
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,13 +20,23 @@ from gradq.collectives import ranks_per_node
 from gradq.errors import ConfigError, UnsupportedError
 from gradq.handshake import meeting
 from gradq.hooks import averaged
-from gradq.hooks._ddp_reducer import hook_states, unwrap_compiled
+from gradq.hooks._ddp_reducer import (
+    Trainer,
+    after_backward,
+    hook_states,
+    in_backward,
+    unwrap_compiled,
+    wrappers_of,
+)
 from gradq.hooks._fsdp_torch import is_fully_sharded
 from gradq.hooks.copied import CopiedHandle
 from gradq.metrics import Event, Stats
 from gradq.policy import Asked, ExactRule, ParameterInfo, Policy, Spec, label, resolve, sends_all_as_it_is
 from gradq.sync import GradientSync
 from gradq.sync_config import SyncConfig, Timeout, as_timedelta, scale_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["HookState", "compress", "hook"]
 
@@ -68,10 +79,10 @@ class HookState:
             elements or one dimension; or a predicate over `ParameterInfo` that decides alone. See
             `FixedPolicy` for casts such as "bf16".
         seed: of the stochastic rounding, an integer of 64 bits. Same seed, same bytes.
-        collective: "auto" (direct at two ranks, else two_phase; sparse for top-k), "direct", "two_phase" or
-            "hierarchical" (exact inside a node, compressed between nodes; see
-            `gradq.collectives.hierarchical`). Low rank averages its factors by it. A policy may choose for
-            each parameter (`Assignment`).
+        collective: "auto" (direct at two ranks, and at any number where all that a rank sends is at most
+            64 KiB; else two_phase; sparse for top-k), "direct", "two_phase" or "hierarchical" (exact inside a
+            node, compressed between nodes; see `gradq.collectives.hierarchical`). Low rank averages its
+            factors by it. A policy may choose for each parameter (`Assignment`).
         residual_dtype: "fp32", or "bf16" for half the memory at an unrecovered rounding of 2**-9.
         grad_scaler: a `torch.amp.GradScaler`: residuals are then kept in unscaled units.
         timeout: limit for one exchange, in seconds or as a timedelta; the group's by default.
@@ -108,6 +119,8 @@ class HookState:
         group = None if group is None else averaged.check_group(group)
         default = averaged.check_group(dist.group.WORLD)
         wrapper = averaged.find_wrapper(module, group)
+        self._trainer = None if wrapper is None else Trainer(wrapper)
+        self._owed = False  # whether it is still to be seen what DDP threw away
         self._must_confirm, self._group_was_given = wrapper is None, group is not None
         group = group or (default if wrapper is None else averaged.check_group(wrapper.process_group))
         inner = module.module if isinstance(module, DistributedDataParallel) else module
@@ -126,8 +139,9 @@ class HookState:
             parameters = averaged.describe(inner, self._names)
             self.spec, policy = self._policy(spec)
             policy, message = self._useful(self.spec, policy, parameters, group.size())
-        device = averaged.device_of(self._names)
+            device = averaged.device_of(self._names)
         self.sync = GradientSync(parameters, policy, label(self.spec), group, config, device)
+        weakref.finalize(module, self.sync.release)
         self._say(message)
 
     def _policy(self, spec: Asked, feedback: bool | str | None = None) -> tuple[Spec | Policy, Policy | None]:
@@ -167,6 +181,11 @@ class HookState:
             self._check_parameters(parameters)
             averaged.confirm_group(parameters[0], self.sync.group, asked=self._group_was_given)
             self._must_confirm = False
+            if self._trainer is None and (found := wrappers_of(parameters[0])):
+                self._trainer = Trainer(found[-1])
+        if self._trainer is not None:
+            self._trainer.check_join()
+            self._watch(self._trainer, bucket)
         if not self.sync.plan:
             return self.sync.average(flat, [], index=bucket.index(), last=bucket.is_last())
         if flat.is_sparse:
@@ -177,6 +196,35 @@ class HookState:
         self._check_parameters(parameters)
         names = [self._names[parameter] for parameter in parameters]
         return self.sync.average(flat, names, index=bucket.index(), last=bucket.is_last())
+
+    def _watch(self, trainer: Trainer, bucket: GradBucket) -> None:
+        """See to it that residuals stay where DDP throws the mean away."""
+        if in_backward():
+            if bucket.is_last() and self.sync.has_feedback and trainer.leaves_out:
+                after_backward(self._keep_unused)
+            return
+        if bucket.index() == 0 and self._owed:  # this rank has joined: there is no backward to wait for
+            self._keep_unused()
+        self._owed = bucket.is_last() and self.sync.has_feedback and trainer.leaves_out
+
+    def _keep_unused(self) -> None:
+        self._owed = False
+        if self._trainer is not None:
+            unused = self._trainer.unused(self._names)
+            self.sync.not_applied(dict(zip(self._names.values(), unused, strict=True)))
+
+    def discard_step(self) -> None:
+        """Say that the gradients of the last backward were not applied: the step was skipped.
+
+        For trainers that skip a step by themselves (a norm above a threshold), and for a backward whose
+        gradients are thrown away (of a GAN's generator while its discriminator learns): what this backward
+        took from the residuals is put back. All ranks call it, after backward() and before the next one. With
+        a GradScaler it is not needed: a step that is not finite leaves no residual anyway.
+
+        Raises:
+            ConfigError: a backward is under way.
+        """
+        self.sync.discard_step()
 
     def _check_parameters(self, parameters: Sequence[torch.Tensor]) -> None:
         if not all(parameter in self._names for parameter in parameters):
@@ -266,9 +314,18 @@ class HookState:
         checkpoint.load_state_dict(self.sync, state)
 
     def close(self) -> None:
-        """End gradq's threads and process groups. The model goes on with plain all-reduce. Idempotent."""
+        """End gradq's threads and connections. The model goes on with plain all-reduce. Idempotent.
+
+        It also happens when the model is deleted, or at the end of a `with` block.
+        """
         self._closed = True
         self.sync.close()
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
 
     @property
     def closed(self) -> bool:

@@ -10,7 +10,6 @@ tested with CPU tensors over the channels of CUDA ones; not run on a GPU.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -23,8 +22,8 @@ from torch._C._distributed_c10d import GradBucket
 
 from gradq import checkpoint
 from gradq.codecs import Codec, ExactCodec
-from gradq.errors import ConfigError, GradqError, MismatchError, UnsupportedError
-from gradq.handshake import agree
+from gradq.errors import ConfigError, UnsupportedError
+from gradq.handshake import meeting, tell
 from gradq.hooks import _fsdp_torch
 from gradq.hooks._backward import OutermostBackward
 from gradq.hooks._fsdp_torch import Shard, Unit
@@ -125,7 +124,7 @@ class ShardedHookState(HookState):
             timeout=as_timedelta(timeout),
             loss_scale=scale_of(grad_scaler),
         )
-        problem: GradqError | None = None
+        problem: BaseException | None = None
         try:
             if replicate_group is None and collective != "auto":
                 raise ConfigError(f"collective={collective!r}: FSDP2 without replicas has only one")
@@ -149,14 +148,13 @@ class ShardedHookState(HookState):
                 self._gather_plan(gather_spec),
                 self._units[0].device,
             )
-        except GradqError as error:
+        except BaseException as error:
             problem = error
-            if not isinstance(error, MismatchError):  # the others are waiting in the handshake: tell them
-                _tell(error, shard_group)
+            tell(error, shard_group)  # the others are waiting in the handshake
         self.sync: GradientSync
         if replicate_group is not None:  # ... and those in the other dimension of the mesh
             if problem is not None:
-                _tell(problem, replicate_group)
+                tell(problem, replicate_group)
                 raise problem
             self.sync = self._shards.replicas = self._replicas(policy, replicate_group, config)
             self._checkpoint_path = (f"shard{shard_group.rank()}of{shard_group.size()}",)
@@ -327,16 +325,21 @@ class ShardedHookState(HookState):
         """
         raise UnsupportedError("this handle is of an FSDP2 model; gradq.hook is for DistributedDataParallel")
 
+    def discard_step(self) -> None:
+        """See `HookState.discard_step`."""
+        self._shards.discard_step()
+
     def set_spec(self, spec: str | Codec | Spec | Policy | Rules) -> None:
         """Use another spec from the next step on; see `HookState.set_spec`."""
-        asked, policy = self._policy(spec)
-        if self.sync is not self._shards:
-            policy = self._for_shards(policy)
-        if policy is not None:
-            plan = policy.plan(list(self.sync.parameters.values()))
-            self._check_device(plan)
-            if self.sync is self._shards:
-                self._check_feedback(plan)
+        with meeting(self.sync.group, "change its spec"):
+            asked, policy = self._policy(spec)
+            if self.sync is not self._shards:
+                policy = self._for_shards(policy)
+            if policy is not None:
+                plan = policy.plan(list(self.sync.parameters.values()))
+                self._check_device(plan)
+                if self.sync is self._shards:
+                    self._check_feedback(plan)
         self.sync.set_policy(policy, label(asked))
         self.spec = asked
 
@@ -507,11 +510,6 @@ def _same_group(units: Sequence[Unit], what: str) -> dist.ProcessGroup | None:
                 f"{units[0].path!r}; gradq compresses models of one mesh"
             )
     return groups[0] if groups else None
-
-
-def _tell(error: GradqError, group: dist.ProcessGroup) -> None:
-    with contextlib.suppress(MismatchError):
-        agree({"error": str(error)}, group)
 
 
 def _shard_seed(seed: int, rank: int) -> int:

@@ -34,7 +34,6 @@ References:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -48,8 +47,8 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from gradq import wire
-from gradq.errors import ConfigError, GradqError, MismatchError, PeerError, UnsupportedError
-from gradq.handshake import agree
+from gradq.errors import ConfigError, MismatchError, PeerError, UnsupportedError
+from gradq.handshake import agree, tell
 from gradq.hooks import inner_optimizer as inner
 from gradq.hooks import local_checkpoint, membership
 from gradq.hooks.copied import CopiedHandle
@@ -182,11 +181,8 @@ class LocalSGD:
                 group,
             )
             self.sync = self._make_sync(parameters, group)
-        except MismatchError:
-            raise
-        except GradqError as error:  # the other ranks are waiting in the handshake: tell them
-            with contextlib.suppress(MismatchError):
-                agree({"error": str(error)}, group)
+        except BaseException as error:
+            tell(error, group)  # the other ranks are waiting in the handshake
             raise
         self._count_dense_bytes(parameters)
         self._start_together()

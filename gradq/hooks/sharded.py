@@ -18,6 +18,7 @@ from gradq import wire
 from gradq.collectives import AllGather, ReduceScatter, Scratch, ShardSegment, Step
 from gradq.collectives.base import Pending, Setting
 from gradq.errors import UnsupportedError
+from gradq.layout import Ways
 from gradq.metrics import Event
 from gradq.policy import AdaptivePolicy, ParameterInfo, Plan, Policy
 from gradq.sync import GradientSync
@@ -59,11 +60,10 @@ class ShardedSync(GradientSync):
         self._layouts: dict[object, ReduceScatter | AllGather] = {}
         self._scratch: Scratch | None = None
         self._reduced: set[int] = set()
-        self._failure: BaseException | None = None
         super().__init__(parameters, policy, label, group, config, device)
 
-    def set_policy(self, policy: Policy | None, label: str) -> None:
-        """See `GradientSync.set_policy`.
+    def _prepare(self, policy: Policy | None, label: str) -> Ways:
+        """See `GradientSync`.
 
         Raises:
             UnsupportedError: also for a policy that plans again during training, and for low rank: they need
@@ -73,19 +73,20 @@ class ShardedSync(GradientSync):
             raise UnsupportedError(
                 f"{label} plans again during training, which FSDP2 has no place for; give it fixed specs"
             )
-        if policy is not None:
-            plan = policy.plan(list(self.parameters.values()))
-            if by := [name for name, entry in plan.items() if entry.collective != "auto"]:
-                raise UnsupportedError(
-                    f"{by[0]!r} travels by {plan[by[0]].collective!r}, which needs the whole mean on every "
-                    "rank; FSDP2 gives each its shard: choose another spec, such as int8"
-                )
-        super().set_policy(policy, label)
-        self._collective = ReduceScatter
+        ways = super()._prepare(policy, label)
+        if by := [name for name, entry in ways.plan.items() if entry.collective != "auto"]:
+            raise UnsupportedError(
+                f"{by[0]!r} travels by {ways.plan[by[0]].collective!r}, which needs the whole mean on every "
+                "rank; FSDP2 gives each its shard: choose another spec, such as int8"
+            )
+        return ways
+
+    def _adopt(self, ways: Ways, policy: Policy | None, label: str) -> None:
+        super()._adopt(ways, policy, label)
         self._layouts.clear()
 
-    def _notes(self, plan: Plan, label: str) -> dict[str, object]:
-        notes = super()._notes(plan, label)
+    def _notes(self, ways: Ways, label: str) -> dict[str, object]:
+        notes = super()._notes(ways, label)
         return notes | {"gather": {name: str(entry) for name, entry in self.gather_plan.items()}}
 
     def segment(self, name: str, start: int = 0) -> ShardSegment:
@@ -171,8 +172,8 @@ class ShardedSync(GradientSync):
         if factor != 1:
             row *= factor
         out.copy_(row)
-        if self._has_feedback:
-            self._finite = self._finite and bool(torch.isfinite(row).all())
+        if self.has_feedback:
+            self.check.add(row, out.dtype)
 
     def all_gather(self, flat: Tensor, names: Sequence[str], *, index: int) -> None:
         """Fill flat [W * n], of which this rank has filled its own row, with the decoded parameters.
@@ -209,17 +210,23 @@ class ShardedSync(GradientSync):
         if self.replicas is not None:
             self.replicas.begin()
 
-    def finish(self) -> None:
-        """End a step, for the replicas too. With feedback all ranks hear whether everything was finite."""
+    def finish(self, good: bool | Tensor | None = None) -> None:
+        """End a step, for the replicas too. With feedback all ranks hear whether all are content with it."""
         syncs = self._syncs()
-        finite = all(sync._finite for sync in syncs)
-        if self.world_size > 1 and any(sync._has_feedback for sync in syncs):
-            finite = self._all_ranks(finite)
-        for sync in syncs:
-            sync._finite = finite
-        super().finish()
+        if good is None:
+            verdicts = [bool(sync.judge()) for sync in syncs]  # FSDP2 with feedback is on the CPU
+            good = all(verdicts)
+        if self.world_size > 1 and any(sync.has_feedback for sync in syncs):
+            good = self._all_ranks(bool(good))
+        super().finish(good)
         if self.replicas is not None:
-            self.replicas.finish()
+            self.replicas.finish(good)
+
+    def discard_step(self) -> None:
+        """See `GradientSync.discard_step`; for the replicas too."""
+        super().discard_step()
+        if self.replicas is not None:
+            self.replicas.discard_step()
 
     def abandon(self) -> None:
         """Forget a step that did not come to its end."""
@@ -240,17 +247,12 @@ class ShardedSync(GradientSync):
 
     def _drive(self, steps: Iterable[Pending]) -> None:
         """Run a collective to its end on this thread; on NCCL, enqueue it on the current stream."""
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         try:
             with torch.no_grad():
                 for pending in steps:
                     pending.wait()
         except BaseException as error:
-            self._failure = error
+            self.fail(error)
             raise
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What stopped the averaging, None while it works."""
-        return self._failure if self._failure is not None else super().failure

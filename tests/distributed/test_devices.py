@@ -7,7 +7,6 @@ on CUDA tensors over Gloo (one GPU is enough) and NCCL (one GPU a rank). Not run
 
 from __future__ import annotations
 
-import functools
 import itertools
 from types import SimpleNamespace
 from unittest import mock
@@ -25,7 +24,7 @@ from gradq import wire
 from gradq.collectives import open_channels
 from gradq.collectives.streams import StagedChannel, StreamChannel, StreamExecutor
 from gradq.errors import UnsupportedError, WireError
-from gradq.feedback import still_finite
+from gradq.finite import StepCheck
 from gradq.hooks import _fsdp_torch
 from gradq.metrics import Metrics
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
@@ -68,14 +67,15 @@ def as_on_cuda(kind: str) -> None:
     def channels(group, count, metrics, timeout, device):
         own = dist.new_group()
         channel = StreamChannel(own, metrics, device) if kind == "stream" else StagedChannel(own, metrics)
-        return [channel] * count, functools.partial(dist.destroy_process_group, own)
+        return [channel] * count, lambda error: error or dist.destroy_process_group(own)
 
-    def finite(known, flat):
-        return torch.tensor(still_finite(bool(known), flat))
+    class Unknown(StepCheck):
+        def verdict(self, loss_scale, step):
+            return torch.tensor(super().verdict(loss_scale, step))
 
     sync_module.Executor = SimpleNamespace(on=StreamExecutor)
     sync_module.open_channels = channels
-    sync_module.still_finite = finite
+    sync_module.StepCheck = Unknown
 
 
 def same_bits(rank: int, kind: str, device_type: str) -> int:

@@ -18,11 +18,11 @@ ROOT = Path(gradq.__file__).parent
 # A unit is a module or package directly in gradq/. A unit may import units of earlier rows, and itself.
 LAYERS = [
     {"errors", "rng", "saved", "wire", "metrics"},
-    {"kernels"},
-    {"codecs", "feedback", "collectives"},
+    {"kernels", "handshake"},
+    {"codecs", "feedback", "finite", "collectives"},
     {"policy"},
-    {"handshake", "sync_config"},
-    {"adaptive"},
+    {"sync_config"},
+    {"adaptive", "layout"},
     {"sync"},
     {"checkpoint"},
     {"hooks"},
@@ -81,7 +81,7 @@ HEAVY = {
     },
     "fastapi": set(),
 }
-MAX_LINES, MAX_LINES_OF_SYNC = 600, 300
+MAX_LINES, MAX_LINES_OF_SYNC = 600, 325
 
 
 def allowed(unit: str) -> set[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -255,3 +256,72 @@ def test_close_after_a_failure_ends_all_threads():
         in_time(future)
     executor.close()
     assert not stage_threads()
+
+
+def test_all_futures_raise_what_the_executor_says_failed():
+    """Two stages that fail at the same time: whatever is raised is `failure`."""
+    for _ in range(30):
+        executor = Executor(name="test-gradq")
+        both = threading.Barrier(2, timeout=10)
+
+        def steps(stage, both=both):
+            for _ in range(stage):
+                yield Ready()
+            both.wait()
+            raise ValueError(f"broken in {stage}")
+
+        futures = [executor.submit(steps(stage), torch.zeros(1)) for stage in (1, 0)]
+        said = []
+        for future in futures:
+            with pytest.raises(Exception, match="broken in") as caught:
+                in_time(future)
+            said.append(str(caught.value).splitlines()[0])
+        assert all(str(executor.failure) in text for text in said), (said, executor.failure)
+        executor.close()
+
+
+def test_a_failure_is_told_once():
+    told = []
+    executor = Executor(name="test-gradq")
+    executor.failed.tell = told.append
+    futures = [executor.submit(fails(1, ValueError("broken")), torch.zeros(1)) for _ in range(3)]
+    for future in futures:
+        with pytest.raises(Exception, match="broken"):
+            in_time(future)
+    executor.close()
+    assert told == [executor.failure]
+
+
+def test_an_idle_executor_keeps_nothing_of_its_last_job(executor):
+    class Payload:
+        pass
+
+    payload = Payload()
+    alive = weakref.ref(payload)
+
+    def steps(payload):
+        yield Ready()
+        assert payload is not None
+
+    in_time(executor.submit(steps(payload), torch.zeros(1)))
+    del payload
+    deadline = time.monotonic() + 10
+    while alive() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert alive() is None
+
+
+def test_stop_does_not_wait_for_a_thread_that_waits_for_a_peer():
+    release = threading.Event()
+
+    def steps():
+        yield Ready(event=release)
+
+    executor = Executor(name="test-gradq")
+    future = executor.submit(steps(), torch.zeros(1))
+    executor.submit(steps(), torch.zeros(1))
+    executor.stop()
+    assert not future.done()
+    release.set()
+    in_time(future)
+    executor.close()

@@ -161,3 +161,54 @@ def test_local_and_shard_residuals_are_apart():
     write(feedback.shard, "w", 2.0, numel=2)
     feedback.finish(True)
     assert (feedback.local.current("w").numel(), feedback.shard.current("w").tolist()) == (8, [2.0, 2.0])
+
+
+def test_a_commit_is_taken_back_once_and_only_until_the_next_step():
+    residuals = Residuals()
+    for value in (1.0, 2.0):
+        write(residuals, "a", value)
+        write(residuals, "b", value)
+        residuals.commit()
+    residuals.revert(["a", "never seen"])
+    assert (residuals.current("a").tolist(), residuals.current("b").tolist()) == ([1.0] * 4, [2.0] * 4)
+    residuals.revert()
+    residuals.revert()
+    assert residuals.current("b").tolist() == [1.0] * 4
+    write(residuals, "a", 5.0)
+    residuals.commit()  # without b
+    residuals.revert()
+    assert (residuals.current("a").tolist(), residuals.current("b").tolist()) == ([1.0] * 4, [1.0] * 4)
+
+
+def test_there_is_nothing_to_take_back_of_a_step_that_was_discarded():
+    residuals = Residuals()
+    for value in (1.0, 2.0):
+        write(residuals, "a", value)
+        residuals.commit()
+    write(residuals, "a", float("nan"))
+    residuals.discard()
+    residuals.revert()
+    assert residuals.current("a").tolist() == [2.0] * 4
+
+
+def test_the_device_decides_what_is_taken_back():
+    for unused in (True, False):
+        feedback = Feedback()
+        for kind in (feedback.local, feedback.shard, feedback.bases):
+            for value in (1.0, 2.0):
+                write(kind, "a", value)
+                kind.commit()
+        feedback.revert_unused({"a": torch.tensor(unused), "b": True, "c": False})
+        for kind in (feedback.local, feedback.shard, feedback.bases):
+            assert kind.current("a").tolist() == [1.0 if unused else 2.0] * 4
+
+
+def test_what_is_frozen_can_be_read_and_takes_half_the_memory():
+    feedback = Feedback()
+    for value in (1.0, 2.0):
+        write(feedback.local, "a", value)
+        feedback.finish(True)
+    feedback.freeze()
+    assert feedback.local.current("a").tolist() == [2.0] * 4
+    feedback.revert()
+    assert feedback.local.current("a").tolist() == [2.0] * 4

@@ -42,7 +42,8 @@ class Allocations(TorchDispatchMode):
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        given = [*args, *(kwargs or {}).values()]  # out= is among the latter
+        before = {a.untyped_storage().data_ptr() for a in given if isinstance(a, Tensor)}
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             storage = result.untyped_storage()

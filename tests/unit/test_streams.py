@@ -10,7 +10,8 @@ import torch
 from gradq.collectives import Executor
 from gradq.collectives.streams import StreamExecutor, done
 from gradq.errors import ConfigError, UnsupportedError
-from gradq.feedback import Feedback, still_finite
+from gradq.feedback import Feedback
+from gradq.finite import StepCheck
 
 CPU = torch.device("cpu")
 
@@ -77,27 +78,25 @@ def test_residuals_of_a_step_that_only_the_device_knows_to_be_bad_are_taken_back
         feedback.local.replace("a", torch.full((4,), 2.0))
         with feedback.local.piece("a", 4, 0, 4) as (old, new):
             new.copy_(old + 1)
-        feedback.finish(feedback.settle(torch.tensor(finite)))
+        feedback.finish(torch.tensor(finite))
         assert feedback.local.current("a").tolist() == [3.0 if finite else 2.0] * 4
         with feedback.local.piece("a", 4, 2, 4) as (old, _):
             assert old.tolist() == [3.0 if finite else 2.0] * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_finiteness_on_the_host(dtype):
-    good, bad = torch.ones(9, dtype=dtype), torch.tensor([1.0, torch.inf], dtype=dtype)
-    assert still_finite(True, good) is True
-    assert still_finite(True, bad) is False
-    assert still_finite(False, good) is False
-
-
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.gpu
-def test_finiteness_on_the_device():
+def test_the_verdict_stays_on_the_device():
+    flags = []
     torch.cuda.set_sync_debug_mode("error")
     try:
         good, bad = torch.ones(9, device="cuda"), torch.full((2,), torch.inf, device="cuda")
-        flags = [still_finite(still_finite(True, a), b) for a in (good, bad) for b in (good, bad)]
+        for pair in ((a, b) for a in (good, bad) for b in (good, bad)):
+            check = StepCheck(good.device)
+            check.begin()
+            for part in pair:
+                check.add(part, torch.float32)
+            flags.append(check.verdict(1.0, 0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [bool(flag) for flag in flags] == [True, False, False, False]

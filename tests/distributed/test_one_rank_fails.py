@@ -1,0 +1,196 @@
+"""One rank fails alone, while it starts or later: all ranks raise at once, and say which rank and why."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import gradq
+from gradq.codecs import UniformCodec
+from gradq.testing import run_ranks
+
+FAILING = 1
+AT_ONCE_S = 100.0  # the group's timeout is far above
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+
+def predicate(error):
+    """A rule for exact parameters that fails on one rank."""
+
+    def rule(parameter):
+        if dist.get_rank() == FAILING:
+            raise error
+        return False
+
+    return rule
+
+
+class OneRankFails:
+    """A context in which something of gradq's fails on one rank."""
+
+    def __init__(self, how):
+        self.how, self.undo = how, lambda: None
+
+    def __enter__(self):
+        if dist.get_rank() != FAILING:
+            return
+        if self.how == "typo in GRADQ_KERNELS":
+            os.environ["GRADQ_KERNELS"] = "numpy"
+            self.undo = lambda: os.environ.pop("GRADQ_KERNELS")
+        elif self.how == "no kernels":
+            kept = sys.modules.pop("gradq.kernels.cpu", None)
+            sys.modules["gradq.kernels.cpu"] = None
+            self.undo = lambda: sys.modules.update({"gradq.kernels.cpu": kept}) if kept else None
+        elif self.how == "full disk":
+            kept_method = UniformCodec.warm_up
+
+            def full(self, *unused):
+                raise OSError("No space left on device")
+
+            UniformCodec.warm_up = full
+            self.undo = lambda: setattr(UniformCodec, "warm_up", kept_method)
+
+    def __exit__(self, *unused):
+        self.undo()
+        if sys.modules.get("gradq.kernels.cpu", 0) is None:
+            del sys.modules["gradq.kernels.cpu"]
+
+
+STARTS = {
+    "typo in GRADQ_KERNELS": "'numpy' is not a kernel backend",
+    "no kernels": "cannot be imported",
+    "full disk": "OSError: No space left on device",
+    "predicate": "ZeroDivisionError: by a user",
+    "interrupt": "KeyboardInterrupt",
+    "unknown spec": "no codec is called 'int99'",
+}
+
+
+def outcome(call):
+    """What a call raised, as text, and how long that took."""
+    start = time.monotonic()
+    try:
+        call()
+        said = "nothing"
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    return said, time.monotonic() - start
+
+
+def start(rank, how, kind):
+    options = {}
+    if how == "predicate":
+        options["exact"] = predicate(ZeroDivisionError("by a user"))
+    elif how == "interrupt":
+        options["exact"] = predicate(KeyboardInterrupt())
+    spec = "int99" if how == "unknown spec" and rank == FAILING else "int4"
+    with OneRankFails(how):
+        if kind == "ddp":
+            wrapped = DistributedDataParallel(model())
+            return outcome(lambda: gradq.compress(wrapped, spec, collective="two_phase", **options))
+        if kind == "fsdp":
+            sharded = fully_shard(model())
+            return outcome(lambda: gradq.compress(sharded, spec, feedback=True, **options))
+        return outcome(lambda: gradq.LocalSGD(model(), None, spec, every=2, **options))
+
+
+def all_starts(rank, kind):
+    results = {how: start(rank, how, kind) for how in STARTS}
+    handle = gradq.compress(DistributedDataParallel(model()), "int4")  # and all is well afterwards
+    handle.close()
+    return results
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "local"])
+def test_a_rank_that_cannot_start(kind):
+    everyone = run_ranks(all_starts, 3, kind, timeout=400, group_timeout=390)
+    for how, why in STARTS.items():
+        for rank, results in enumerate(everyone):
+            said, seconds = results[how]
+            assert why in said, f"{kind}, {how}, rank {rank}: {said}"
+            assert rank == FAILING or f"MismatchError: rank {FAILING} cannot start" in said, said
+            assert seconds < AT_ONCE_S, f"{kind}, {how}, rank {rank}: {seconds} s"
+
+
+def train(wrapped, steps):
+    for step in range(steps):
+        wrapped.zero_grad()
+        x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+        wrapped(x).square().mean().backward()
+
+
+def another_spec(rank):
+    """set_spec with something wrong on one rank: all keep the old spec and go on."""
+    wrapped = DistributedDataParallel(model())
+    handle = gradq.compress(wrapped, "int4")
+    train(wrapped, 1)
+    said = [outcome(lambda: handle.set_spec("int99" if rank == FAILING else "int8"))]
+    with OneRankFails("full disk"):
+        said.append(outcome(lambda: handle.set_spec("int3")))
+    train(wrapped, 2)
+    assert handle.stats().steps == 3
+    assert str(handle.spec) == "int4"
+    handle.close()
+    return said
+
+
+class Learns(gradq.BitAllocation):
+    """Fails on one rank when it plans again."""
+
+    def measured(self):
+        if dist.get_rank() == FAILING:
+            raise ZeroDivisionError("in a policy")
+        return super().measured()
+
+
+def later(rank, how):
+    """A failure of one rank in a later step, in the training loop or on a worker's thread."""
+    wrapped = DistributedDataParallel(model())
+    spec = Learns(average_bits=4.0, every=2) if how == "policy" else "int4"
+    handle = gradq.compress(wrapped, spec, collective="two_phase")
+    train(wrapped, 1)
+    if how == "codec" and rank == FAILING:
+
+        def broken(self, *unused, **more):
+            raise ZeroDivisionError("in a codec")
+
+        UniformCodec.encode = broken
+    said = outcome(lambda: train(wrapped, 3))
+    failure = handle.failure
+    handle.close()
+    return [(f"{said[0]} / {type(failure).__name__}: {failure}", said[1])]
+
+
+def late(rank, how):
+    if how == "set_spec":
+        return another_spec(rank)
+    return later(rank, how)
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("set_spec", ["no codec is called 'int99'", "No space left on device"]),
+        ("policy", ["in a policy"]),
+        ("codec", ["in a codec"]),
+    ],
+)
+def test_a_rank_that_fails_later(how, why):
+    everyone = run_ranks(late, 3, how, timeout=400, group_timeout=390)
+    for rank, results in enumerate(everyone):
+        for (said, seconds), expected in zip(results, why, strict=True):
+            assert expected in said, f"{how}, rank {rank}: {said}"
+            assert rank == FAILING or f"rank {FAILING} " in said, said
+            assert seconds < AT_ONCE_S, f"{how}, rank {rank}: {seconds} s"
