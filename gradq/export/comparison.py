@@ -18,7 +18,16 @@ from gradq.export.runtime import feed
 from gradq.quant.batches import evaluating
 from gradq.quant.reference import integer_reference
 
-__all__ = ["Agreement", "Comparison", "Fidelity", "Metric", "input_names", "split_batch"]
+__all__ = [
+    "Agreement",
+    "Comparison",
+    "Fidelity",
+    "Metric",
+    "float_runner",
+    "input_names",
+    "leaves",
+    "split_batch",
+]
 
 Metric = Callable[[Tensor, Tensor], float]
 _LABELS = ("labels", "label", "targets", "target", "y")
