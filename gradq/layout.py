@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 from gradq.collectives import Collective, Segment, choose
+from gradq.kernels.ops import kernels_for
+from gradq.kernels.turns import in_turns
 from gradq.metrics import ParameterStats
 from gradq.policy import ParameterInfo, Plan, Policy, check_plan
+from gradq.policy.warm_up import warm_up_calls
 from gradq.sync_config import SyncConfig
 
 __all__ = ["Ways"]
@@ -82,12 +85,20 @@ class Ways:
             table[name] = ParameterStats(info.numel, str(entry), bits)
         return table
 
+    def load_kernels(self, device: torch.device) -> None:
+        """Import the kernels, which is quick, so that a rank without them says so before the others compile.
+
+        Raises:
+            KernelError: this machine has no kernels for the device.
+        """
+        if self.plan and self.world_size > 1:
+            kernels_for(device)
+
     def warm_up(self, device: torch.device) -> None:
         """Compile everything that the plan needs."""
-        for codec in {codec for entry in self.plan.values() for codec in (entry.phase1, entry.phase2)}:
-            codec.warm_up(device, self.world_size)
-        for collective in set(self.collectives.values()):
-            collective.warm_up(device)
+        calls = warm_up_calls(self.plan, device, self.world_size)
+        calls += [partial(collective.warm_up, device) for collective in set(self.collectives.values())]
+        in_turns(calls)
 
     def segment(self, name: str) -> Segment:
         """How a parameter travels, in a bucket of its own."""

@@ -83,6 +83,7 @@ class GradientSync:
             self._executor = Executor.on(self.device)
             ways = self._prepare(policy, label)
             notes.update(self._notes(ways, label))
+        self._warm_up(ways)
         self._adopt(ways, policy, label)
         count = max(2, self._ways.plain.num_channels)
         self._channels, self._close_channels = open_channels(
@@ -94,29 +95,35 @@ class GradientSync:
     def set_policy(self, policy: Policy | None, label: str, *, verb: str = "change its spec") -> None:
         """Use another policy from the next step on. Call it between steps, on all ranks: they compare notes.
 
-        Local residuals of parameters that still use feedback are kept, shard residuals if the piece that
-        this rank owns is the same too; all others are dropped, and a log line says so.
+        Local residuals of parameters that still use feedback are kept, shard residuals if this rank's piece
+        is the same too; all others are dropped, and a log line says so.
 
         Args:
-            policy: see above, like label.
-            label: see above.
+            policy: which codec for which parameter.
+            label: its name.
             verb: what a rank that fails cannot do, for the other ranks' message.
 
         Raises:
-            ConfigError: the plan does not fit the model; MismatchError: ranks disagree, or another one
-                failed. The old policy stays.
+            ConfigError: the plan does not fit the model.
+            MismatchError: ranks disagree, or another one failed. The old policy stays.
         """
         with meeting(self.group, verb) as notes:
             ways = self._prepare(policy, label)
             notes.update(self._notes(ways, label))
+        self._warm_up(ways, verb)
         self._adopt(ways, policy, label)
 
     def _prepare(self, policy: Policy | None, label: str) -> Ways:
-        """Everything about a policy that can fail on one rank alone; changes nothing."""
+        """What is quick about a policy and can fail on one rank alone; changes nothing."""
         ways = Ways.of(policy, label, self.parameters, self.config, self.world_size)
-        if self.world_size > 1 and ways.plan != self.plan:
-            ways.warm_up(self.device)
+        ways.load_kernels(self.device)
         return ways
+
+    def _warm_up(self, ways: Ways, verb: str = "start") -> None:
+        """Compile, which takes seconds: after all ranks have heard of what fails at once."""
+        if self.world_size > 1 and ways.plan != self.plan:
+            with meeting(self.group, verb):
+                ways.warm_up(self.device)
 
     def _adopt(self, ways: Ways, policy: Policy | None, label: str) -> None:
         """Make what `_prepare` made current; cannot fail."""

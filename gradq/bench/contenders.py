@@ -72,8 +72,11 @@ class _FreeCodec(Codec):
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """Leave out as it is."""
 
-    def warm_up(self, device: torch.device | None = None, num_rows: int = 1) -> None:
+    def warm_up_calls(
+        self, device: torch.device | None = None, num_rows: int = 1, feedback: bool | None = None
+    ) -> list[Callable[[], None]]:
         """There are no kernels."""
+        return []
 
     def __str__(self) -> str:
         return f"free-{self.inner}"

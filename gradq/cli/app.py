@@ -10,7 +10,7 @@ import typer
 import typer.core
 
 import gradq
-from gradq.cli import bench, doctor, export, report
+from gradq.cli import bench, doctor, export, report, warm_up
 from gradq.errors import ConfigError, GradqError
 
 __all__ = ["app", "run"]
@@ -39,6 +39,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("warm-up")(warm_up.warm_up)
 
 
 def _show_version(asked: bool) -> None:

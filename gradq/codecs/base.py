@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from gradq import rng
 from gradq.errors import ConfigError
 from gradq.kernels.ops import Kernels, kernels_for
+from gradq.kernels.turns import in_turns
 from gradq.rng import EncodeContext
 
 __all__ = ["Codec"]
@@ -120,30 +123,45 @@ class Codec(ABC):
         """
         return False
 
-    def warm_up(self, device: torch.device | None = None, num_rows: int = 1) -> None:
+    def warm_up(
+        self, device: torch.device | None = None, num_rows: int = 1, feedback: bool | None = None
+    ) -> None:
         """Run every kernel once: they are compiled on first use, which must not happen in a training step.
 
         Args:
             device: of the gradients; the CPU by default.
             num_rows: how many payloads `decode_mean` will get.
+            feedback: whether `encode` will get residuals; None for what the codec wants.
 
         Raises:
             KernelError: the codec has no kernels for the device.
         """
+        in_turns(self.warm_up_calls(device, num_rows, feedback))
+
+    def warm_up_calls(
+        self, device: torch.device | None = None, num_rows: int = 1, feedback: bool | None = None
+    ) -> list[Callable[[], None]]:
+        """The parts of `warm_up`: for `gradq.kernels.turns.in_turns`, which shares them among ranks."""
         device = device or torch.device("cpu")
-        numel = 1 if device.type == "cpu" else self.block_size + 1  # Triton: one form a case, see below
+        wanted = self.wants_feedback if feedback is None else feedback
+        on_cpu = device.type == "cpu"
+        numel = 1 if on_cpu else self.block_size + 1  # Triton: one form a case, see below
         x = torch.zeros(numel + 4, dtype=self.work_dtype, device=device)
         payloads = torch.zeros(num_rows, self.nbytes(numel), dtype=torch.uint8, device=device)
-        for start in (0,) if device.type == "cpu" else (0, 1):  # aligned or not
+        calls: list[Callable[[], None]] = []
+        for start in (0,) if on_cpu else (0, 1):  # aligned or not
             part = x[start : start + numel]
-            for feedback in (False,) if device.type == "cpu" else (False, self.wants_feedback):
-                codec = self.for_feedback(feedback)
-                residual = torch.zeros_like(part) if feedback else None
-                codec.encode(
-                    part, payloads[0], context=EncodeContext(key=0), residual=residual, new_residual=residual
+            for with_residual in (wanted,) if on_cpu else (False, wanted):
+                calls.append(
+                    partial(self.for_feedback(with_residual)._run_once, part, payloads[0], with_residual)
                 )
-            codec.decode(payloads[0], part)
-            codec.decode_mean(payloads, part)
+            calls.append(partial(self.decode, payloads[0], part))
+            calls.append(partial(self.decode_mean, payloads, part))
+        return calls
+
+    def _run_once(self, x: Tensor, payload: Tensor, feedback: bool) -> None:
+        residual = torch.zeros_like(x) if feedback else None
+        self.encode(x, payload, context=EncodeContext(key=0), residual=residual, new_residual=residual)
 
     def kernels(self, tensor: Tensor) -> Kernels:
         """The kernels for a tensor's device."""

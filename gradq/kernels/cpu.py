@@ -15,6 +15,7 @@ pattern: integers have no NaN to lose.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -25,26 +26,26 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from gradq.kernels import reference
+from gradq.kernels.numba_compile import inline, jit, variant
 from gradq.kernels.numba_tools import (
     address,
-    aligned,
     as_bits,
     as_float,
     f32_at,
     fence,
-    inline,
-    jit,
-    keep,
-    load_block,
+    load_absmax,
+    load_copy,
+    load_sum,
     mix32,
     next_blocks,
-    pack,
+    packing,
     row_addresses,
+    scratch,
     u8_at,
     u16_at,
     u32_at,
-    unpack,
 )
+from gradq.kernels.turns import in_turns
 
 __all__ = [
     "exact_decode",
@@ -59,7 +60,7 @@ __all__ = [
 _MASK32 = 0xFFFFFFFF
 _FP32, _BF16, _FP16 = 0, 1, 2
 _KIND = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16}
-_USUAL, _SMALL = 256, 64  # the block sizes with loops of their own
+_USUAL = (64, 256)  # the block sizes with loops of their own
 _TOGETHER = 1024  # elements of the blocks that are taken together
 _WITH_FEEDBACK = 256  # the same where two more streams go to and from memory
 _STREAM_FROM = 4096  # from this many elements outputs are written past the cache
@@ -169,14 +170,25 @@ def _store_scale(at: Any, kind: Any, absmax: Any, qmax: Any) -> Any:
 
 
 @inline
-def _codes_of(packed_at: Any, codes_at: Any, num_bits: Any, count: Any, P: Any) -> Any:
-    """The address of the codes of some blocks, one byte each."""
+def _codes_as_they_are(packed_at: Any, _codes_at: Any, _count: Any, _P: Any) -> Any:
+    return packed_at
+
+
+@functools.cache
+def _codes_of(num_bits: int, multiple: int) -> Any:
+    """A function that gives the address of the codes of some blocks, one byte each."""
     if num_bits == 8:
-        return packed_at
-    size = P // 8 * num_bits
-    for i in range(count):
-        unpack(packed_at + i * size, codes_at + i * P, num_bits, P)
-    return codes_at
+        return _codes_as_they_are
+    unpack = packing(num_bits, multiple)[1]
+
+    @inline
+    def codes_unpacked(packed_at: Any, codes_at: Any, count: Any, P: Any) -> Any:
+        size = P // 8 * num_bits
+        for i in range(count):
+            unpack(packed_at + i * size, codes_at + i * P, P)
+        return codes_at
+
+    return codes_unpacked
 
 
 # --- encode --------------------------------------------------------------------------------------------
@@ -203,27 +215,33 @@ def _lost(v: Any, code: Any, qmax: Any, scale: Any) -> Any:
 
 
 @inline
-def _round_nearest(value_at: Any, codes_at: Any, feedback: Any, scale: Any, qmax: Any, P: Any) -> None:
-    """Codes, one byte each; with feedback, what is lost replaces the values."""
+def _round_nearest(value_at: Any, codes_at: Any, scale: Any, qmax: Any, _key_shift: Any, P: Any) -> None:
+    """Codes, one byte each."""
     value, codes = f32_at(value_at, P), u8_at(codes_at, P)
     top, half_up = np.int32(qmax + qmax), np.float32(np.float32(qmax) + np.float32(0.5))
     # a scale of 0 means tiny values: 0 * value + qmax + u gives code qmax
     inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
-    if feedback:
-        for j in range(P):
-            v = value[j]
-            c = _code(v, inverse, half_up, top)
-            codes[j] = np.uint8(c)
-            value[j] = _lost(v, c, qmax, scale)
-    else:
-        for j in range(P):
-            codes[j] = np.uint8(_code(value[j], inverse, half_up, top))
+    for j in range(P):
+        codes[j] = np.uint8(_code(value[j], inverse, half_up, top))
 
 
 @inline
-def _round_stochastic(
-    value_at: Any, codes_at: Any, feedback: Any, scale: Any, qmax: Any, key_shift: Any, P: Any
+def _round_nearest_feedback(
+    value_at: Any, codes_at: Any, scale: Any, qmax: Any, _key_shift: Any, P: Any
 ) -> None:
+    """As `_round_nearest`; what is lost replaces the values."""
+    value, codes = f32_at(value_at, P), u8_at(codes_at, P)
+    top, half_up = np.int32(qmax + qmax), np.float32(np.float32(qmax) + np.float32(0.5))
+    inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
+    for j in range(P):
+        v = value[j]
+        c = _code(v, inverse, half_up, top)
+        codes[j] = np.uint8(c)
+        value[j] = _lost(v, c, qmax, scale)
+
+
+@inline
+def _round_stochastic(value_at: Any, codes_at: Any, scale: Any, qmax: Any, key_shift: Any, P: Any) -> None:
     """As `_round_nearest`, elements j and j + P/2 together: they share a hash."""
     h = P // 2
     value, high_value = f32_at(value_at, h), f32_at(value_at + 4 * h, h)
@@ -231,117 +249,152 @@ def _round_stochastic(
     key, shift = key_shift[0], np.uint32(key_shift[1] << np.uint32(7))
     top, offset = np.int32(qmax + qmax), np.float32(np.float32(qmax - 1) + np.float32(2.0**-17))
     inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
-    if feedback:
-        for j in range(h):
-            u, high_u = _dithers(j, key, shift, offset)
-            v, high_v = value[j], high_value[j]
-            c, high_c = _code(v, inverse, u, top), _code(high_v, inverse, high_u, top)
-            codes[j], high_codes[j] = np.uint8(c), np.uint8(high_c)
-            value[j], high_value[j] = _lost(v, c, qmax, scale), _lost(high_v, high_c, qmax, scale)
-    else:
-        for j in range(h):
-            u, high_u = _dithers(j, key, shift, offset)
-            codes[j] = np.uint8(_code(value[j], inverse, u, top))
-            high_codes[j] = np.uint8(_code(high_value[j], inverse, high_u, top))
+    for j in range(h):
+        u, high_u = _dithers(j, key, shift, offset)
+        codes[j] = np.uint8(_code(value[j], inverse, u, top))
+        high_codes[j] = np.uint8(_code(high_value[j], inverse, high_u, top))
 
 
 @inline
-def _encode_block(
-    at: Any, scratch: Any, how: Any, scale: Any, factor: Any, key_shift: Any, L: Any, P: Any
+def _round_stochastic_feedback(
+    value_at: Any, codes_at: Any, scale: Any, qmax: Any, key_shift: Any, P: Any
 ) -> None:
-    """Codes of the values at scratch, and what they lose."""
-    residual_at, new_at, packed_at = at
-    value_at, codes_at = scratch
-    num_bits, stochastic, stream = how
-    qmax = np.int32((1 << (num_bits - 1)) - 1)
-    feedback = residual_at != 0
-    if num_bits == 8:
-        codes_at = packed_at
-    if scale != scale:
-        codes = u8_at(codes_at, P)
-        for j in range(P):
-            codes[j] = np.uint8(qmax)
-    elif stochastic:
-        _round_stochastic(value_at, codes_at, feedback, scale, qmax, key_shift, P)
-    else:
-        _round_nearest(value_at, codes_at, feedback, scale, qmax, P)
-    if num_bits != 8:
-        pack(codes_at, packed_at, num_bits, P)
-    if new_at != 0:
-        if scale != scale:
-            _write(residual_at, new_at, np.float32(1), L, False)
-        else:
-            _write(value_at, new_at, factor, L, stream)
+    """As `_round_stochastic`; what is lost replaces the values."""
+    h = P // 2
+    value, high_value = f32_at(value_at, h), f32_at(value_at + 4 * h, h)
+    codes, high_codes = u8_at(codes_at, h), u8_at(codes_at + h, h)
+    key, shift = key_shift[0], np.uint32(key_shift[1] << np.uint32(7))
+    top, offset = np.int32(qmax + qmax), np.float32(np.float32(qmax - 1) + np.float32(2.0**-17))
+    inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
+    for j in range(h):
+        u, high_u = _dithers(j, key, shift, offset)
+        v, high_v = value[j], high_value[j]
+        c, high_c = _code(v, inverse, u, top), _code(high_v, inverse, high_u, top)
+        codes[j], high_codes[j] = np.uint8(c), np.uint8(high_c)
+        value[j], high_value[j] = _lost(v, c, qmax, scale), _lost(high_v, high_c, qmax, scale)
+
+
+_ROUND: dict[tuple[bool, bool], Any] = {
+    (False, False): _round_nearest,
+    (False, True): _round_nearest_feedback,
+    (True, False): _round_stochastic,
+    (True, True): _round_stochastic_feedback,
+}
 
 
 @inline
-def _encode_blocks(
-    at: Any, count: Any, scratch: Any, shape: Any, stream: Any, factors: Any, dither: Any, L: Any, P: Any
-) -> None:
-    """Blocks of L elements, each step for all of them, so that what one waits for the others do not."""
-    x_at, residual_at, new_at, scale_at, packed_at = at
-    num_bits, _, kind, stochastic = shape
-    key_low, key_high, shift, first_block = dither
-    value_at, codes_at, scales_at = scratch
-    scales = f32_at(scales_at, count)
+def _no_packing(_codes_at: Any, _packed_at: Any, _P: Any) -> None:
+    """Of 8 bits: the codes stand where they belong."""
+
+
+@functools.cache
+def _encoder(num_bits: int, stochastic: bool, feedback: bool, usual: int) -> Any:
+    """The kernel for a form: only what that needs is compiled.
+
+    Args:
+        num_bits: of a code.
+        stochastic: how it rounds.
+        feedback: whether there is a residual.
+        usual: the block size with loops of its own; 0 for none.
+    """
     qmax = np.int32((1 << (num_bits - 1)) - 1)
-    copied = residual_at != 0 or L != P  # else x is only read
-    for i in range(count):
-        more = 4 * i * L
-        if copied:
-            old_at = residual_at + more if residual_at != 0 else 0
-            scales[i] = load_block(x_at + more, old_at, value_at + more, factors[0], L, P)
-        else:
-            scales[i] = load_block(x_at + more, 0, 0, factors[0], L, P)
-    for i in range(count):
-        scales[i] = _store_scale(scale_at + (4 if kind == _FP32 else 2) * i, kind, scales[i], qmax)
-    for i in range(count):
-        more = 4 * i * L
-        key = np.uint32(np.uint32(np.uint32(first_block) + np.uint32(i)) ^ np.uint32(key_low))
-        key_shift = (np.uint32(mix32(key) + np.uint32(key_high)), np.uint32(shift))
-        old_at = residual_at + more if residual_at != 0 else 0
-        put_at = new_at + more if new_at != 0 else 0
-        block_at = (old_at, put_at, packed_at + i * (P // 8 * num_bits))
-        here = ((value_at if copied else x_at) + more, codes_at)
-        how = (num_bits, stochastic, stream)
-        _encode_block(block_at, here, how, scales[i], factors[1], key_shift, L, P)
+    in_place = num_bits == 8  # codes are the packed bytes
+    round_codes = _ROUND[stochastic, feedback]
+    elements_together = _WITH_FEEDBACK if feedback else _TOGETHER
 
+    def blocks_with(pack_codes: Any) -> Any:
+        @inline
+        def encode_block(
+            at: Any, places: Any, stream: Any, scale: Any, factor: Any, key_shift: Any, L: Any, P: Any
+        ) -> None:
+            """Codes of the values at scratch, and what they lose."""
+            residual_at, new_at, packed_at = at
+            value_at, codes_at = places
+            if in_place:
+                codes_at = packed_at
+            if scale != scale:
+                codes = u8_at(codes_at, P)
+                for j in range(P):
+                    codes[j] = np.uint8(qmax)
+            else:
+                round_codes(value_at, codes_at, scale, qmax, key_shift, P)
+            pack_codes(codes_at, packed_at, P)
+            if feedback:  # noqa: SIM102 (Numba drops the branch)
+                if new_at != 0:
+                    if scale != scale:
+                        _write(residual_at, new_at, np.float32(1), L, False)
+                    else:
+                        _write(value_at, new_at, factor, L, stream)
 
-@jit
-def _encode(tensors_at: Any, n: int, shape: Any, dither: Any, loss_scale: float) -> None:
-    x_at, payload_at, residual_at, new_at = tensors_at
-    num_bits, block_size, kind, _ = shape
-    key_low, key_high, shift, first_block = dither
-    num_blocks = (n + block_size - 1) // block_size
-    scale_size = 4 if kind == _FP32 else 2
-    scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
-    together = max((_WITH_FEEDBACK if residual_at != 0 else _TOGETHER) // block_size, 1)
-    memory = np.empty(4 * together * block_size + block_size + 4 * together + 128, np.uint8)
-    value_at = aligned(memory.ctypes.data)
-    codes_at = value_at + 4 * together * block_size
-    scratch = (value_at, codes_at, codes_at + (block_size + 63) // 64 * 64)
-    stream = new_at != residual_at and new_at % 32 == 0 and n >= _STREAM_FROM
-    factors = (np.float32(loss_scale), np.float32(1.0 / loss_scale))
-    block = 0
-    while block < num_blocks:
-        count, L = next_blocks(n - block * block_size, block_size, together)
-        at = (x_at, residual_at, new_at, scale_at, packed_at)
-        draws = (key_low, key_high, shift, first_block + block)
-        if L == _USUAL:
-            _encode_blocks(at, count, scratch, shape, stream, factors, draws, _USUAL, _USUAL)
-        elif L == _SMALL:
-            _encode_blocks(at, count, scratch, shape, stream, factors, draws, _SMALL, _SMALL)
-        else:
-            _encode_blocks(at, count, scratch, shape, stream, factors, draws, L, (L + 7) // 8 * 8)
-        x_at += 4 * L * count
-        residual_at += 4 * L * count if residual_at != 0 else 0
-        new_at += 4 * L * count if new_at != 0 else 0
-        scale_at += scale_size * count
-        packed_at += block_size * num_bits // 8 * count
-        block += count
-    if stream:
-        fence()
-    keep(memory)
+        @inline
+        def encode_blocks(
+            at: Any, count: Any, places: Any, stream: Any, factors: Any, dither: Any, L: Any, P: Any
+        ) -> None:
+            """Blocks of L elements, each step for all: what one waits for the others do not."""
+            x_at, residual_at, new_at, scale_at, packed_at = at
+            key_low, key_high, shift, first_block = dither
+            value_at, codes_at, scales_at, kind = places
+            scale_size = 4 if kind == _FP32 else 2
+            scales = f32_at(scales_at, count)
+            copied = feedback or L != P  # else x is only read
+            for i in range(count):
+                more = 4 * i * L
+                if feedback:
+                    scales[i] = load_sum(x_at + more, residual_at + more, value_at + more, factors[0], L, P)
+                elif L != P:
+                    scales[i] = load_copy(x_at + more, value_at + more, L, P)
+                else:
+                    scales[i] = load_absmax(x_at + more, L)
+            for i in range(count):
+                scales[i] = _store_scale(scale_at + scale_size * i, kind, scales[i], qmax)
+            for i in range(count):
+                more = 4 * i * L
+                key = np.uint32(np.uint32(np.uint32(first_block) + np.uint32(i)) ^ np.uint32(key_low))
+                key_shift = (np.uint32(mix32(key) + np.uint32(key_high)), np.uint32(shift))
+                put_at = new_at + more if new_at != 0 else 0
+                block_at = (residual_at + more, put_at, packed_at + i * (P // 8 * num_bits))
+                here = ((value_at if copied else x_at) + more, codes_at)
+                encode_block(block_at, here, stream, scales[i], factors[1], key_shift, L, P)
+
+        return encode_blocks
+
+    whole = blocks_with(_no_packing if in_place else packing(num_bits, 64)[0])
+    rest = blocks_with(_no_packing if in_place else packing(num_bits, 8 if usual else 0)[0])
+    rounding = "stochastic" if stochastic else "nearest"
+
+    @variant(f"{num_bits}-{rounding}-{'feedback' if feedback else 'alone'}-{usual}")
+    def encode(tensors_at: Any, n: int, shape: Any, dither: Any, loss_scale: float) -> None:
+        block_size, kind = shape
+        scale_size = 4 if kind == _FP32 else 2
+        x_at, payload_at, residual_at, new_at = tensors_at
+        key_low, key_high, shift, first_block = dither
+        num_blocks = (n + block_size - 1) // block_size
+        scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
+        together = max(elements_together // block_size, 1)
+        value_at = scratch(4 * together * block_size + block_size + 4 * together + 128)
+        codes_at = value_at + 4 * together * block_size
+        places = (value_at, codes_at, codes_at + (block_size + 63) // 64 * 64, kind)
+        stream = new_at != residual_at and new_at % 32 == 0 and n >= _STREAM_FROM
+        factors = (np.float32(loss_scale), np.float32(1.0 / loss_scale))
+        block = 0
+        while block < num_blocks:
+            count, L = next_blocks(n - block * block_size, block_size, together)
+            at = (x_at, residual_at, new_at, scale_at, packed_at)
+            draws = (key_low, key_high, shift, first_block + block)
+            if usual == L:
+                whole(at, count, places, stream, factors, draws, usual, usual)
+            else:
+                rest(at, count, places, stream, factors, draws, L, (L + 7) // 8 * 8)
+            x_at += 4 * L * count
+            residual_at += 4 * L * count if residual_at != 0 else 0
+            new_at += 4 * L * count if new_at != 0 else 0
+            scale_at += scale_size * count
+            packed_at += block_size * num_bits // 8 * count
+            block += count
+        if stream:
+            fence()
+
+    return encode
 
 
 def _payload_bytes(n: int, num_bits: int, block_size: int, scale_dtype: torch.dtype) -> int:
@@ -369,10 +422,11 @@ def uniform_encode(
     nbytes = _payload_bytes(n, num_bits, block_size, scale_dtype)
     residual_at = 0 if residual is None else address(residual, torch.float32, n)
     new_at = 0 if new_residual is None else address(new_residual, torch.float32, n)
-    shape = num_bits, block_size, _KIND[scale_dtype], stochastic
     dither = key & _MASK32, (key >> 32) & _MASK32, shift, first_block & _MASK32
     at = address(x, torch.float32, n), address(payload, torch.uint8, nbytes), residual_at, new_at
-    _encode(at, n, shape, dither, float(loss_scale))
+    usual = block_size if block_size in _USUAL else 0
+    kernel = _encoder(num_bits, bool(stochastic), residual is not None, usual)
+    kernel(at, n, (block_size, _KIND[scale_dtype]), dither, float(loss_scale))
 
 
 # --- decode --------------------------------------------------------------------------------------------
@@ -395,82 +449,88 @@ def _add_two_rows(codes_at: Any, scales: Any, qmax: Any, sum_at: Any, first: Any
             total[j] = (total[j] + _value(a[j], qmax, scales[0])) + _value(b[j], qmax, scales[1])
 
 
-@inline
-def _mean_blocks(at: Any, count: Any, rows: Any, scratch: Any, how: Any, L: Any, P: Any) -> None:
-    """Blocks of L elements, as `_encode_blocks`."""
-    scale_at, packed_at, out_at = at
-    num_rows, row_stride = rows
-    sum_at, codes_at = scratch
-    num_bits, kind, stream = how
+@functools.cache
+def _decoder(num_bits: int, usual: int) -> Any:
+    """The kernel for a form; see `_encoder`."""
     qmax = np.int32((1 << (num_bits - 1)) - 1)
-    scale_size = 4 if kind == _FP32 else 2
-    if num_rows & 1:
-        a_at = _codes_of(packed_at, codes_at, num_bits, count, P)
-        for i in range(count):
-            codes, total = u8_at(a_at + i * P, L), f32_at(sum_at + 4 * i * L, L)
-            scale = _load_scale(scale_at + i * scale_size, kind)
-            for j in range(L):
-                total[j] = _value(codes[j], qmax, scale)
-        scale_at, packed_at = scale_at + row_stride, packed_at + row_stride
-    for row in range(num_rows & 1, num_rows, 2):
-        a_at = _codes_of(packed_at, codes_at, num_bits, count, P)
-        b_at = _codes_of(packed_at + row_stride, codes_at + count * P, num_bits, count, P)
-        for i in range(count):
-            at_i = scale_at + i * scale_size
-            scales = (_load_scale(at_i, kind), _load_scale(at_i + row_stride, kind))
-            _add_two_rows((a_at + i * P, b_at + i * P), scales, qmax, sum_at + 4 * i * L, row == 0, L)
-        scale_at, packed_at = scale_at + 2 * row_stride, packed_at + 2 * row_stride
-    for i in range(count):
-        _write_mean(sum_at + 4 * i * L, out_at + 4 * i * L, num_rows, L, stream)
 
+    def blocks_with(codes_of: Any) -> Any:
+        @inline
+        def mean_blocks(at: Any, count: Any, rows: Any, places: Any, stream: Any, L: Any, P: Any) -> None:
+            """Blocks of L elements, as `encode_blocks`."""
+            scale_at, packed_at, out_at = at
+            num_rows, row_stride = rows
+            sum_at, codes_at, kind = places
+            scale_size = 4 if kind == _FP32 else 2
+            if num_rows & 1:
+                a_at = codes_of(packed_at, codes_at, count, P)
+                for i in range(count):
+                    codes, total = u8_at(a_at + i * P, L), f32_at(sum_at + 4 * i * L, L)
+                    scale = _load_scale(scale_at + i * scale_size, kind)
+                    for j in range(L):
+                        total[j] = _value(codes[j], qmax, scale)
+                scale_at, packed_at = scale_at + row_stride, packed_at + row_stride
+            for row in range(num_rows & 1, num_rows, 2):
+                a_at = codes_of(packed_at, codes_at, count, P)
+                b_at = codes_of(packed_at + row_stride, codes_at + count * P, count, P)
+                for i in range(count):
+                    at_i = scale_at + i * scale_size
+                    scales = (_load_scale(at_i, kind), _load_scale(at_i + row_stride, kind))
+                    _add_two_rows((a_at + i * P, b_at + i * P), scales, qmax, sum_at + 4 * i * L, row == 0, L)
+                scale_at, packed_at = scale_at + 2 * row_stride, packed_at + 2 * row_stride
+            for i in range(count):
+                _write_mean(sum_at + 4 * i * L, out_at + 4 * i * L, num_rows, L, stream)
 
-@jit
-def _decode_mean(payload_at: int, rows: Any, out_at: int, n: int, shape: Any) -> None:
-    num_bits, block_size, kind = shape
-    num_blocks = (n + block_size - 1) // block_size
-    scale_size = 4 if kind == _FP32 else 2
-    scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
-    together = max(_TOGETHER // block_size, 1)
-    memory = np.empty(6 * together * block_size + 64, np.uint8)
-    sum_at = aligned(memory.ctypes.data)
-    scratch = (sum_at, sum_at + 4 * together * block_size)
-    stream = out_at % 32 == 0 and n >= _STREAM_FROM
-    how = (num_bits, kind, stream)
-    block = 0
-    while block < num_blocks:
-        count, L = next_blocks(n - block * block_size, block_size, together)
-        at = (scale_at, packed_at, out_at)
-        if L == _USUAL:
-            _mean_blocks(at, count, rows, scratch, how, _USUAL, _USUAL)
-        elif L == _SMALL:
-            _mean_blocks(at, count, rows, scratch, how, _SMALL, _SMALL)
-        else:
-            _mean_blocks(at, count, rows, scratch, how, L, (L + 7) // 8 * 8)
-        out_at += 4 * L * count
-        scale_at += scale_size * count
-        packed_at += block_size * num_bits // 8 * count
-        block += count
-    if stream:
-        fence()
-    keep(memory)
+        return mean_blocks
+
+    whole, rest = blocks_with(_codes_of(num_bits, 64)), blocks_with(_codes_of(num_bits, 8 if usual else 0))
+
+    @variant(f"{num_bits}-{usual}")
+    def decode_mean(payload_at: int, rows: Any, out_at: int, n: int, shape: Any) -> None:
+        block_size, kind = shape
+        scale_size = 4 if kind == _FP32 else 2
+        num_blocks = (n + block_size - 1) // block_size
+        scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
+        together = max(_TOGETHER // block_size, 1)
+        sum_at = scratch(6 * together * block_size + 64)
+        places = (sum_at, sum_at + 4 * together * block_size, kind)
+        stream = out_at % 32 == 0 and n >= _STREAM_FROM
+        block = 0
+        while block < num_blocks:
+            count, L = next_blocks(n - block * block_size, block_size, together)
+            at = (scale_at, packed_at, out_at)
+            if usual == L:
+                whole(at, count, rows, places, stream, usual, usual)
+            else:
+                rest(at, count, rows, places, stream, L, (L + 7) // 8 * 8)
+            out_at += 4 * L * count
+            scale_at += scale_size * count
+            packed_at += block_size * num_bits // 8 * count
+            block += count
+        if stream:
+            fence()
+
+    return decode_mean
 
 
 def uniform_decode(
     payload: Tensor, out: Tensor, *, num_bits: int, block_size: int, scale_dtype: torch.dtype
 ) -> None:
     """Decode one segment into out."""
-    n, shape = out.numel(), (num_bits, block_size, _KIND[scale_dtype])
+    n = out.numel()
     payload_at = address(payload, torch.uint8, _payload_bytes(n, num_bits, block_size, scale_dtype))
-    _decode_mean(payload_at, (1, 0), address(out, torch.float32, n), n, shape)
+    kernel = _decoder(num_bits, block_size if block_size in _USUAL else 0)
+    kernel(payload_at, (1, 0), address(out, torch.float32, n), n, (block_size, _KIND[scale_dtype]))
 
 
 def uniform_decode_mean(
     payloads: Tensor, out: Tensor, *, num_bits: int, block_size: int, scale_dtype: torch.dtype
 ) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
-    n, shape = out.numel(), (num_bits, block_size, _KIND[scale_dtype])
+    n = out.numel()
     rows_at, rows = row_addresses(payloads, _payload_bytes(n, num_bits, block_size, scale_dtype))
-    _decode_mean(rows_at, rows, address(out, torch.float32, n), n, shape)
+    kernel = _decoder(num_bits, block_size if block_size in _USUAL else 0)
+    kernel(rows_at, rows, address(out, torch.float32, n), n, (block_size, _KIND[scale_dtype]))
 
 
 # --- exact ---------------------------------------------------------------------------------------------
@@ -499,8 +559,7 @@ def _add_exact_row(row_at: Any, is_bf16: Any, sum_at: Any, first: Any, L: Any) -
 @jit
 def _exact_mean(rows_at: int, rows: Any, out_at: int, n: int, is_bf16: bool) -> None:
     num_rows, row_stride = rows
-    memory = np.empty(4 * _TILE + 64, np.uint8)
-    sum_at = aligned(memory.ctypes.data)
+    sum_at = scratch(4 * _TILE)
     stream = out_at % 32 == 0 and n >= _STREAM_FROM
     for start in range(0, n, _TILE):
         L = min(_TILE, n - start)
@@ -510,7 +569,6 @@ def _exact_mean(rows_at: int, rows: Any, out_at: int, n: int, is_bf16: bool) -> 
         _write_mean(sum_at, out_at + 4 * start, num_rows, L, stream)
     if stream:
         fence()
-    keep(memory)
 
 
 def exact_decode_mean(payloads: Tensor, out: Tensor, *, wire_dtype: torch.dtype) -> None:
@@ -524,10 +582,16 @@ def exact_decode_mean(payloads: Tensor, out: Tensor, *, wire_dtype: torch.dtype)
 
 
 def warm_up() -> None:
-    """Compile the kernels, or load them from Numba's cache, so that the first training step does not."""
+    """Compile the kernels of int8, or load them from disk, so that the first training step does not."""
     x, payload = torch.zeros(8), torch.zeros(1, 64, dtype=torch.uint8)
-    form: dict[str, Any] = {"num_bits": 8, "block_size": 64, "scale_dtype": torch.float32}
+    form: dict[str, Any] = {"num_bits": 8, "block_size": 256, "scale_dtype": torch.bfloat16}
     dither: dict[str, Any] = {"stochastic": True, "key": 0, "shift": 0, "first_block": 0}
-    uniform_encode(x, payload[0], **form, **dither, residual=None, new_residual=None, loss_scale=1.0)
-    uniform_decode(payload[0], x, **form)
-    exact_decode_mean(payload[:, :32], x, wire_dtype=torch.float32)
+    in_turns(
+        [
+            lambda: uniform_encode(
+                x, payload[0], **form, **dither, residual=None, new_residual=None, loss_scale=1.0
+            ),
+            lambda: uniform_decode(payload[0], x, **form),
+            lambda: exact_decode_mean(payload[:, :32], x, wire_dtype=torch.float32),
+        ]
+    )

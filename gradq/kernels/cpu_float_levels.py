@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from gradq.kernels.numba_tools import as_bits, as_float, f32_at, inline, mix32, u8_at, unit_dither
+from gradq.kernels.numba_compile import inline
+from gradq.kernels.numba_tools import (
+    as_bits,
+    as_float,
+    f32_at,
+    mix32,
+    u8_at,
+    unit_dither,
+)
 from gradq.kernels.tables import small_float
 
 __all__ = ["float_nearest", "float_stochastic", "mantissa_bits"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradq.kernels.numba_tools import inline, jit
+from gradq.kernels.numba_compile import called, inline_optimized
 from gradq.kernels.vector import (
     LANES,
     as_words,
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-@inline
+@inline_optimized
 def sign_words(tile_key: Any, rows: Any, words_at: Any) -> None:
     """128 words for the first signs; for the second, which full tiles do without, 128 more."""
     for w in range(0, 128, LANES):
@@ -49,7 +49,7 @@ def sign_words(tile_key: Any, rows: Any, words_at: Any) -> None:
             )
 
 
-@inline
+@inline_optimized
 def mix_words(h: Any) -> Any:
     """`numba_tools.mix32` of a row."""
     h = h ^ (h >> constant_words(np.uint32(16)))
@@ -59,7 +59,7 @@ def mix_words(h: Any) -> Any:
     return h ^ (h >> constant_words(np.uint32(16)))
 
 
-@inline
+@inline_optimized
 def flip_signs(at: Any, words_at: Any, first_row: Any, rows: Any) -> None:
     """The second signs."""
     for row in range(first_row, rows):
@@ -68,14 +68,14 @@ def flip_signs(at: Any, words_at: Any, first_row: Any, rows: Any) -> None:
             store_words(at + 64 * row + part, flipped)
 
 
-@inline
+@inline_optimized
 def sign_bits(words_at: Any, row: Any) -> Any:
     """The signs of a row from one of its columns on, whose first word is at `words_at`, in the sign bits."""
     left = constant_words(np.uint32(31 - (row & 31)))
     return (load_words(words_at + 64 * (row >> 5)) << left) & constant_words(np.uint32(0x80000000))
 
 
-@jit
+@called
 def low_stages(at: int, size: int) -> None:
     """Distances 1, 2, 4, 8 of `size` rows, a power of two, in place."""
     if size >= 16:
@@ -89,7 +89,7 @@ def low_stages(at: int, size: int) -> None:
             distance *= 2
 
 
-@jit
+@called
 def high_stages(at: int, size: int) -> None:
     """Distances 16, 32, ... of `size` rows, a power of two, in place."""
     if size == 256:
@@ -102,7 +102,7 @@ def high_stages(at: int, size: int) -> None:
             distance *= 2
 
 
-@inline
+@inline_optimized
 def _stage(at: Any, size: Any, distance: Any) -> None:
     for row in range(size):
         if row & distance == 0:
@@ -113,13 +113,13 @@ def _stage(at: Any, size: Any, distance: Any) -> None:
                 store_row(second, a - b)
 
 
-@inline
+@inline_optimized
 def _multiply(at: Any, rows: Any, factor: Any) -> None:
     for first in range(at, at + 64 * rows, 4 * LANES):
         store_row(first, load_row(first) * constant_row(factor))
 
 
-@inline
+@inline_optimized
 def window(rows: Any) -> Any:
     """The largest power of two <= rows."""
     size = 1
@@ -128,7 +128,7 @@ def window(rows: Any) -> Any:
     return size
 
 
-@jit
+@called
 def rotate(at: int, rows: int, words_at: int) -> None:
     """See `reference_rotated.rotate`."""
     size = window(rows)
@@ -144,7 +144,7 @@ def rotate(at: int, rows: int, words_at: int) -> None:
         _multiply(last, size, factor)
 
 
-@jit
+@called
 def unrotate(at: int, rows: int, words_at: int) -> None:
     """See `reference_rotated.unrotate`."""
     size = window(rows)

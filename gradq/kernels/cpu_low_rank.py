@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from gradq.kernels.low_rank import ATTEMPTS, INDEPENDENT, vector_seed
-from gradq.kernels.numba_tools import address, as_bits, as_float, f32_at, inline, jit, keep, mix32
+from gradq.kernels.numba_compile import inline, jit
+from gradq.kernels.numba_tools import (
+    address,
+    as_bits,
+    as_float,
+    f32_at,
+    keep,
+    mix32,
+)
 from gradq.kernels.vector import LANES, constant_row, load_row, store_row
 
 __all__ = ["orthonormalize", "project", "reconstruct", "remove"]

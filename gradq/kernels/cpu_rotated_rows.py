@@ -6,12 +6,18 @@ A tile stands in memory as R rows of 16 numbers. A vector holds `LANES` of a row
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from gradq.kernels.cpu_hadamard import low_stages, sign_bits, unrotate
-from gradq.kernels.numba_tools import as_float, f32_at, inline, jit, u32_at
+from gradq.kernels.numba_compile import called, inline_optimized
+from gradq.kernels.numba_tools import (
+    as_float,
+    f32_at,
+    u32_at,
+)
 from gradq.kernels.vector import (
     LANES,
     as_row,
@@ -56,8 +62,8 @@ __all__ = [
     "four_sums",
     "is_ordinary",
     "largest_of",
-    "levels_of_rows",
-    "quantize_rows",
+    "levels_of_rows_of",
+    "quantize_rows_of",
     "quantizer_of",
     "start_rows",
     "store_quantizer",
@@ -84,14 +90,14 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 # --- sums ----------------------------------------------------------------------------------------------
 
 
-@inline
+@inline_optimized
 def clear_sums(at: Any) -> None:
     """Set all of them to 0."""
     for offset in range(0, 512, 4 * LANES):
         store_row(at + SUMS + offset, constant_row(np.float32(0)))
 
 
-@inline
+@inline_optimized
 def fold(sums_at: Any, groups: Any, folded_at: Any) -> None:
     """The four accumulators of each column to the sum over its group, 16 numbers."""
     for part in range(0, 16, LANES):
@@ -107,7 +113,7 @@ def fold(sums_at: Any, groups: Any, folded_at: Any) -> None:
             folded[c] = sums[c * groups // 16]
 
 
-@inline
+@inline_optimized
 def _close_sixteen(at: Any, which: Any) -> None:
     """The sums of sixteen rows are complete: keep them, and begin again."""
     for offset in range(0, 64, 4 * LANES):
@@ -117,7 +123,7 @@ def _close_sixteen(at: Any, which: Any) -> None:
         _store_four(sums_at, zero, zero, zero, zero)
 
 
-@inline
+@inline_optimized
 def add_sixteens(partial_at: Any, sums_at: Any) -> None:
     """The sum of sixteen sums to the first accumulator."""
     for count in (8, 4, 2, 1):
@@ -129,13 +135,13 @@ def add_sixteens(partial_at: Any, sums_at: Any) -> None:
         _store_four(sums_at + offset, load_row(partial_at + offset), zero, zero, zero)
 
 
-@inline
+@inline_optimized
 def _load_four(at: Any) -> Any:
     """Four rows of scratch."""
     return load_row(at), load_row(at + 64), load_row(at + 128), load_row(at + 192)
 
 
-@inline
+@inline_optimized
 def _store_four(at: Any, s0: Any, s1: Any, s2: Any, s3: Any) -> None:
     """Four rows to scratch."""
     store_row(at, s0)
@@ -144,13 +150,13 @@ def _store_four(at: Any, s0: Any, s1: Any, s2: Any, s3: Any) -> None:
     store_row(at + 192, s3)
 
 
-@inline
+@inline_optimized
 def four_sums(s0: Any, s1: Any, s2: Any, s3: Any) -> Any:
     """The four accumulators together."""
     return (s0 + s1) + (s2 + s3)
 
 
-@inline
+@inline_optimized
 def _largest_word(words_at: Any) -> Any:
     """Of 16; numbers that are not negative are ordered as their bits are."""
     words, largest = u32_at(words_at, 16), np.uint32(0)
@@ -159,19 +165,19 @@ def _largest_word(words_at: Any) -> Any:
     return largest
 
 
-@inline
+@inline_optimized
 def largest_of(at: Any) -> Any:
     """The bits of the largest magnitude that `start_rows` met."""
     return _largest_word(at + _LARGEST)
 
 
-@inline
+@inline_optimized
 def is_ordinary(at: Any) -> Any:
     """Whether the sums of squares show that the largest magnitude is within 2**-40 ... 2**40."""
     return np.float32(2.0**-60) < as_float(_largest_word(at + SUMS)) < np.float32(2.0**72)
 
 
-@inline
+@inline_optimized
 def _add(at: Any, term: Any) -> None:
     store_row(at, load_row(at) + term)
 
@@ -179,12 +185,12 @@ def _add(at: Any, term: Any) -> None:
 # --- levels --------------------------------------------------------------------------------------------
 
 
-@inline
+@inline_optimized
 def _store_constant(at: Any, k: Any, value: Any) -> None:
     store_row(at + QUANTIZER + 64 * k, constant_row(np.float32(value)))
 
 
-@jit
+@called
 def store_quantizer(at: int, constants: Any) -> None:
     """Constants as rows: -top, top, `to_index`, half the codes; middle, `to_level`; table.
 
@@ -209,12 +215,12 @@ def store_quantizer(at: int, constants: Any) -> None:
         table[code] = level[0]
 
 
-@inline
+@inline_optimized
 def _constant(at: Any, k: Any) -> Any:
     return load_row(at + QUANTIZER + 64 * k)
 
 
-@inline
+@inline_optimized
 def quantizer_of(at: Any) -> Any:
     """What the trellis needs of `store_quantizer`: -top, top, `to_index`, half; then middle, `to_level`."""
     return (
@@ -229,18 +235,15 @@ def quantizer_of(at: Any) -> Any:
     )
 
 
-@inline
-def _level_of(code: Any, at: Any, num_bits: Any) -> Any:
-    """The levels of a row of codes."""
-    if num_bits <= 4:
-        return level_looked_up(code, at + QUANTIZER)
-    return level_computed(code, at + QUANTIZER)
+def _level_of(num_bits: int) -> Any:
+    """What makes levels of a row of codes of a width."""
+    return level_looked_up if num_bits <= 4 else level_computed
 
 
 # --- tiles of any size ---------------------------------------------------------------------------------
 
 
-@jit
+@called
 def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, to_unit: float) -> None:
     """X + residual with its signs, times to_unit, to the tile; sums of squares, the largest magnitude."""
     clear_sums(at)
@@ -266,32 +269,46 @@ def start_rows(x_at: int, residual_at: int, at: int, rows: int, unscale: float, 
         add_sixteens(at + PARTIAL, at + SUMS)
 
 
-@jit
-def quantize_rows(at: int, rows: int, num_bits: int) -> None:
-    """Codes of the tile, a byte each; it becomes the levels. Sums ⟨level, z⟩ and (at NORMS) ‖level‖²."""
-    clear_sums(at)
-    for row in range(rows):
-        for part in range(0, 16, LANES):
-            z_at, to = at + 64 * row + 4 * part, at + 64 * (row & 3) + 4 * part
-            z = load_row(z_at)
-            code = code_of(z, load_row(at + INVERSE + 4 * part), at + QUANTIZER)
-            level = _level_of(code, at, num_bits)
-            store_bytes(at + CODES + 16 * row + part, code)
-            store_row(z_at, level)
-            _add(to + SUMS, level * z)
-            _add(to + NORMS, level * level)
+@functools.cache
+def quantize_rows_of(num_bits: int) -> Any:
+    """`quantize_rows` for codes of a width."""
+    level_of = _level_of(num_bits)
+
+    @called
+    def quantize_rows(at: int, rows: int) -> None:
+        """Codes of the tile, a byte each; it becomes the levels. Sums ⟨level, z⟩ and (at NORMS) ‖level‖²."""
+        clear_sums(at)
+        for row in range(rows):
+            for part in range(0, 16, LANES):
+                z_at, to = at + 64 * row + 4 * part, at + 64 * (row & 3) + 4 * part
+                z = load_row(z_at)
+                code = code_of(z, load_row(at + INVERSE + 4 * part), at + QUANTIZER)
+                level = level_of(code, at + QUANTIZER)
+                store_bytes(at + CODES + 16 * row + part, code)
+                store_row(z_at, level)
+                _add(to + SUMS, level * z)
+                _add(to + NORMS, level * level)
+
+    return quantize_rows
 
 
-@jit
-def levels_of_rows(at: int, rows: int, num_bits: int) -> None:
-    """The codes' levels to the tile."""
-    for row in range(rows):
-        for part in range(0, 16, LANES):
-            code = load_bytes(at + CODES + 16 * row + part)
-            store_row(at + 64 * row + 4 * part, _level_of(code, at, num_bits))
+@functools.cache
+def levels_of_rows_of(num_bits: int) -> Any:
+    """`levels_of_rows` for codes of a width."""
+    level_of = _level_of(num_bits)
+
+    @called
+    def levels_of_rows(at: int, rows: int) -> None:
+        """The codes' levels to the tile."""
+        for row in range(rows):
+            for part in range(0, 16, LANES):
+                code = load_bytes(at + CODES + 16 * row + part)
+                store_row(at + 64 * row + 4 * part, level_of(code, at + QUANTIZER))
+
+    return levels_of_rows
 
 
-@jit
+@called
 def finish_rows(at: int, rows: int) -> None:
     """Transform the levels back (a full tile is through the high stages), times the scale, with signs."""
     if rows == 256:

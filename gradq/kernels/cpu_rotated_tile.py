@@ -13,6 +13,7 @@ Scratch is that of `cpu_rotated_rows`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from gradq.kernels.cpu_rotated_rows import (
     add_sixteens,
     four_sums,
 )
-from gradq.kernels.numba_tools import inline, jit
+from gradq.kernels.numba_compile import called, inline_optimized
 from gradq.kernels.vector import (
     LANES,
     constant_row,
@@ -61,12 +62,12 @@ from gradq.kernels.vector_blocks import (
     stream_block,
 )
 
-__all__ = ["decode_tile", "finish_tile", "levels_of_tile", "quantize_tile", "start_tile"]
+__all__ = ["decode_tile", "finish_tile", "levels_of_tile_of", "quantize_tile_of", "start_tile"]
 
 _STEP = 4 * LANES  # bytes from row to row in NEAR
 
 
-@inline
+@inline_optimized
 def _signs(at: Any, block: Any, part: Any) -> Any:
     """Words whose lowest bits are the signs of a block's first row, the next ones of its second, ..."""
     word = load_words(at + WORDS + 64 * (block >> 1) + 4 * part)
@@ -76,7 +77,7 @@ def _signs(at: Any, block: Any, part: Any) -> Any:
 # --- start ---------------------------------------------------------------------------------------------
 
 
-@jit
+@called
 def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
     """X + unscale * residual, signed and transformed (distances 1 to 8), to the tile; sums."""
     loss, ones = constant_row(np.float32(unscale)), load_row(at + ONES)
@@ -95,51 +96,55 @@ def start_tile(x_at: int, residual_at: int, at: int, unscale: float) -> None:
 # --- quantize ------------------------------------------------------------------------------------------
 
 
-@jit
-def quantize_tile(
-    at: int, codes_at: int, num_bits: int, with_residual: bool, next_x_at: int, next_residual_at: int
-) -> None:
-    """Codes of the tile and the sums of `quantize_rows`; with_residual, it becomes the transformed levels.
+@functools.cache
+def quantize_tile_of(num_bits: int) -> Any:
+    """`quantize_tile` for codes of a width."""
+    if num_bits == 4:
+        quantize_block: Any = quantize_block_of_4
+    else:
+        quantize_block = quantize_block_of_fewer if num_bits < 4 else quantize_block_of_more
 
-    Args:
-        at: scratch.
-        codes_at: for 4 bits codes are written as the plane that they have on the wire, in which rows r and
-            r + 128 share bytes; of other widths a byte each, to CODES.
-        num_bits: their width.
-        with_residual: whether the levels are needed.
-        next_x_at: where the next tile will be read.
-        next_residual_at: and its residual.
-    """
-    ones, near_at, quantizer_at = load_row(at + ONES), at + NEAR, at + QUANTIZER
-    for first in range(16):
-        for part in range(0, 16, LANES):
-            z_at, inverse = at + 64 * first + 4 * part, load_row(at + INVERSE + 4 * part)
-            offset = 16 * first + part
-            to_at = (codes_at if num_bits == 4 else at + CODES) + offset
-            if num_bits == 4:
-                quantize_block_of_4(z_at, near_at, inverse, quantizer_at, to_at, ones)
-            elif num_bits < 4:
-                quantize_block_of_fewer(z_at, near_at, inverse, quantizer_at, to_at, ones)
-            else:
-                quantize_block_of_more(z_at, near_at, inverse, quantizer_at, to_at, ones)
-            _sum_block(near_at, at + PARTIAL + 64 * first + 4 * part)
-            if part == 0:
-                _prefetch(next_x_at + 1024 * first)
-            if part == 16 - LANES:
-                _prefetch(next_residual_at + 1024 * first)
-            if with_residual:
-                hadamard_rows(near_at + 16 * _STEP, _STEP, z_at, 1024, ones)
-    add_sixteens(at + PARTIAL, at + SUMS)
-    add_sixteens(at + PARTIAL_NORMS, at + NORMS)
+    @called
+    def quantize_tile(
+        at: int, codes_at: int, with_residual: bool, next_x_at: int, next_residual_at: int
+    ) -> None:
+        """Codes of the tile, the sums of `quantize_rows`; with_residual, it becomes the transformed levels.
+
+        Args:
+            at: scratch.
+            codes_at: for 4 bits codes are written as the plane that they have on the wire, in which rows r
+                and r + 128 share bytes; of other widths a byte each, to CODES.
+            with_residual: whether the levels are needed.
+            next_x_at: where the next tile will be read.
+            next_residual_at: and its residual.
+        """
+        ones, near_at, quantizer_at = load_row(at + ONES), at + NEAR, at + QUANTIZER
+        for first in range(16):
+            for part in range(0, 16, LANES):
+                z_at, inverse = at + 64 * first + 4 * part, load_row(at + INVERSE + 4 * part)
+                offset = 16 * first + part
+                to_at = (codes_at if num_bits == 4 else at + CODES) + offset
+                quantize_block(z_at, near_at, inverse, quantizer_at, to_at, ones)
+                _sum_block(near_at, at + PARTIAL + 64 * first + 4 * part)
+                if part == 0:
+                    _prefetch(next_x_at + 1024 * first)
+                if part == 16 - LANES:
+                    _prefetch(next_residual_at + 1024 * first)
+                if with_residual:
+                    hadamard_rows(near_at + 16 * _STEP, _STEP, z_at, 1024, ones)
+        add_sixteens(at + PARTIAL, at + SUMS)
+        add_sixteens(at + PARTIAL_NORMS, at + NORMS)
+
+    return quantize_tile
 
 
-@inline
+@inline_optimized
 def _prefetch(at: Any) -> None:
     for line in range(0, 1024, 64):
         prefetch(at + line)
 
 
-@inline
+@inline_optimized
 def _sum_block(near_at: Any, sums_at: Any) -> None:
     i0 = i1 = i2 = i3 = n0 = n1 = n2 = n3 = constant_row(np.float32(0))
     for z_at in range(near_at, near_at + 16 * _STEP, 4 * _STEP):
@@ -151,31 +156,37 @@ def _sum_block(near_at: Any, sums_at: Any) -> None:
     store_row(sums_at + PARTIAL_NORMS - PARTIAL, four_sums(n0, n1, n2, n3))
 
 
-@inline
+@inline_optimized
 def _sum_row(z_at: Any, inner: Any, norm: Any) -> Any:
     level = load_row(z_at + 16 * _STEP)
     return fused(level, load_row(z_at), inner), fused(level, level, norm)
 
 
-@jit
-def levels_of_tile(at: int, packed_at: int, num_bits: int) -> None:
-    """The levels of codes that stand as `quantize_tile` wrote them, transformed at distances 16 to 128."""
-    ones, quantizer_at = load_row(at + ONES), at + QUANTIZER
-    for first in range(16):
-        for part in range(0, 16, LANES):
-            to_at, offset = at + 64 * first + 4 * part, 16 * first + part
-            if num_bits == 4:
-                levels_block_of_4(packed_at + offset, quantizer_at, to_at, ones)
-            elif num_bits < 4:
-                levels_block_of_fewer(at + CODES + offset, quantizer_at, to_at, ones)
-            else:
-                levels_block_of_more(at + CODES + offset, quantizer_at, to_at, ones)
+@functools.cache
+def levels_of_tile_of(num_bits: int) -> Any:
+    """`levels_of_tile` for codes of a width."""
+    if num_bits == 4:
+        levels_block: Any = levels_block_of_4
+    else:
+        levels_block = levels_block_of_fewer if num_bits < 4 else levels_block_of_more
+
+    @called
+    def levels_of_tile(at: int, packed_at: int) -> None:
+        """The levels of codes as `quantize_tile` wrote them, transformed at distances 16 to 128."""
+        ones, quantizer_at = load_row(at + ONES), at + QUANTIZER
+        from_at = packed_at if num_bits == 4 else at + CODES
+        for first in range(16):
+            for part in range(0, 16, LANES):
+                to_at, offset = at + 64 * first + 4 * part, 16 * first + part
+                levels_block(from_at + offset, quantizer_at, to_at, ones)
+
+    return levels_of_tile
 
 
 # --- finish --------------------------------------------------------------------------------------------
 
 
-@jit
+@called
 def finish_tile(
     x_at: int, residual_at: int, at: int, unscale: float, factor: float, new_at: int, stream: bool
 ) -> None:
@@ -199,7 +210,7 @@ def finish_tile(
                 finish_block(z_at, from_at, add_at, loss, scale, word, times, to_at, ones)
 
 
-@jit
+@called
 def decode_tile(at: int, out_at: int, add: bool, divisor: float, stream: bool) -> None:
     """Decoded values to out, or onto it and divided (unless divisor is 0)."""
     by, ones = constant_row(np.float32(divisor)), load_row(at + ONES)

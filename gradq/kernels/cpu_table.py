@@ -8,6 +8,7 @@ blocks go side by side, and under mse the lanes are multipliers, of two blocks i
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 from typing import Any
 
@@ -24,24 +25,23 @@ from gradq.kernels.cpu_table_rows import (
     nearest_rows,
     stochastic_rows,
 )
+from gradq.kernels.numba_compile import inline, variant
 from gradq.kernels.numba_tools import (
     address,
     aligned,
     as_bits,
     as_float,
     f32_at,
-    inline,
-    jit,
     keep,
-    load_block,
+    load_copy,
+    load_sum,
     mix32,
     next_blocks,
-    pack,
     pack_few,
+    packing,
     row_addresses,
     u8_at,
     unit_dither,
-    unpack,
     unpack_few,
 )
 from gradq.kernels.tables import MULTIPLIERS, Table, payload_bytes
@@ -366,75 +366,85 @@ def _lost(at: Any, codes_at: Any, levels: Any, scale: Any, rescale: Any, L: Any)
             new[j] = (value[j] - levels[codes[j]] * scale) * rescale
 
 
-@jit
-def _encode(
-    tensors_at: Any,
-    n: int,
-    levels: Any,
-    middles: Any,
-    gaps: Any,
-    registers: Any,
-    numbers: Any,
-    multipliers: Any,
-    draws: Any,
-    loss_scale: float,
-) -> None:
-    x_at, payload_at, residual_at, new_residual_at = tensors_at
-    key_low, key_high, shift, first_block = draws
-    block_size, num_bits, kind, rule, stochastic, smallest, mantissa, is_even = numbers
-    together = max(_TOGETHER // block_size, 1)
-    memory = np.empty(together * (5 * block_size + 12) + 8 * LANES + 256, np.uint8)
-    values_at = aligned(memory.ctypes.data)
-    scratch_at = aligned(values_at + 4 * together * block_size)
-    sums_at = aligned(scratch_at + together * block_size)
-    absmax_at = sums_at + 8 * LANES
-    levels_at = registers.ctypes.data
-    at = (levels_at, levels_at + 64, levels_at + 128, levels_at + 192)
-    at_sums, arrays = (levels_at, levels_at + 64, sums_at), (levels, middles, gaps)
-    top, unscale = levels[len(levels) - 1], np.float32(loss_scale)
-    rescale = np.float32(1.0 / loss_scale)
-    size = 2 if kind == 0 else 1
-    num_blocks = (n + block_size - 1) // block_size
-    packed_at = payload_at + num_blocks * size
-    block = 0
-    while block < num_blocks:
-        count, L = next_blocks(n - block * block_size, block_size, together)
-        P = (L + 7) // 8 * 8
-        first_at = 4 * block * block_size
-        absmax, scales = f32_at(absmax_at, count), f32_at(absmax_at + 4 * together, count)
-        winners = f32_at(absmax_at + 8 * together, count)
-        for i in range(count):
-            old_at = residual_at + first_at + 4 * i * L if residual_at != 0 else 0
-            absmax[i] = load_block(x_at + first_at + 4 * i * L, old_at, values_at + 4 * i * L, unscale, L, L)
-        _scales(values_at, absmax, scales, winners, rule, (levels, middles), at_sums, multipliers, L)
-        codes_at = packed_at if num_bits == 8 else scratch_at
-        for i in range(count):
-            wire_at = payload_at + (block + i) * size
-            scale = scales[i] = _scale(scales[i], kind, rule == 0 or rule == 2, top, wire_at, size)
-            codes, coded = u8_at(codes_at + i * P, P), 0
-            if scale > np.float32(0):
-                coded, factors = L, (np.float32(1) / scale, np.float32(1))
-                if rule == 3:
-                    factors = (_inverse(absmax[i]), winners[i])
-                key = np.uint32(np.uint32(first_block) + np.uint32(block + i))
-                key = np.uint32(mix32(key ^ np.uint32(key_low)) + np.uint32(key_high))
-                how, dither = (stochastic, smallest, mantissa, is_even), (key, np.uint32(shift))
-                _codes(values_at + 4 * i * L, factors, codes_at + i * P, arrays, at, how, dither, L, P)
-            for j in range(coded, P):
-                codes[j] = np.uint8(smallest)
-        for i in range(count):
-            if num_bits == 4 and P < 64 and P % 16 == 0:
-                pack_few(codes_at + i * P, packed_at, P)
-            elif num_bits < 8:
-                pack(codes_at + i * P, packed_at, num_bits, P)
-            packed_at += P * num_bits // 8
-        if new_residual_at != 0:
+@functools.cache
+def _encoder(num_bits: int) -> Any:
+    """The kernel for codes of a width."""
+    pack: Any = packing(num_bits, 0)[0] if num_bits < 8 else None
+
+    @variant(f"{num_bits}")
+    def encode(
+        tensors_at: Any,
+        n: int,
+        levels: Any,
+        middles: Any,
+        gaps: Any,
+        registers: Any,
+        numbers: Any,
+        multipliers: Any,
+        draws: Any,
+        loss_scale: float,
+    ) -> None:
+        x_at, payload_at, residual_at, new_residual_at = tensors_at
+        key_low, key_high, shift, first_block = draws
+        block_size, _, kind, rule, stochastic, smallest, mantissa, is_even = numbers
+        together = max(_TOGETHER // block_size, 1)
+        memory = np.empty(together * (5 * block_size + 12) + 8 * LANES + 256, np.uint8)
+        values_at = aligned(memory.ctypes.data)
+        scratch_at = aligned(values_at + 4 * together * block_size)
+        sums_at = aligned(scratch_at + together * block_size)
+        absmax_at = sums_at + 8 * LANES
+        levels_at = registers.ctypes.data
+        at = (levels_at, levels_at + 64, levels_at + 128, levels_at + 192)
+        at_sums, arrays = (levels_at, levels_at + 64, sums_at), (levels, middles, gaps)
+        top, unscale = levels[len(levels) - 1], np.float32(loss_scale)
+        rescale = np.float32(1.0 / loss_scale)
+        size = 2 if kind == 0 else 1
+        num_blocks = (n + block_size - 1) // block_size
+        packed_at = payload_at + num_blocks * size
+        block = 0
+        while block < num_blocks:
+            count, L = next_blocks(n - block * block_size, block_size, together)
+            P = (L + 7) // 8 * 8
+            first_at = 4 * block * block_size
+            absmax, scales = f32_at(absmax_at, count), f32_at(absmax_at + 4 * together, count)
+            winners = f32_at(absmax_at + 8 * together, count)
             for i in range(count):
-                more = first_at + 4 * i * L
-                here = (values_at + 4 * i * L, residual_at + more, new_residual_at + more)
-                _lost(here, codes_at + i * P, levels, scales[i], rescale, L)
-        block += count
-    keep(memory)
+                from_at, old_at = x_at + first_at + 4 * i * L, residual_at + first_at + 4 * i * L
+                if residual_at != 0:
+                    absmax[i] = load_sum(from_at, old_at, values_at + 4 * i * L, unscale, L, L)
+                else:
+                    absmax[i] = load_copy(from_at, values_at + 4 * i * L, L, L)
+            _scales(values_at, absmax, scales, winners, rule, (levels, middles), at_sums, multipliers, L)
+            codes_at = packed_at if num_bits == 8 else scratch_at
+            for i in range(count):
+                wire_at = payload_at + (block + i) * size
+                scale = scales[i] = _scale(scales[i], kind, rule == 0 or rule == 2, top, wire_at, size)
+                codes, coded = u8_at(codes_at + i * P, P), 0
+                if scale > np.float32(0):
+                    coded, factors = L, (np.float32(1) / scale, np.float32(1))
+                    if rule == 3:
+                        factors = (_inverse(absmax[i]), winners[i])
+                    key = np.uint32(np.uint32(first_block) + np.uint32(block + i))
+                    key = np.uint32(mix32(key ^ np.uint32(key_low)) + np.uint32(key_high))
+                    how, dither = (stochastic, smallest, mantissa, is_even), (key, np.uint32(shift))
+                    _codes(values_at + 4 * i * L, factors, codes_at + i * P, arrays, at, how, dither, L, P)
+                for j in range(coded, P):
+                    codes[j] = np.uint8(smallest)
+            for i in range(count):
+                if num_bits == 4 and P < 64 and P % 16 == 0:
+                    pack_few(codes_at + i * P, packed_at, P)
+                elif num_bits < 8:
+                    pack(codes_at + i * P, packed_at, P)
+                packed_at += P * num_bits // 8
+            if new_residual_at != 0:
+                for i in range(count):
+                    more = first_at + 4 * i * L
+                    here = (values_at + 4 * i * L, residual_at + more, new_residual_at + more)
+                    _lost(here, codes_at + i * P, levels, scales[i], rescale, L)
+            block += count
+        keep(memory)
+
+    return encode
 
 
 @inline
@@ -454,47 +464,59 @@ def _add_block(
             out[j] += levels[codes[j]] * scale
 
 
-@jit
-def _decode_mean(
-    payloads_at: int, rows: Any, out_at: int, n: int, levels: Any, registers: Any, numbers: Any
-) -> None:
-    """Decode is the mean of one row."""
-    num_rows, row_stride = rows
-    block_size, num_bits, kind, _, _, _, _, _ = numbers
-    together = max(_TOGETHER // block_size, 1)
-    memory = np.empty(together * block_size + 64, np.uint8)
-    scratch_at = aligned(memory.ctypes.data)
-    size = 2 if kind == 0 else 1
-    divisor = np.float32(num_rows)
-    num_blocks = (n + block_size - 1) // block_size
-    first_at = payloads_at + num_blocks * size
-    block = 0
-    while block < num_blocks:
-        count, L = next_blocks(n - block * block_size, block_size, together)
-        P = (L + 7) // 8 * 8
-        for row in range(num_rows):
-            packed_at, codes_at = first_at + row * row_stride, scratch_at
-            if num_bits == 8:
-                codes_at = packed_at
-            elif num_bits == 4 and P < 64 and P % 16 == 0:
+@functools.cache
+def _decoder(num_bits: int) -> Any:
+    """The kernel for codes of a width."""
+    unpack: Any = packing(num_bits, 0)[1] if num_bits < 8 else None
+
+    @variant(f"{num_bits}")
+    def decode_mean(
+        payloads_at: int, rows: Any, out_at: int, n: int, levels: Any, registers: Any, numbers: Any
+    ) -> None:
+        """Decode is the mean of one row."""
+        num_rows, row_stride = rows
+        block_size, _, kind, _, _, _, _, _ = numbers
+        together = max(_TOGETHER // block_size, 1)
+        memory = np.empty(together * block_size + 64, np.uint8)
+        scratch_at = aligned(memory.ctypes.data)
+        size = 2 if kind == 0 else 1
+        divisor = np.float32(num_rows)
+        num_blocks = (n + block_size - 1) // block_size
+        first_at = payloads_at + num_blocks * size
+        block = 0
+        while block < num_blocks:
+            count, L = next_blocks(n - block * block_size, block_size, together)
+            P = (L + 7) // 8 * 8
+            for row in range(num_rows):
+                packed_at, codes_at = first_at + row * row_stride, scratch_at
+                if num_bits == 8:
+                    codes_at = packed_at
+                elif num_bits == 4 and P < 64 and P % 16 == 0:
+                    for i in range(count):
+                        unpack_few(packed_at + i * P // 2, codes_at + i * P, P)
+                else:
+                    for i in range(count):
+                        unpack(packed_at + i * P * num_bits // 8, codes_at + i * P, P)
                 for i in range(count):
-                    unpack_few(packed_at + i * P // 2, codes_at + i * P, P)
-            else:
-                for i in range(count):
-                    unpack(packed_at + i * P * num_bits // 8, codes_at + i * P, num_bits, P)
-            for i in range(count):
-                wire, bits = u8_at(payloads_at + row * row_stride + (block + i) * size, size), np.uint32(0)
-                for k in range(size):
-                    bits = np.uint32(bits | (np.uint32(wire[k]) << np.uint32(8 * k)))
-                _add_block(codes_at + i * P, bits, kind, levels, registers, out_at + 4 * i * L, row == 0, L)
-        if num_rows > 1:
-            out = f32_at(out_at, count * L)
-            for j in range(count * L):
-                out[j] /= divisor
-        out_at += 4 * count * L
-        first_at += count * P * num_bits // 8
-        block += count
-    keep(memory)
+                    wire, bits = (
+                        u8_at(payloads_at + row * row_stride + (block + i) * size, size),
+                        np.uint32(0),
+                    )
+                    for k in range(size):
+                        bits = np.uint32(bits | (np.uint32(wire[k]) << np.uint32(8 * k)))
+                    _add_block(
+                        codes_at + i * P, bits, kind, levels, registers, out_at + 4 * i * L, row == 0, L
+                    )
+            if num_rows > 1:
+                out = f32_at(out_at, count * L)
+                for j in range(count * L):
+                    out[j] /= divisor
+            out_at += 4 * count * L
+            first_at += count * P * num_bits // 8
+            block += count
+        keep(memory)
+
+    return decode_mean
 
 
 def table_encode(
@@ -516,7 +538,9 @@ def table_encode(
     new_at = 0 if new_residual is None else address(new_residual, torch.float32, n)
     at = address(x, torch.float32, n), address(payload, torch.uint8, payload_bytes(n, table))
     draws = key & _MASK32, (key >> 32) & _MASK32, shift, first_block & _MASK32
-    _encode((*at, residual_at, new_at), n, *constants, _MULTIPLIERS, draws, float(loss_scale))
+    _encoder(table.num_bits)(
+        (*at, residual_at, new_at), n, *constants, _MULTIPLIERS, draws, float(loss_scale)
+    )
 
 
 def table_decode(payload: Tensor, out: Tensor, *, table: Table) -> None:
@@ -530,4 +554,4 @@ def table_decode_mean(payloads: Tensor, out: Tensor, *, table: Table) -> None:
     _, _, _, registers, numbers = _constants(table)
     levels = _level_of_each_code(table)
     payloads_at, rows = row_addresses(payloads, payload_bytes(n, table))
-    _decode_mean(payloads_at, rows, address(out, torch.float32, n), n, levels, registers, numbers)
+    _decoder(table.num_bits)(payloads_at, rows, address(out, torch.float32, n), n, levels, registers, numbers)

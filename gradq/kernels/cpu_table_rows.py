@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from gradq.kernels.cpu_hadamard import mix_words
-from gradq.kernels.numba_tools import f32_at, inline
+from gradq.kernels.numba_compile import inline
+from gradq.kernels.numba_tools import (
+    f32_at,
+)
 from gradq.kernels.vector import (
     LANES,
     as_row,

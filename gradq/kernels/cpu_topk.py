@@ -14,20 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradq.kernels.numba_compile import inline_optimized, variant
 from gradq.kernels.numba_tools import (
     address,
     as_bits,
     as_float,
     f32_at,
     fence,
-    inline,
-    jit,
     keep,
-    pack,
+    packing,
     row_addresses,
     u8_at,
     u32_at,
-    unpack,
 )
 from gradq.kernels.topk import SCALE_BYTES, Block, TopK, payload_bytes
 from gradq.kernels.vector import (
@@ -51,7 +49,7 @@ __all__ = ["topk_decode", "topk_decode_mean", "topk_encode"]
 _INFINITY = 0x7F800000
 
 
-@inline
+@inline_optimized
 def _scale_bits(absmax: Any, qmax: Any) -> Any:
     """As in the reference: bf16 rounded up, 0 for tiny scales, NaN for what is or becomes infinite."""
     bits = as_bits(absmax / np.float32(qmax))
@@ -65,7 +63,7 @@ def _scale_bits(absmax: Any, qmax: Any) -> Any:
     return up
 
 
-@inline
+@inline_optimized
 def _count(magnitudes_L: Any, least: Any) -> Any:
     """How many are at least this large."""
     total = np.int32(0)
@@ -74,13 +72,13 @@ def _count(magnitudes_L: Any, least: Any) -> Any:
     return total
 
 
-@inline
+@inline_optimized
 def _logarithm(count: Any) -> Any:
     """Nearly proportional to the logarithm: the bits of a float."""
     return np.float32(np.int32(as_bits(np.float32(count))))
 
 
-@inline
+@inline_optimized
 def _threshold(magnitudes_L: Any, most: Any, k: Any) -> Any:
     """(t, ties): the k largest are all from t on, and the first `ties` of those that equal t - 1.
 
@@ -111,7 +109,7 @@ def _threshold(magnitudes_L: Any, most: Any, k: Any) -> Any:
     return high, np.int32(k - above)
 
 
-@inline
+@inline_optimized
 def _collect(magnitudes_at: Any, L: Any, threshold: Any, ties: Any, indices: Any) -> None:
     """The indices of the k largest, ascending; magnitudes are padded with zeros to a multiple of 16."""
     found = 0
@@ -135,7 +133,7 @@ def _collect(magnitudes_at: Any, L: Any, threshold: Any, ties: Any, indices: Any
             ties -= 1
 
 
-@inline
+@inline_optimized
 def _pack_indices(indices: Any, k: Any, low_bits: Any, high_bytes: Any, low_bytes: Any, data: Any) -> None:
     for j in range(high_bytes):
         data[j] = np.uint8(0)
@@ -155,7 +153,7 @@ def _pack_indices(indices: Any, k: Any, low_bits: Any, high_bytes: Any, low_byte
         low[at] = np.uint8(held)
 
 
-@inline
+@inline_optimized
 def _unpack_indices(data: Any, k: Any, low_bits: Any, high_bytes: Any, L: Any, indices: Any) -> None:
     """Whatever the bytes are, k indices below L."""
     found = 0
@@ -179,7 +177,7 @@ def _unpack_indices(data: Any, k: Any, low_bits: Any, high_bytes: Any, L: Any, i
         num_held -= low_bits
 
 
-@inline
+@inline_optimized
 def _write(value_at: Any, out_at: Any, L: Any, factor: Any) -> None:
     """Value times factor to out, past the cache where whole lines can be written."""
     done = 0
@@ -192,7 +190,7 @@ def _write(value_at: Any, out_at: Any, L: Any, factor: Any) -> None:
         out[j] = value[j] * factor
 
 
-@inline
+@inline_optimized
 def _load(
     x_at: Any, residual_at: Any, value_at: Any, magnitudes_at: Any, L: Any, block_size: Any, unscale: Any
 ) -> Any:
@@ -232,123 +230,135 @@ def _load(
     return most
 
 
-@jit
-def _encode(
-    x_at: int,
-    n: int,
-    payload_at: int,
-    nbytes: int,
-    num_bits: int,
-    block_size: int,
-    shapes: Any,
-    residual_at: int,
-    new_residual_at: int,
-    loss_scale: float,
-    inverse_loss_scale: float,
-) -> None:
-    payload = u8_at(payload_at, nbytes)
-    residual, new_residual = f32_at(residual_at, n), f32_at(new_residual_at, n)
-    value_B, magnitudes_B = np.empty(block_size, np.float32), np.empty(block_size + 16, np.uint32)
-    value_at, magnitudes_at = value_B.ctypes.data, magnitudes_B.ctypes.data
-    indices, codes_P = np.empty(block_size, np.int32), np.empty(block_size + 8, np.uint8)
-    unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
-    qmax = (1 << (num_bits - 1)) - 1
-    half = np.float32(np.float32(qmax) + np.float32(0.5))
-    num_blocks = (n + block_size - 1) // block_size
-    at = num_blocks * SCALE_BYTES
-    for number in range(num_blocks):
-        start = number * block_size
-        L = min(block_size, n - start)
-        shape = shapes[1 if block_size > L else 0]
-        k, low_bits, code_bytes, high_bytes, low_bytes = shape[0], shape[1], shape[2], shape[3], shape[4]
-        value, magnitudes = value_B[:L], magnitudes_B[:L]
-        old_at = 0 if residual_at == 0 else residual_at + 4 * start
-        most = _load(x_at + 4 * start, old_at, value_at, magnitudes_at, L, block_size, unscale)
-        bits = _scale_bits(as_float(most), qmax)
-        payload[number * SCALE_BYTES] = np.uint8(bits)
-        payload[number * SCALE_BYTES + 1] = np.uint8(bits >> np.uint32(8))
-        scale = as_float(np.uint32(bits << np.uint32(16)))
-        data = payload[at : at + code_bytes + high_bytes + low_bytes]
-        at += code_bytes + high_bytes + low_bytes
-        if scale > np.float32(0):
-            threshold, ties = _threshold(magnitudes, most, k)
-            _collect(magnitudes_at, L, threshold, ties, indices)
-            inverse = np.float32(1) / scale
-            codes = codes_P[: code_bytes * 8 // num_bits]
-            for i in range(len(codes)):
-                codes[i] = np.uint8(qmax)
-            for i in range(k):
-                v = value[indices[i]]
-                code = np.int32(v * inverse + half)
-                code = min(max(code, np.int32(0)), np.int32(2 * qmax))
-                codes[i] = np.uint8(code)
-                value[indices[i]] = v - np.float32(np.int32(code - np.int32(qmax))) * scale
-            if num_bits == 8:
-                data[: len(codes)] = codes
-            else:
-                pack(codes.ctypes.data, data.ctypes.data, num_bits, len(codes))
-            _pack_indices(indices, k, low_bits, high_bytes, low_bytes, data[code_bytes:])
-        else:
-            for j in range(len(data)):
-                data[j] = np.uint8(0)
-        if new_residual_at != 0 and scale == scale:
-            _write(value_at, new_residual_at + 4 * start, L, rescale)
-        elif new_residual_at != 0:
-            old_L, new_L = residual[start : start + L], new_residual[start : start + L]
-            for j in range(L):
-                new_L[j] = old_L[j]
-    fence()
-    keep(value_B)
-    keep(magnitudes_B)
+@cache
+def _encoder(num_bits: int) -> Any:
+    """The kernel for codes of a width."""
+    pack: Any = packing(num_bits, 0)[0] if num_bits < 8 else None
 
-
-@jit
-def _decode_mean(
-    payloads_at: int,
-    num_rows: int,
-    row_stride: int,
-    nbytes: int,
-    out_at: int,
-    n: int,
-    num_bits: int,
-    block_size: int,
-    shapes: Any,
-) -> None:
-    """Decode is the mean of one row."""
-    payloads, out = u8_at(payloads_at, (num_rows - 1) * row_stride + nbytes), f32_at(out_at, n)
-    indices, codes_P = np.empty(block_size, np.int32), np.empty(block_size + 8, np.uint8)
-    qmax, divisor = (1 << (num_bits - 1)) - 1, np.float32(num_rows)
-    num_blocks = (n + block_size - 1) // block_size
-    at = num_blocks * SCALE_BYTES
-    for number in range(num_blocks):
-        start = number * block_size
-        L = min(block_size, n - start)
-        shape = shapes[1 if block_size > L else 0]
-        k, low_bits, code_bytes, high_bytes, low_bytes = shape[0], shape[1], shape[2], shape[3], shape[4]
-        out_L, codes = out[start : start + L], codes_P[: code_bytes * 8 // num_bits]
-        for j in range(L):
-            out_L[j] = np.float32(0)
-        for rank in range(num_rows):
-            payload = payloads[rank * row_stride : rank * row_stride + nbytes]
-            bits = np.uint32(payload[number * SCALE_BYTES])
-            bits = np.uint32(bits | (np.uint32(payload[number * SCALE_BYTES + 1]) << np.uint32(8)))
+    @variant(f"{num_bits}")
+    def encode(
+        x_at: int,
+        n: int,
+        payload_at: int,
+        nbytes: int,
+        block_size: int,
+        shapes: Any,
+        residual_at: int,
+        new_residual_at: int,
+        loss_scale: float,
+        inverse_loss_scale: float,
+    ) -> None:
+        payload = u8_at(payload_at, nbytes)
+        residual, new_residual = f32_at(residual_at, n), f32_at(new_residual_at, n)
+        value_B, magnitudes_B = np.empty(block_size, np.float32), np.empty(block_size + 16, np.uint32)
+        value_at, magnitudes_at = value_B.ctypes.data, magnitudes_B.ctypes.data
+        indices, codes_P = np.empty(block_size, np.int32), np.empty(block_size + 8, np.uint8)
+        unscale, rescale = np.float32(loss_scale), np.float32(inverse_loss_scale)
+        qmax = (1 << (num_bits - 1)) - 1
+        half = np.float32(np.float32(qmax) + np.float32(0.5))
+        num_blocks = (n + block_size - 1) // block_size
+        at = num_blocks * SCALE_BYTES
+        for number in range(num_blocks):
+            start = number * block_size
+            L = min(block_size, n - start)
+            shape = shapes[1 if block_size > L else 0]
+            k, low_bits, code_bytes, high_bytes, low_bytes = shape[0], shape[1], shape[2], shape[3], shape[4]
+            value, magnitudes = value_B[:L], magnitudes_B[:L]
+            old_at = 0 if residual_at == 0 else residual_at + 4 * start
+            most = _load(x_at + 4 * start, old_at, value_at, magnitudes_at, L, block_size, unscale)
+            bits = _scale_bits(as_float(most), qmax)
+            payload[number * SCALE_BYTES] = np.uint8(bits)
+            payload[number * SCALE_BYTES + 1] = np.uint8(bits >> np.uint32(8))
             scale = as_float(np.uint32(bits << np.uint32(16)))
-            if scale != scale:
-                for j in range(L):
-                    out_L[j] = np.float32(np.nan)
-            elif scale > np.float32(0):
-                if num_bits == 8:
-                    codes[:] = payload[at : at + code_bytes]
-                else:
-                    unpack(payload[at:].ctypes.data, codes.ctypes.data, num_bits, len(codes))
-                _unpack_indices(payload[at + code_bytes :], k, low_bits, high_bytes, L, indices)
+            data = payload[at : at + code_bytes + high_bytes + low_bytes]
+            at += code_bytes + high_bytes + low_bytes
+            if scale > np.float32(0):
+                threshold, ties = _threshold(magnitudes, most, k)
+                _collect(magnitudes_at, L, threshold, ties, indices)
+                inverse = np.float32(1) / scale
+                codes = codes_P[: code_bytes * 8 // num_bits]
+                for i in range(len(codes)):
+                    codes[i] = np.uint8(qmax)
                 for i in range(k):
-                    decoded = np.float32(np.int32(np.int32(codes[i]) - np.int32(qmax))) * scale
-                    out_L[indices[i]] += decoded
-        at += code_bytes + high_bytes + low_bytes
-        if num_rows > 1:
+                    v = value[indices[i]]
+                    code = np.int32(v * inverse + half)
+                    code = min(max(code, np.int32(0)), np.int32(2 * qmax))
+                    codes[i] = np.uint8(code)
+                    value[indices[i]] = v - np.float32(np.int32(code - np.int32(qmax))) * scale
+                if num_bits == 8:
+                    data[: len(codes)] = codes
+                else:
+                    pack(codes.ctypes.data, data.ctypes.data, len(codes))
+                _pack_indices(indices, k, low_bits, high_bytes, low_bytes, data[code_bytes:])
+            else:
+                for j in range(len(data)):
+                    data[j] = np.uint8(0)
+            if new_residual_at != 0 and scale == scale:
+                _write(value_at, new_residual_at + 4 * start, L, rescale)
+            elif new_residual_at != 0:
+                old_L, new_L = residual[start : start + L], new_residual[start : start + L]
+                for j in range(L):
+                    new_L[j] = old_L[j]
+        fence()
+        keep(value_B)
+        keep(magnitudes_B)
+
+    return encode
+
+
+@cache
+def _decoder(num_bits: int) -> Any:
+    """The kernel for codes of a width."""
+    unpack: Any = packing(num_bits, 0)[1] if num_bits < 8 else None
+
+    @variant(f"{num_bits}")
+    def decode_mean(
+        payloads_at: int,
+        num_rows: int,
+        row_stride: int,
+        nbytes: int,
+        out_at: int,
+        n: int,
+        block_size: int,
+        shapes: Any,
+    ) -> None:
+        """Decode is the mean of one row."""
+        payloads, out = u8_at(payloads_at, (num_rows - 1) * row_stride + nbytes), f32_at(out_at, n)
+        indices, codes_P = np.empty(block_size, np.int32), np.empty(block_size + 8, np.uint8)
+        qmax, divisor = (1 << (num_bits - 1)) - 1, np.float32(num_rows)
+        num_blocks = (n + block_size - 1) // block_size
+        at = num_blocks * SCALE_BYTES
+        for number in range(num_blocks):
+            start = number * block_size
+            L = min(block_size, n - start)
+            shape = shapes[1 if block_size > L else 0]
+            k, low_bits, code_bytes, high_bytes, low_bytes = shape[0], shape[1], shape[2], shape[3], shape[4]
+            out_L, codes = out[start : start + L], codes_P[: code_bytes * 8 // num_bits]
             for j in range(L):
-                out_L[j] /= divisor
+                out_L[j] = np.float32(0)
+            for rank in range(num_rows):
+                payload = payloads[rank * row_stride : rank * row_stride + nbytes]
+                bits = np.uint32(payload[number * SCALE_BYTES])
+                bits = np.uint32(bits | (np.uint32(payload[number * SCALE_BYTES + 1]) << np.uint32(8)))
+                scale = as_float(np.uint32(bits << np.uint32(16)))
+                if scale != scale:
+                    for j in range(L):
+                        out_L[j] = np.float32(np.nan)
+                elif scale > np.float32(0):
+                    if num_bits == 8:
+                        codes[:] = payload[at : at + code_bytes]
+                    else:
+                        unpack(payload[at:].ctypes.data, codes.ctypes.data, len(codes))
+                    _unpack_indices(payload[at + code_bytes :], k, low_bits, high_bytes, L, indices)
+                    for i in range(k):
+                        decoded = np.float32(np.int32(np.int32(codes[i]) - np.int32(qmax))) * scale
+                        out_L[indices[i]] += decoded
+            at += code_bytes + high_bytes + low_bytes
+            if num_rows > 1:
+                for j in range(L):
+                    out_L[j] /= divisor
+
+    return decode_mean
 
 
 @cache
@@ -374,12 +384,11 @@ def topk_encode(
     assert new_residual is None or residual is not None
     n = x.numel()
     nbytes = payload_bytes(n, topk)
-    _encode(
+    _encoder(topk.num_bits)(
         address(x, torch.float32, n),
         n,
         address(payload, torch.uint8, nbytes),
         nbytes,
-        topk.num_bits,
         topk.block_size,
         _shapes(n % topk.block_size or 1, topk),
         0 if residual is None else address(residual, torch.float32, n),
@@ -399,13 +408,12 @@ def topk_decode_mean(payloads: Tensor, out: Tensor, *, topk: TopK) -> None:
     n = out.numel()
     nbytes = payload_bytes(n, topk)
     payloads_at, rows = row_addresses(payloads, nbytes)
-    _decode_mean(
+    _decoder(topk.num_bits)(
         payloads_at,
         *rows,
         nbytes,
         address(out, torch.float32, n),
         n,
-        topk.num_bits,
         topk.block_size,
         _shapes(n % topk.block_size or 1, topk),
     )

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gradq.kernels.numba_tools import f32_at, inline
+from gradq.kernels.numba_compile import inline_optimized
+from gradq.kernels.numba_tools import (
+    f32_at,
+)
 from gradq.kernels.vector import (
     LANES,
     as_row,
@@ -32,17 +35,17 @@ from gradq.kernels.vector import (
 __all__ = ["store_trellis", "trellis_encode", "trellis_levels"]
 
 
-@inline
+@inline_optimized
 def _row(number: Any) -> Any:
     return constant_row(np.float32(number))
 
 
-@inline
+@inline_optimized
 def _word(number: Any) -> Any:
     return constant_words(np.uint32(number))
 
 
-@inline
+@inline_optimized
 def _super_level(i: Any, offset: Any, to_level: Any) -> Any:
     """Level of i, its subset given by offset = subset - middle."""
     _, a0, a1, a2, a3 = to_level
@@ -51,7 +54,7 @@ def _super_level(i: Any, offset: Any, to_level: Any) -> Any:
     return m * (a0 + m2 * (a1 + m2 * (a2 + m2 * a3)))
 
 
-@inline
+@inline_optimized
 def _position(y: Any, quarters: Any) -> Any:
     """A quarter of v of the reference, exactly: its constants are quarters."""
     bottom, top, k0, k1, k2, k3, half = quarters
@@ -61,7 +64,7 @@ def _position(y: Any, quarters: Any) -> Any:
     return y * (k0 + y2 * (k1 + y2 * (k2 + y2 * k3))) + half
 
 
-@inline
+@inline_optimized
 def store_trellis(tables_at: Any, to_level: Any, num_bits: Any) -> None:
     """Tables: the levels of the four subsets, 16 numbers each, the last one repeated; of all, 32 numbers."""
     levels, level = f32_at(tables_at, 96), f32_at(tables_at + 256, LANES)
@@ -76,7 +79,7 @@ def store_trellis(tables_at: Any, to_level: Any, num_bits: Any) -> None:
 
 if LANES == 16:
 
-    @inline
+    @inline_optimized
     def _tables(tables_at: Any, to_level: Any) -> Any:
         return (
             load_row(tables_at),
@@ -87,44 +90,44 @@ if LANES == 16:
             load_row(tables_at + 320),
         )
 
-    @inline
+    @inline_optimized
     def _level(i: Any, subset: Any, tables: Any) -> Any:
         """The level of a number and a subset."""
         return lookup_pair(tables[4], tables[5], (i << _word(2)) | subset)
 
-    @inline
+    @inline_optimized
     def _nearest(position: Any, subset: Any, tables: Any, most: Any) -> Any:
         """The level of a subset at a position, which may be past the last one."""
         return lookup(tables[subset], tables[subset], to_int(position))
 
 else:
 
-    @inline
+    @inline_optimized
     def _tables(tables_at: Any, to_level: Any) -> Any:
         return to_level
 
-    @inline
+    @inline_optimized
     def _level(i: Any, subset: Any, tables: Any) -> Any:
         return _super_level(to_float(i), to_float(subset) - tables[0], tables)
 
-    @inline
+    @inline_optimized
     def _nearest(position: Any, subset: Any, tables: Any, most: Any) -> Any:
         i = to_float(to_int(minimum(position, most)))
         return _super_level(i, _row(subset) - tables[0], tables)
 
 
-@inline
+@inline_optimized
 def _squared(error: Any) -> Any:
     return error * error
 
 
-@inline
+@inline_optimized
 def _marked(q: Any, p: Any, choice: Any, bit: Any) -> Any:
     """The choice with this bit where q < p."""
     return as_words(select_less(q, p, as_row(choice | _word(bit)), as_row(choice)))
 
 
-@inline
+@inline_optimized
 def trellis_encode(
     at: Any, codes_at: Any, rows: Any, num_bits: Any, constants: Any, inverse: Any, scratch_at: Any
 ) -> Any:
@@ -185,7 +188,7 @@ def trellis_encode(
     return (i0, i1, i2, i3), (n0, n1, n2, n3)
 
 
-@inline
+@inline_optimized
 def trellis_levels(codes_at: Any, at: Any, rows: Any, to_level: Any, tables_at: Any) -> None:
     """Levels of codes."""
     tables = _tables(tables_at, to_level)

@@ -120,7 +120,7 @@ class BitAllocation:
         if not self._choice:
             self._choice = dict.fromkeys(numel, self._first_choice())
             for codec in self._codecs.values():  # measuring must not wait for a compiler in a training step
-                codec.warm_up()
+                codec.warm_up(feedback=False)
         return {
             p.name: plans[self._choice[p.name]][p.name] if p.name in numel else quantized[p.name]
             for p in parameters
