@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from gradq.errors import ConfigError, ExportError
 from gradq.export.capture import example_inputs_of
+from gradq.export.comparison import input_names, split_batch
 from gradq.export.files import atomic, require
+from gradq.export.inputs import named_leaves
 from gradq.export.runtime import DTYPES, features, feed, session
 from gradq.export.timing import interleave, summarize
 from gradq.export.variants import VARIANTS, variant
@@ -107,9 +109,12 @@ def bundle(
 def _describe(model: nn.Module, example_inputs: Any, file: Path) -> list[dict[str, Any]]:
     """Name, type, shape of one sample, and the largest integer of every input: enough to time a variant."""
     args, kwargs = example_inputs_of(unwrap(model), example_inputs)
-    names = [i.name for i in session(file, precise=False).get_inputs()]
+    names = input_names(unwrap(model), args, kwargs)
+    inputs, _ = split_batch((*args, *(kwargs[n] for n in names[len(args) :])), names)
+    leaves = named_leaves(inputs)
     out = []
-    for name, value in zip(names, (*args, *kwargs.values()), strict=False):
+    for name in [i.name for i in session(file, precise=False).get_inputs()]:
+        value = leaves[name]
         array = value.numpy() if isinstance(value, Tensor) else np.asarray(value)
         high = int(array.max(initial=1)) if array.dtype.kind in "iu" else None
         out.append({"name": name, "dtype": str(array.dtype), "shape": list(array.shape), "high": high})

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from gradq.errors import ConfigError, ExportError, GradqError
+from gradq.export.inputs import leaf_names
 from gradq.quant.attention import QuantMultiheadAttention
 from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant, FakeQuantize, WeightQuant
@@ -125,7 +126,7 @@ class Exportable:
     Attributes:
         model: in evaluation, on the CPU, batch norm folded.
         args: positional example inputs; free axes are at least 2 long.
-        names: of the inputs.
+        names: of the tensors in the inputs.
         shapes: free axes, as `torch.export.export` takes them; None if all are fixed.
     """
 
@@ -166,7 +167,8 @@ def exportable(
     args, kwargs, names = _ordered(plain, args, kwargs)
     _run_once(plain, args)
     shapes = _dynamic_shapes(names, args, dynamic_batch, dynamic_axes)
-    return Exportable(plain, _at_least_two(args) if dynamic_batch else args, names, shapes)
+    leaves = [leaf for name, value in zip(names, args, strict=True) for leaf in leaf_names(name, value)]
+    return Exportable(plain, _at_least_two(args) if dynamic_batch else args, leaves, shapes)
 
 
 def capture(
@@ -237,7 +239,10 @@ def _ordered(
 ) -> tuple[tuple[Any, ...], dict[str, Any], list[str]]:
     """Positional arguments only, and their names."""
     if isinstance(model, fx.GraphModule):
-        names = [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
+        places = [n for n in model.graph.nodes if n.op == "placeholder"]
+        fixed = {str(n.target) for n in places if n.args}  # not tensors: they are what they were
+        names = [str(n.target) for n in places if str(n.target) not in fixed]
+        args, kwargs = args[: len(names)], {n: v for n, v in kwargs.items() if n not in fixed}
     else:
         names = list(inspect.signature(model.forward).parameters)
     missing = [n for n in names[len(args) : len(args) + len(kwargs)] if n not in kwargs]
@@ -263,30 +268,34 @@ def _dynamic_shapes(
     names: Sequence[str], args: Sequence[Any], batch: bool, axes: dict[str, dict[int, str]] | None
 ) -> tuple[Any, ...] | None:
     axes = axes or {}
-    unknown = set(axes) - set(names)
+    leaves = [leaf for name, value in zip(names, args, strict=True) for leaf in leaf_names(name, value)]
+    unknown = set(axes) - set(leaves)
     if unknown:
-        raise ConfigError(f"dynamic_axes names {sorted(unknown)}; the model's inputs are {list(names)}")
+        raise ConfigError(f"dynamic_axes names {sorted(unknown)}; the model's inputs are {leaves}")
     if not batch and not axes:
         return None
     dims: dict[str, Any] = {}
-    out: list[Any] = []
-    for name, value in zip(names, args, strict=True):
+    remaining = iter(leaves)
+
+    def of(value: Any) -> Any:
         if not isinstance(value, Tensor):
-            out.append(None)
-            continue
+            return None
+        name = next(remaining)
         wanted = ({0: "batch"} if batch and value.ndim else {}) | axes.get(name, {})
         for axis in wanted:
             if not 0 <= axis < value.ndim:
                 raise ConfigError(f"dynamic_axes[{name!r}] names axis {axis} of {value.ndim}")
-        out.append({a: dims.setdefault(d, torch.export.Dim(d)) for a, d in wanted.items()})
-    return tuple(out)
+        return {a: dims.setdefault(d, torch.export.Dim(d)) for a, d in wanted.items()}
+
+    return tuple(torch.utils._pytree.tree_map(of, value) for value in args)
 
 
 def _at_least_two(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """torch.export takes an axis of length 1 for a constant."""
-    return tuple(
-        torch.cat([a, a]) if isinstance(a, Tensor) and a.ndim and a.shape[0] == 1 else a for a in args
+    out: tuple[Any, ...] = torch.utils._pytree.tree_map_only(
+        Tensor, lambda a: torch.cat([a, a]) if a.ndim and a.shape[0] == 1 else a, args
     )
+    return out
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from gradq.errors import ConfigError
+from gradq.export.inputs import named_leaves
 from gradq.export.inspect import Operators
 from gradq.export.runtime import feed
 from gradq.quant.batches import evaluating
@@ -84,7 +85,7 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         kwargs: keyword example arguments.
     """
     if isinstance(model, fx.GraphModule):
-        return [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
+        return [str(n.target) for n in model.graph.nodes if n.op == "placeholder" and not n.args]
     names = list(inspect.signature(model.forward).parameters)
     return names[: len(args)] + [n for n in names[len(args) :] if n in kwargs]
 
@@ -121,6 +122,11 @@ def split_batch(batch: Any, names: list[str]) -> tuple[dict[str, Any], Any]:
 def leaves(outputs: Any) -> list[Tensor]:
     """The tensors of a model's outputs, in order."""
     return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+
+
+def _batch_size(inputs: dict[str, Any]) -> int:
+    """Length of the first axis of the first input that has one."""
+    return next((int(x.shape[0]) for x in leaves(inputs) if x.ndim), 1)
 
 
 class Comparison:
@@ -160,7 +166,10 @@ class Comparison:
         self.last: dict[str, Any] | None = None
 
     def _run_file(self, inputs: dict[str, Any]) -> list[Tensor]:
-        return [torch.from_numpy(np.asarray(y)) for y in self.running.run(None, feed(self.running, inputs))]
+        return [
+            torch.from_numpy(np.asarray(y))
+            for y in self.running.run(None, feed(self.running, named_leaves(inputs)))
+        ]
 
     def add(self, batch: Any) -> None:
         """Compare on one batch."""
@@ -186,7 +195,7 @@ class Comparison:
             self.same += int((choices[0] == choices[1]).sum())
             self.same_as_float += int((choices[1] == choices[2]).sum())
         self._add_noise(plain, theirs)
-        size = next((int(x.shape[0]) for x in inputs.values() if isinstance(x, Tensor) and x.ndim), 1)
+        size = _batch_size(inputs)
         self.inputs += size
         self.last = inputs
         if labels is not None:
@@ -231,13 +240,12 @@ class Comparison:
         return agreement, fidelity, {n: factor * v / self.labelled for n, v in self.figures.items()}
 
     def _independent(self, inputs: dict[str, Any]) -> bool | None:
-        size = next((int(x.shape[0]) for x in inputs.values() if isinstance(x, Tensor) and x.ndim), 1)
+        size = _batch_size(inputs)
         if size <= 1:
             return None
-        one = {
-            n: x[:1] if isinstance(x, Tensor) and x.ndim and x.shape[0] == size else x
-            for n, x in inputs.items()
-        }
+        one = torch.utils._pytree.tree_map_only(
+            Tensor, lambda x: x[:1] if x.ndim and x.shape[0] == size else x, inputs
+        )
         pairs = zip(self._run_file(inputs), self._run_file(one), strict=True)
         return all(
             torch.equal(whole[:1].nan_to_num(), alone.nan_to_num())
@@ -272,7 +280,7 @@ def float_runner(model: nn.Module, positional: int) -> Callable[[dict[str, Any]]
 
     def run(inputs: dict[str, Any]) -> Any:
         items = list(inputs.items())
-        copied = [(n, x.clone() if isinstance(x, Tensor) else x) for n, x in items]
+        copied = torch.utils._pytree.tree_map_only(Tensor, torch.clone, items)
         with evaluating(model):
             return model(*(x for _, x in copied[:positional]), **dict(copied[positional:]))
 

@@ -30,7 +30,7 @@ __all__ = ["Lowered", "lower"]
 # fmt: off
 _MOVES = frozenset({
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool", "Slice", "Split", "Expand",
-    "Identity", "DepthToSpace", "Pad",
+    "Identity", "DepthToSpace", "Pad", "Gather",
 })
 # fmt: on
 _MICROSOFT = "com.microsoft"

@@ -25,12 +25,14 @@ from gradq.export.comparison import (
     split_batch,
 )
 from gradq.export.files import require
+from gradq.export.inputs import named_leaves
 from gradq.export.inspect import Operators, operators
 from gradq.export.runtime import features, feed, session
 from gradq.export.tables import render
 from gradq.export.timing import Latency, interleave, summarize
 from gradq.export.write import float_onnx
 from gradq.quant.batches import float_mode, progress, unwrap
+from gradq.quant.by_name import swap_info, unswapped
 from gradq.quant.info import float_model as kept_float_model
 from gradq.quant.prepare import float_graph
 
@@ -204,8 +206,16 @@ def _original(
 ) -> tuple[Callable[[dict[str, Any]], Any], bool]:
     """The float model to compare with, and whether the quantized one was trained since."""
     if not isinstance(model, fx.GraphModule):
+        info = swap_info(model)
+        if given is None and info is not None and info.float_model is not None:
+            given = info.float_model.model
         if given is not None:
-            return float_runner(given, positional), False
+            now = dict(unswapped(model).named_parameters() if info is not None else ())
+            trained = any(
+                n in now and not torch.allclose(now[n].detach().cpu(), p.detach().cpu(), rtol=1e-4, atol=1e-7)
+                for n, p in given.named_parameters()
+            )
+            return float_runner(given, positional), trained
         run = float_runner(model, positional)
 
         def without_quantizers(inputs: dict[str, Any]) -> Any:
@@ -227,7 +237,7 @@ def _latency(
     sessions: dict[str, Any], inputs: dict[str, Any], seconds: float, threads: int
 ) -> dict[str, Latency]:
     """Contenders in turns; a single thread's own time leaves out what other processes took."""
-    fed = {name: feed(running, inputs) for name, running in sessions.items()}
+    fed = {name: feed(running, named_leaves(inputs)) for name, running in sessions.items()}
     calls = {n: lambda s=s, f=fed[n]: s.run(None, f) for n, s in sessions.items()}
     clock = time.thread_time if threads == 1 else time.perf_counter
     return summarize(interleave(calls, seconds=seconds, clock=clock), "fp32")
@@ -306,7 +316,8 @@ def _resized(inputs: dict[str, Any], size: int) -> dict[str, Any]:
             return x
         return x.repeat(-(-size // x.shape[0]), *(1,) * (x.ndim - 1))[:size]
 
-    return {name: resize(x) for name, x in inputs.items()}
+    resized: dict[str, Any] = torch.utils._pytree.tree_map(resize, inputs)
+    return resized
 
 
 def _is_dynamic(running: Any) -> bool:

@@ -16,12 +16,13 @@ import torch
 from torch import fx, nn
 
 from gradq.errors import ConfigError, ExportError
-from gradq.export.capture import capture
+from gradq.export.capture import capture, example_inputs_of
 from gradq.export.files import atomic, require
 from gradq.export.lower import Lowered, lower
 from gradq.export.tensorrt import lower_for_tensorrt
 from gradq.export.weights import is_weight_constant
 from gradq.quant.batches import unwrap
+from gradq.quant.by_name import swap_info
 from gradq.quant.fake import ActQuant
 from gradq.quant.info import prepare_info
 from gradq.quant.mixed import average_bits
@@ -174,6 +175,13 @@ def float_onnx(
     plain = unwrap(model)
     if isinstance(plain, fx.GraphModule):
         plain = float_graph(plain, float_model)
+    else:
+        info = swap_info(plain)
+        kept = None if info is None or info.float_model is None else info.float_model.model
+        if float_model is not None or kept is not None:
+            args, kwargs = example_inputs_of(plain, example_inputs)
+            example_inputs = kwargs or args
+            plain = float_model or kept  # type: ignore[assignment]
     with atomic(path) as temporary:
         captured = capture(
             plain, example_inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_axes=None,
@@ -199,7 +207,9 @@ def _islands(model: nn.Module, lowered: Lowered) -> tuple[list[tuple[str, str]],
     """Names and reasons of the matrix products in float, and how many of them have a float weight."""
     known = []
     if isinstance(model, fx.GraphModule):
-        known = [(name, reason) for name, reason in prepare_info(model).float_islands]
+        known = list(prepare_info(model).float_islands)
+    elif (swapped := swap_info(model)) is not None:
+        known = list(swapped.float_islands)
     islands = [*known, *lowered.notes]
     constants = {t.name for t in lowered.proto.graph.initializer}
     attention = floats = 0

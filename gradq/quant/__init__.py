@@ -4,6 +4,7 @@ The path: `prepare` → `calibrate` → (train) → `finalize` → `integer_refe
 """
 
 from gradq.quant.attention import QuantMultiheadAttention
+from gradq.quant.by_name import SwapInfo, swap, swap_info
 from gradq.quant.calibrate import calibrate
 from gradq.quant.config import Config, detect_target
 from gradq.quant.fake import ActQuant, WeightQuant
@@ -34,6 +35,7 @@ __all__ = [
     "QuantMultiheadAttention",
     "RangeSchedule",
     "SensitivityReport",
+    "SwapInfo",
     "WeightQuant",
     "assign_bits",
     "average_bits",
@@ -54,4 +56,6 @@ __all__ = [
     "restore",
     "round_weights",
     "sensitivity",
+    "swap",
+    "swap_info",
 ]

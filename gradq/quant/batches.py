@@ -6,7 +6,7 @@ import inspect
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -83,8 +83,8 @@ def run_batch(model: nn.Module, batch: Any, to_inputs: ToInputs | None = None) -
         batch = to_inputs(batch)
     parameters = inspect.signature(model.forward).parameters
     if isinstance(model, fx.GraphModule):
-        names = [str(n.target) for n in model.graph.nodes if n.op == "placeholder"]
-        required = len(names)
+        places = [n for n in model.graph.nodes if n.op == "placeholder"]
+        names, required = [str(n.target) for n in places], sum(not n.args for n in places)
     else:
         names = list(parameters)
         required = sum(
@@ -94,14 +94,14 @@ def run_batch(model: nn.Module, batch: Any, to_inputs: ToInputs | None = None) -
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def move(x: Any) -> Any:
-        return x.to(device) if isinstance(x, Tensor) else x
+        return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(device), x)
 
     if isinstance(batch, Tensor):
         return model(move(batch))
     if isinstance(batch, (tuple, list)):
         count = len(batch) if to_inputs is not None else max(1, required)
         return model(*(move(x) for x in batch[:count]))
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return model(**{key: move(x) for key, x in batch.items() if key in names})
     raise ConfigError(
         f"a batch is a {type(batch).__name__}; yield tensors, tuples or dicts, or pass to_inputs=function"

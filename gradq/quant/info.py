@@ -49,6 +49,7 @@ class PrepareInfo:
         float_model: the model as given, or None if `prepare` was told not to keep it.
         plain_weights: (module, parameter) of weights that the user's model computes (weight norm, pruning, …)
             and the quantized model holds as plain parameters.
+        transposed: layer → parameter of the user's model that its weight is the transpose of.
     """
 
     config: Config
@@ -60,6 +61,7 @@ class PrepareInfo:
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     float_model: FloatModel | None = None
     plain_weights: list[tuple[str, str]] = field(default_factory=list)
+    transposed: dict[str, str] = field(default_factory=dict)
 
 
 def prepare_info(model: nn.Module) -> PrepareInfo:
@@ -94,14 +96,17 @@ def float_model(model: nn.Module) -> nn.Module:
     return kept.model
 
 
-def copy_model(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+def copy_model(
+    model: nn.Module, device: torch.device | None = None, memo: dict[int, Any] | None = None
+) -> nn.Module:
     """A deep copy, tensors that hooks computed included (``copy.deepcopy`` refuses those).
 
     Args:
         model: untouched.
         device: where the copy's tensors go; where they are if None.
+        memo: as `copy.deepcopy` takes it: what the copy is to share.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
 
     def put(tensor: Tensor) -> Tensor:
         plain = tensor.detach()

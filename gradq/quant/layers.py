@@ -18,6 +18,9 @@ _FUNCTIONS: dict[Any, tuple[type[nn.Module], int]] = {
     functional.conv2d: (nn.Conv2d, 2), torch.conv2d: (nn.Conv2d, 2),
     functional.conv3d: (nn.Conv3d, 3), torch.conv3d: (nn.Conv3d, 3),
 }  # fmt: skip
+_ATEN: dict[str, tuple[type[nn.Module], int]] = {
+    "linear": (nn.Linear, 0), "conv1d": (nn.Conv1d, 1), "conv2d": (nn.Conv2d, 2), "conv3d": (nn.Conv3d, 3),
+}  # fmt: skip
 
 
 def layer_kind(module: nn.Module) -> type[nn.Module] | None:
@@ -31,15 +34,30 @@ def layer_kind(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def make_layers(traced: fx.GraphModule) -> None:
-    """Turn ``functional.linear(x, weight, bias)`` and convolutions on parameters into layers, in place.
+def make_layers(traced: fx.GraphModule) -> dict[str, str]:
+    """Turn ``functional.linear(x, weight, bias)``, ``x @ weight`` and convolutions on parameters into layers.
 
-    The layers hold the very parameters, under their names where nothing else stands under the same prefix.
+    The layers hold the very parameters, under their names where nothing else stands under the same prefix. A
+    weight that stands right of ``@`` (or in ``addmm``) is held transposed.
+
+    Args:
+        traced: the graph; changed in place.
+
+    Returns:
+        Layer → name of the parameter that its weight is the transpose of.
     """
+    transposed: dict[str, str] = {}
     for node in list(traced.graph.nodes):
-        if node.op != "call_function" or node.target not in _FUNCTIONS:
+        if node.op != "call_function" or "gradq_skipped" in node.meta:
             continue
-        kind, dims = _FUNCTIONS[node.target]
+        name = _product(traced, node)
+        if name is not None:
+            transposed[name[0]] = name[1]
+            continue
+        found = _FUNCTIONS.get(node.target) or _ATEN.get(_aten_name(node))
+        if found is None:
+            continue
+        kind, dims = found
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         weight = _parameter(traced, given.get("weight"))
@@ -51,17 +69,48 @@ def make_layers(traced: fx.GraphModule) -> None:
             continue
         layer = _layer(kind, dims, weight, bias, numbers)
         layer.training = traced.training
-        name = _place(traced, given["weight"], given.get("bias"), layer)
-        with traced.graph.inserting_before(node):
-            new = traced.graph.call_module(name, (given["input"],))
-        new.name = node.name
-        new.stack_trace = node.stack_trace
-        node.replace_all_uses_with(new)
-        traced.graph.erase_node(node)
-        for value in (given["weight"], given.get("bias")):
-            if isinstance(value, fx.Node) and not value.users:
-                traced.graph.erase_node(value)
+        _call(traced, node, layer, given["input"], given["weight"], given.get("bias"))
     traced.recompile()
+    return transposed
+
+
+def _aten_name(node: fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", None)
+    return "" if packet is None else str(packet.__name__)
+
+
+def _product(traced: fx.GraphModule, node: fx.Node) -> tuple[str, str] | None:
+    """Make a layer of ``x @ weight`` or ``addmm(bias, x, weight)``: its name and the weight's."""
+    name = _aten_name(node) or getattr(node.target, "__name__", "")
+    if name == "addmm" and len(node.args) == 3 and not node.kwargs:
+        bias_node, x, weight_node = node.args
+    elif name in ("matmul", "mm") and len(node.args) == 2 and not node.kwargs:
+        (x, weight_node), bias_node = node.args, None
+    else:
+        return None
+    weight, bias = _parameter(traced, weight_node), _parameter(traced, bias_node)
+    if weight is None or weight.ndim != 2 or (bias_node is not None and (bias is None or bias.ndim != 1)):
+        return None
+    turned = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    layer = _layer(nn.Linear, 0, turned, bias, [])
+    layer.training = traced.training
+    target = str(weight_node.target)  # type: ignore[union-attr]
+    return _call(traced, node, layer, x, weight_node, bias_node), target
+
+
+def _call(traced: fx.GraphModule, node: fx.Node, layer: nn.Module, x: Any, weight: Any, bias: Any) -> str:
+    """Put a call of the layer in the place of a node; the layer's name."""
+    name = _place(traced, weight, bias, layer)
+    with traced.graph.inserting_before(node):
+        new = traced.graph.call_module(name, (x,))
+    new.name = node.name
+    new.stack_trace = node.stack_trace
+    node.replace_all_uses_with(new)
+    traced.graph.erase_node(node)
+    for value in (weight, bias):
+        if isinstance(value, fx.Node) and not value.users:
+            traced.graph.erase_node(value)
+    return name
 
 
 def _parameter(traced: fx.GraphModule, value: Any) -> nn.Parameter | None:

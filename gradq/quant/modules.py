@@ -18,7 +18,15 @@ from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
 from gradq.quant.integer import Accumulator, Codes, integer_conv, integer_linear, quantize_activation
 
-__all__ = ["QuantConv1d", "QuantConv2d", "QuantConv3d", "QuantEmbedding", "QuantLayer", "QuantLinear"]
+__all__ = [
+    "QUANTIZED",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantEmbedding",
+    "QuantLayer",
+    "QuantLinear",
+]
 
 T = TypeVar("T", bound="QuantLayer")
 
@@ -337,6 +345,13 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
     def __init__(self, *args: Any, **kw: Any) -> None:
         _conv_init(self, nn.Conv3d, args, kw)
+
+
+QUANTIZED: dict[type[nn.Module], Any] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+}
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):

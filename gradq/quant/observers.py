@@ -319,6 +319,9 @@ class _SearchObserver(Observer):
             high_C = torch.maximum(-low_C, high_C)
             low_C = -high_C
         low_C, high_C = low_C.clamp(max=0.0), high_C.clamp(min=0.0)
+        # errors in units of a power of two near the largest value: squares of tiny values are zero in fp32
+        largest_C = torch.maximum(-low_C, high_C).double().clamp(2.0**-126, 2.0**126)
+        self._per_unit_C = torch.exp2(-torch.floor(torch.log2(largest_C)))
 
         def best(with_shrink: Callable[[float], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
             top: tuple[Tensor, Tensor, Tensor] | None = None
@@ -354,6 +357,7 @@ class MseObserver(_SearchObserver):
         scale, zero_point = (t[:, None] for t in affine(low_C, high_C, self.fmt))
         code = (values_CN / scale).round_().add_(zero_point).clamp_(self.fmt.qmin, self.fmt.qmax)
         error = code.sub_(zero_point).mul_(scale).sub_(values_CN)
+        error.mul_(self._per_unit_C[:, None].to(error.dtype))
         return (error.square_() * counts_CN).sum(1)
 
 

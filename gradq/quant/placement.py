@@ -17,6 +17,7 @@ activation
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -37,6 +38,9 @@ __all__ = [
     "global_mean",
     "has_attention",
     "matches",
+    "moves",
+    "op_name",
+    "pads_with_zeros",
     "place_activations",
     "source_of",
     "weight_layer",
@@ -49,8 +53,10 @@ MOVES: tuple[Any, ...] = (
     torch.unsqueeze, torch.chunk, torch.split, torch.movedim, torch.swapaxes, functional.dropout,
     functional.max_pool1d, functional.max_pool2d, functional.max_pool3d, functional.adaptive_max_pool2d,
     "flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split",
-    "contiguous", "expand", "swapaxes", "movedim", "unbind", "t",
+    "contiguous", "expand", "swapaxes", "movedim", "unbind", "t", "slice", "select", "clone", "alias",
+    "detach", "pixel_shuffle", "narrow",
 )  # fmt: skip
+_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 CLIPS: tuple[Any, ...] = (
     nn.ReLU, nn.ReLU6, nn.Hardtanh, functional.relu, functional.relu6, functional.hardtanh, torch.relu,
     torch.relu_, functional.relu_, "relu", "relu_",
@@ -71,16 +77,32 @@ _FUNCTIONS: tuple[Any, ...] = (
 _ATTENTION: tuple[Any, ...] = (
     nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
     nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer, nn.LSTMCell, nn.GRUCell,
-    functional.scaled_dot_product_attention, functional.layer_norm, functional.softmax, torch.softmax,
-    "softmax",
+    functional.scaled_dot_product_attention, functional.layer_norm, functional.rms_norm, functional.softmax,
+    torch.softmax, "softmax",
 )  # fmt: skip
 
 
+def op_name(node: fx.Node) -> str:
+    """Name of the function, method or ATen operator that a node calls, without its overload."""
+    if node.op == "call_method":
+        return str(node.target)
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(node.target if packet is None else packet, "__name__", ""))
+
+
+@functools.cache
+def _names(table: tuple[Any, ...]) -> frozenset[str]:
+    """Names of a table's functions and methods: those of ATen's operators are the same."""
+    return frozenset(t if isinstance(t, str) else t.__name__ for t in table if not isinstance(t, type))
+
+
 def matches(node: fx.Node, traced: fx.GraphModule, table: tuple[Any, ...]) -> bool:
-    """True if a node is one of the modules, functions or methods (by name) of a table."""
+    """True if a node is one of the modules, functions, methods or ATen operators (by name) of a table."""
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
         return isinstance(module, tuple(t for t in table if isinstance(t, type)))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return op_name(node) in _names(table)
     if node.op in ("call_function", "call_method"):
         return any(node.target is t or (isinstance(t, str) and node.target == t) for t in table)
     return False
@@ -93,9 +115,9 @@ def global_mean(node: fx.Node, traced: fx.GraphModule) -> bool | None:
         is_mean = isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1])
         return True if is_mean else None
     arguments = [*node.args[1:], *[None] * 2]
-    if node.target is functional.adaptive_avg_pool2d:
+    if op_name(node) == "adaptive_avg_pool2d":
         return True if node.kwargs.get("output_size", arguments[0]) in (1, (1, 1), [1, 1]) else None
-    if node.target is torch.mean or node.target == "mean":
+    if op_name(node) == "mean":
         axes = node.kwargs.get("dim", arguments[0])
         if isinstance(axes, (tuple, list)) and {int(a) % 4 for a in axes} == {2, 3}:
             return bool(node.kwargs.get("keepdim", arguments[1]))
@@ -117,10 +139,28 @@ def weight_layer(node: fx.Node, traced: fx.GraphModule) -> QuantLayer | None:
     return None
 
 
+def pads_with_zeros(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """True if a node pads with zeros: those are a code, too."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        return isinstance(module, _PADS) and getattr(module, "value", 0) == 0
+    if node.op != "call_function" or op_name(node) not in ("pad", "constant_pad_nd", "_pad"):
+        return False
+    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | dict(node.kwargs)
+    if op_name(node) == "constant_pad_nd":
+        given["mode"], given["value"] = "constant", node.args[2] if len(node.args) > 2 else 0
+    return given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
+
+
+def moves(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """True if a node moves elements, selects them or adds zeros, so that codes stay codes."""
+    return matches(node, traced, MOVES) or pads_with_zeros(node, traced)
+
+
 def source_of(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
     """Walk back through what only moves elements."""
     while True:
-        if matches(node, traced, MOVES) and node.args and isinstance(node.args[0], fx.Node):
+        if moves(node, traced) and node.args and isinstance(node.args[0], fx.Node):
             node = node.args[0]
             continue
         if (
@@ -168,7 +208,7 @@ def place_activations(traced: fx.GraphModule, floats: dict[str, int], config: Co
         if not reads or fmt is None:
             continue
         for value in node.all_input_nodes:
-            if value.name not in floats:
+            if not floats.get(value.name):  # a number is no activation
                 continue
             source = value if fmt.range == "token" else source_of(value, traced)
             edges.append((source, value, node))
@@ -196,7 +236,7 @@ def _insert(
     with traced.graph.inserting_after(_last_placeholder(traced, source)):
         node = traced.graph.call_module(name, (source,))
     if everyone:
-        readers = [user for user in source.users if user is not node]
+        readers = [user for user in source.users if user is not node and "keep" not in user.meta]
     else:
         readers = []
         for start, value, reader in edges:

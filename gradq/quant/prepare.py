@@ -7,14 +7,18 @@ quantizers. After each step the graph must compute what the user's untouched mod
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from gradq.errors import NonFiniteError
+from gradq.errors import NonFiniteError, TraceError
+from gradq.quant.batches import unwrap
+from gradq.quant.by_name import swap_info, unswapped
 from gradq.quant.config import Config
+from gradq.quant.exported import trace_by_export
 from gradq.quant.folding import fold_batch_norm, unfold_batch_norm
 from gradq.quant.info import FloatModel, PrepareInfo, copy_model, float_model, prepare_info
 from gradq.quant.layers import make_layers
@@ -26,7 +30,7 @@ from gradq.quant.readers import widen_scales
 from gradq.quant.rewrites import attach_live, equalize, fold_batch_norms
 from gradq.quant.sameness import Expected
 from gradq.quant.swapping import Swapper
-from gradq.quant.tracing import example_arguments, float_tensors, ordered_inputs, trace
+from gradq.quant.tracing import bound_arguments, example_arguments, float_tensors, ordered_inputs, trace
 
 __all__ = ["finalize", "float_graph", "prepare", "restore"]
 
@@ -68,20 +72,16 @@ def prepare(
 def _prepare(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config, keep_float: bool
 ) -> fx.GraphModule:
+    bound_arguments(model, args, kwargs)
     _check_weights(model)
     expected = Expected(model, args, kwargs)
     origin = copy_model(model)
-    computed = computed_weights(origin)
-    source = plain_copy(origin) if computed else origin
-    traced = trace(source, args, kwargs, config)
-    expected.check(traced, "tracing")
+    traced, transposed = _graph(origin, args, kwargs, config, expected)
     inputs = ordered_inputs(traced, args, kwargs)
-    functionalize(traced, inputs)
-    make_layers(traced)
-    expected.check(traced, "rewriting statements that change tensors in place")
     floats = float_tensors(traced, inputs)
     info = PrepareInfo(
-        config=config, origin=origin, example_inputs=_kept((args, kwargs)), plain_weights=computed,
+        config=config, origin=origin, example_inputs=_kept((args, kwargs)),
+        plain_weights=computed_weights(origin), transposed=transposed,
         float_model=FloatModel(model) if keep_float else None,
     )  # fmt: skip
     fold_batch_norms(traced, config, info, floats)
@@ -97,6 +97,33 @@ def _prepare(
     expected.check(traced, "swapping layers and placing quantizers", [*info.folded, *info.live])
     traced.meta["gradq_quant"] = info
     return traced
+
+
+def _graph(
+    origin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config, expected: Expected
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """A graph of layers that computes the model, by `torch.fx` or, where that fails, by `torch.export`.
+
+    fx comes first: it takes milliseconds, keeps every axis free and serves both modes at once.
+    """
+    problems: list[TraceError] = []
+    for way in (trace, trace_by_export, functools.partial(trace_by_export, functional=True)):
+        try:
+            traced = way(plain_copy(origin), args, kwargs, config)  # tracing may run the model's Python
+            expected.check(traced, "tracing")
+            functionalize(traced, ordered_inputs(traced, args, kwargs))
+            transposed = make_layers(traced)
+            expected.check(traced, "rewriting statements that change tensors in place")
+            return traced, transposed
+        except TraceError as error:
+            problems.append(error)
+        if len(problems) == 2 and "in place" not in str(problems[1]):
+            break
+    raise TraceError(
+        f"{problems[0]}\n{problems[-1]}\nRewrite that line; or leave the module that holds it in float with "
+        "Config(skip=(name,)); or quantize without tracing: quant.swap(model) replaces layers in "
+        "place by name."
+    ) from problems[0]
 
 
 def float_graph(model: nn.Module, original: nn.Module | None = None) -> fx.GraphModule:
@@ -176,7 +203,7 @@ def restore(model: nn.Module) -> nn.Module:
     statistics and γ stay, weights and β carry what was learned.
 
     Args:
-        model: from `prepare`, possibly inside DDP.
+        model: from `prepare` or `swap`, possibly inside DDP.
 
     Returns:
         A new model; the quantized one is untouched.
@@ -184,6 +211,8 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedError: the model was not made by `prepare`.
     """
+    if swap_info(unwrap(model)) is not None:
+        return unswapped(unwrap(model))
     info = prepare_info(model)
     traced: Any = getattr(model, "module", model) if not isinstance(model, fx.GraphModule) else model
     assert info.origin is not None
@@ -195,6 +224,8 @@ def restore(model: nn.Module) -> nn.Module:
     for name, key in info.plain_weights:
         if name not in folded and (now := _held(traced, name, key)) is not None:
             plain.get_submodule(name).get_parameter(key).copy_(now)
+    for name, target in info.transposed.items():
+        plain.get_parameter(target).copy_(traced.get_submodule(name).weight.t())
     for record in info.folded:
         now = traced.get_submodule(record.layer)
         unfold_batch_norm(

@@ -22,7 +22,7 @@ from gradq.quant.placement import source_of
 __all__ = ["LARGEST_BIAS", "input_quantizers", "widen_scales"]
 
 LARGEST_BIAS = 2.0**30  # as a code: half the range is left for the sum of products
-_SMALLEST_STEP = 2.0**-100  # of an accumulator: in fp32 it has an inverse and can be divided by a scale
+_SMALLEST_STEP = 2.0**-122  # of an accumulator: in fp32 it has an inverse and can be divided by a scale
 
 
 def input_quantizers(model: nn.Module) -> dict[str, list[ActQuant]]:

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradq.errors import UnsupportedError
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
 from gradq.quant.modules import QuantLayer, _share
 
-__all__ = ["QuantGRUCell", "QuantLSTMCell", "refuse_recurrent"]
+__all__ = ["QuantGRUCell", "QuantLSTMCell", "why_float"]
 
 
 class _QuantCell(QuantLayer):
@@ -141,15 +140,10 @@ class QuantGRUCell(_QuantCell, nn.GRUCell):
         return (1 - z) * n + z * h
 
 
-def refuse_recurrent(name: str, module: nn.Module) -> None:
-    """Refuse the fused recurrent layers, by name.
-
-    Raises:
-        UnsupportedError: always; the message says what to use instead.
-    """
+def why_float(module: nn.Module) -> str:
+    """Why a fused recurrent layer stays in float, and what would be quantized."""
     kind = type(module).__name__
-    raise UnsupportedError(
-        f"{name} is an nn.{kind}: its fused kernel takes no quantized weights. Write the loop with "
-        f"nn.{'GRUCell' if kind == 'GRU' else 'LSTMCell'} (which is quantized), or leave it in float with "
-        f"Config(skip=({name!r},))"
+    return (
+        f"nn.{kind}'s fused kernel takes no quantized weights; write the loop with "
+        f"nn.{'GRUCell' if kind == 'GRU' else 'LSTMCell'} to quantize it"
     )

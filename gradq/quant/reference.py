@@ -26,7 +26,16 @@ from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant
 from gradq.quant.integer import Accumulator, Codes, PendingSum, quantize_activation
 from gradq.quant.modules import QuantLayer
-from gradq.quant.placement import ADDS, CLIPS, MOVES, global_mean, matches, weight_layer
+from gradq.quant.placement import (
+    ADDS,
+    CLIPS,
+    global_mean,
+    matches,
+    moves,
+    op_name,
+    pads_with_zeros,
+    weight_layer,
+)
 from gradq.quant.prepare import finalize
 
 __all__ = ["IntegerReference", "integer_reference"]
@@ -75,7 +84,7 @@ class IntegerReference:
             raise UnsupportedError(
                 f"the prepared model takes {names}; got {len(args)} arguments and {sorted(kwargs)}"
             )
-        return _Executor(self.model).run(*args, *(kwargs[n] for n in names[len(args) :]))
+        return _Executor(self.model).run(*args, *(kwargs[n] for n in names[len(args) :] if n in kwargs))
 
     @torch.no_grad()
     def codes(self, *args: Any) -> dict[str, Tensor]:
@@ -132,7 +141,7 @@ class _Executor(fx.Interpreter):
         return out
 
     def _moves(self, n: fx.Node) -> bool:
-        return matches(n, self.traced, MOVES) or n.target is operator.getitem
+        return moves(n, self.traced) or n.target is operator.getitem
 
     def _move(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
         """Run a moving operation on the codes themselves (in fp64: pooling knows no int32)."""
@@ -140,11 +149,12 @@ class _Executor(fx.Interpreter):
         if codes.scale.numel() != 1:
             args = (codes.dequantize(), *args[1:])
             return getattr(self, n.op)(n.target, args, kwargs)
-        args = (codes.codes.double(), *args[1:])
+        shift = codes.zero_point if pads_with_zeros(n, self.traced) else torch.zeros_like(codes.zero_point)
+        args = ((codes.codes - shift).double(), *args[1:])
         out = getattr(self, n.op)(n.target, args, kwargs)
 
         def to_codes(t: Any) -> Any:
-            return replace(codes, codes=t.to(torch.int32)) if isinstance(t, Tensor) else t
+            return replace(codes, codes=t.to(torch.int32) + shift) if isinstance(t, Tensor) else t
 
         return fx.node.map_aggregate(out, to_codes)
 
@@ -172,9 +182,9 @@ def _clip(traced: fx.GraphModule, n: fx.Node, value: Accumulator | PendingSum) -
         module: Any = traced.get_submodule(str(n.target))
         if isinstance(module, nn.Hardtanh):  # ReLU6 is one
             low, high = float(module.min_val), float(module.max_val)
-    elif getattr(n.target, "__name__", "") == "relu6":
+    elif op_name(n) == "relu6":
         high = 6.0
-    elif getattr(n.target, "__name__", "") == "hardtanh":
+    elif op_name(n) == "hardtanh":
         low = float(n.kwargs.get("min_val", n.args[1] if len(n.args) > 1 else -1.0))  # type: ignore[arg-type]
         high = float(n.kwargs.get("max_val", n.args[2] if len(n.args) > 2 else 1.0))  # type: ignore[arg-type]
     old_low = value.low if value.low is not None else low

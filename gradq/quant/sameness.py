@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from gradq.errors import TraceError
 from gradq.quant.batches import evaluating, float_mode
 from gradq.quant.folding import FoldRecord
+from gradq.quant.info import copy_model
 
 __all__ = ["Expected", "difference"]
 
@@ -61,9 +62,24 @@ class Expected:
     """
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
+        shared = {id(p): p for p in model.parameters()}
+        self.model = copy_model(model, memo=shared)  # a forward may change buffers and attributes
+        self.args, self.kwargs = args, kwargs
         self.name = type(model).__name__
-        self.outputs = self._run(model)
+        before = {n: b.clone() for n, b in self.model.named_buffers()}
+        self.outputs = self._run(self.model)
+        changed = [n for n, b in self.model.named_buffers() if n in before and not torch.equal(b, before[n])]
+        again = difference(self.outputs, self._run(self.model))
+        if changed or again is not None:
+            what = (
+                f"changes the buffer {changed[0]} in place"
+                if changed
+                else f"keeps state: {again} in a second call"
+            )
+            raise TraceError(
+                f"{self.name}.forward {what}. A graph cannot do that: make the outputs depend on the inputs "
+                "only, or quantize without tracing: quant.swap(model)"
+            )
 
     def _run(self, model: nn.Module) -> Any:
         """Outputs in evaluation; drawn numbers are the same each time."""

@@ -18,22 +18,16 @@ from gradq.quant.formats import Format
 from gradq.quant.info import PrepareInfo
 from gradq.quant.layers import CONVOLUTIONS, layer_kind
 from gradq.quant.modules import (
-    QuantConv1d,
-    QuantConv2d,
-    QuantConv3d,
+    QUANTIZED,
     QuantEmbedding,
     QuantLayer,
     QuantLinear,
 )
-from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell, refuse_recurrent
+from gradq.quant.placement import op_name
+from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell, why_float
 
 __all__ = ["Swapper", "set_module"]
 
-_QUANTIZED: dict[type[nn.Module], Any] = {
-    nn.Conv1d: QuantConv1d,
-    nn.Conv2d: QuantConv2d,
-    nn.Conv3d: QuantConv3d,
-}
 _FUSED_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.RNNCell)
 _COMPOSITES = (
     nn.TransformerEncoderLayer,
@@ -42,6 +36,11 @@ _COMPOSITES = (
     nn.TransformerDecoder,
     nn.Transformer,
 )
+_PRODUCTS = frozenset({
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "lstm", "gru", "rnn_tanh",
+    "rnn_relu", "embedding_bag",
+})  # fmt: skip
 _FLOAT_WEIGHTS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.EmbeddingBag)
 
 
@@ -76,9 +75,15 @@ class Swapper:
                 if new is not module:
                     set_module(self.traced, name, new)
             elif node.op == "get_attr" and _is_weight(self.traced, node):
-                self.info.float_islands.append(
-                    (str(node.target), "a bare parameter; put it in a layer to quantize it")
+                skipped = next(
+                    (u.meta["gradq_skipped"] for u in node.users if "gradq_skipped" in u.meta), None
                 )
+                reason = "skipped by the configuration"
+                if skipped is None:
+                    reason = (
+                        f"a bare parameter that {op_name(next(iter(node.users)))} reads; put it in a layer"
+                    )
+                self.info.float_islands.append((str(node.target), reason))
 
     def swap(self, name: str, module: nn.Module, node: fx.Node | None) -> nn.Module:
         """The quantized form of a module (or the module itself); `node` is None inside a composite."""
@@ -89,7 +94,8 @@ class Swapper:
         if id(module) in self.swapped:
             return self.swapped[id(module)][1]
         if isinstance(module, _FUSED_RECURRENT):
-            refuse_recurrent(name, module)
+            self.info.float_islands.append((name, why_float(module)))
+            return module
         if isinstance(module, _FLOAT_WEIGHTS):
             self.info.float_islands.append((name, f"nn.{type(module).__name__} has no integer form here"))
             return module
@@ -113,7 +119,7 @@ class Swapper:
         if convolution:
             if fmt is None:
                 return module
-            new = _QUANTIZED[kind].from_float(module, fmt, None, **kw)  # type: ignore[index]
+            new = QUANTIZED[kind].from_float(module, fmt, None, **kw)  # type: ignore[index]
         elif isinstance(module, nn.MultiheadAttention):
             if fmt is None:
                 return module
@@ -189,7 +195,8 @@ def _is_weight(traced: fx.GraphModule, node: fx.Node) -> bool:
     value: Any = traced
     for part in str(node.target).split("."):
         value = getattr(value, part)
-    return isinstance(value, nn.Parameter) and value.ndim > 1
+    products = any(op_name(user) in _PRODUCTS for user in node.users)
+    return products and isinstance(value, nn.Parameter) and value.ndim > 1
 
 
 def _distinct_inputs(node: fx.Node | None) -> int:

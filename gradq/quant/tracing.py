@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,15 @@ from gradq.quant.fake import FakeQuantize
 from gradq.quant.layers import layer_kind
 from gradq.quant.modules import QuantLayer
 
-__all__ = ["ModeConstant", "QuantGraph", "example_arguments", "float_tensors", "ordered_inputs", "trace"]
+__all__ = [
+    "ModeConstant",
+    "QuantGraph",
+    "example_arguments",
+    "float_tensors",
+    "merge_modes",
+    "ordered_inputs",
+    "trace",
+]
 
 _FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace")
 _HERE = str(Path(__file__).parent)
@@ -144,7 +152,7 @@ def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, A
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
-    if isinstance(example_inputs, dict):
+    if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)) and example_inputs:
         return tuple(example_inputs), {}
@@ -152,6 +160,21 @@ def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, A
         f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of arguments, "
         "or a dict of keyword arguments"
     )
+
+
+def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Example arguments by the names of ``forward``'s parameters.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        return dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
+        ) from error
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> fx.GraphModule:
@@ -171,13 +194,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], confi
     Raises:
         TraceError: the model cannot be traced, or its structure depends on the mode.
     """
+    given = bound_arguments(model, args, kwargs)
     signature = inspect.signature(model.forward)
-    try:
-        given = signature.bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise ConfigError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}"
-        ) from error
     fixed = {
         name: parameter.default
         for name, parameter in signature.parameters.items()
@@ -185,17 +203,24 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], confi
     }
     mode = model.training
     graphs = {}
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         for training in (True, False):
             model.train(training)
             graphs[training] = _trace_once(model, fixed, config)
     finally:
         model.train(mode)
+    changed = [n for n, b in model.named_buffers() if n in before and not torch.equal(b, before[n])]
+    if changed:
+        raise TraceError(
+            f"{type(model).__name__}.forward changes the buffer {changed[0]} in place, which a "
+            "graph cannot follow"
+        )
     graph = graphs[False]
     only_eval = ""
     constants: dict[str, ModeConstant] = {}
     try:
-        constants = _merge_modes(graphs[True], graph, model)
+        constants = merge_modes(graphs[True], graph, vars(model) | model._buffers, type(model))
     except TraceError as error:
         only_eval = str(error)
     _drop_fixed(graph)
@@ -222,13 +247,7 @@ def _trace_once(model: nn.Module, fixed: dict[str, Any], config: Config) -> fx.G
             return _Tracer(config).trace(model, concrete_args=fixed or None)
     except Exception as error:
         where = _user_line(error)
-        raise TraceError(
-            f"cannot trace {type(model).__name__}: {error}\n  at {where}\n"
-            "Either make this line independent of the data; or leave the module that holds it in float with "
-            "Config(skip=(name,)); or place gradq.quant.QuantLinear, QuantConv1d/2d/3d, QuantEmbedding and "
-            "ActQuant "
-            "in the model by hand and call quant.calibrate on it, without prepare."
-        ) from error
+        raise TraceError(f"cannot trace {type(model).__name__}: torch.fx: {error}\n  at {where}") from error
 
 
 def _user_line(error: BaseException) -> str:
@@ -244,13 +263,24 @@ def _user_line(error: BaseException) -> str:
     return f"{last.filename}:{last.lineno} in {last.name}: {source}"
 
 
-def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model: nn.Module) -> dict[str, ModeConstant]:
+def merge_modes(
+    train: fx.Graph, evaluation: fx.Graph, attributes: Mapping[str, Any], kind: type[nn.Module]
+) -> dict[str, ModeConstant]:
     """Compare the graphs of both modes; constants that differ become `ModeConstant` nodes of `evaluation`.
+
+    Args:
+        train: graph of the training mode.
+        evaluation: of the other; changed.
+        attributes: what the graphs' constants hold, by name.
+        kind: the model's class, for errors.
+
+    Returns:
+        What the new nodes call, by name.
 
     Raises:
         TraceError: the modes take different paths; `evaluation` is then as it was.
     """
-    model_name = type(model).__name__
+    model_name = kind.__name__
     constants: dict[str, ModeConstant] = {}
     changes: list[tuple[fx.Node, int | str, str]] = []
     same: dict[fx.Node, fx.Node] = {}
@@ -259,7 +289,7 @@ def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model: nn.Module) -> dic
         same[a] = b
         if (
             a.op != b.op
-            or (a.target != b.target and not _equal_constants(a, b, model))
+            or (a.target != b.target and not _equal_constants(a, b, attributes))
             or len(a.args) != len(b.args)
             or a.kwargs.keys() != b.kwargs.keys()
         ):
@@ -292,11 +322,13 @@ def _merge_modes(train: fx.Graph, evaluation: fx.Graph, model: nn.Module) -> dic
     return constants
 
 
-def _equal_constants(a: fx.Node, b: fx.Node, model: nn.Module) -> bool:
+def _equal_constants(a: fx.Node, b: fx.Node, attributes: Mapping[str, Any]) -> bool:
     """True if both nodes get the same tensor that forward made without its inputs."""
-    if a.op != "get_attr" or not all(str(n.target).startswith("_tensor_constant") for n in (a, b)):
+    if a.op != "get_attr" or not all(str(n.target) in attributes for n in (a, b)):
         return False
-    u, v = (getattr(model, str(n.target)) for n in (a, b))
+    u, v = (attributes[str(n.target)] for n in (a, b))
+    if isinstance(u, nn.Parameter) or not isinstance(u, Tensor) or not isinstance(v, Tensor):
+        return False
     return u.dtype == v.dtype and u.shape == v.shape and torch.equal(u, v)
 
 

@@ -1,0 +1,142 @@
+"""`swap` replaces layers in place, by name, without tracing: for models whose forward no tracer sees through.
+
+Each layer gets a quantizer of its own for its input, because there is no graph to place shared ones in. So
+batch
+norm is not folded, additions stay in float, and convolutional networks are slower than through `prepare`;
+models whose time goes into linear layers lose nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradq.errors import UnsupportedError
+from gradq.quant.attention import QuantMultiheadAttention
+from gradq.quant.config import Config
+from gradq.quant.fake import WeightQuant
+from gradq.quant.info import FloatModel
+from gradq.quant.layers import CONVOLUTIONS, layer_kind
+from gradq.quant.modules import QUANTIZED, QuantEmbedding, QuantLayer, QuantLinear
+from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell
+
+__all__ = ["SwapInfo", "swap", "swap_info", "unswapped"]
+
+_KEY = "gradq_swap"
+
+
+@dataclass
+class SwapInfo:
+    """What `swap` did.
+
+    Attributes:
+        config: as given.
+        swapped: names of the layers that were replaced.
+        float_islands: (name, reason) of layers with weights that stay in float.
+        originals: name → the float layer, which shares every parameter with the quantized one.
+        float_model: the model as it was, or None if it was not kept.
+    """
+
+    config: Config
+    swapped: list[str] = field(default_factory=list)
+    float_islands: list[tuple[str, str]] = field(default_factory=list)
+    originals: dict[str, nn.Module] = field(default_factory=dict)
+    float_model: FloatModel | None = None
+
+
+def swap(model: nn.Module, config: Config | None = None, *, keep_float: bool = True) -> nn.Module:
+    """Replace linear layers, convolutions, embeddings, attention and cells by quantized ones, in place.
+
+    Then call `gradq.quant.calibrate`, train if you like, and export with ``example_inputs``.
+
+    Args:
+        model: any model.
+        config: formats, and names to skip; its placement is not used.
+        keep_float: keep a copy of the model as it is now, on the CPU, for `gradq.export.verify`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnsupportedError: nothing to replace, or the model was swapped or prepared before.
+    """
+    config = config or Config()
+    if any(isinstance(m, QuantLayer) for m in model.modules()):
+        raise UnsupportedError(f"{type(model).__name__} has quantized layers already; swap a float model")
+    info = SwapInfo(config, float_model=FloatModel(model) if keep_float else None)
+    shared: dict[int, tuple[Tensor, WeightQuant]] = {}
+    made: dict[int, nn.Module] = {}
+    inside: set[str] = set()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        parent = name.rpartition(".")[0]
+        if not name or any(name.startswith(f"{done}.") for done in inside):
+            continue
+        if any(config.is_skipped(".".join(name.split(".")[: i + 1])) for i in range(name.count(".") + 1)):
+            if module._parameters:
+                info.float_islands.append((name, "skipped by the configuration"))
+            continue
+        if id(module) not in made:
+            new = _quantized(name, module, config)
+            if new is None:
+                if isinstance(module, (nn.Linear, *CONVOLUTIONS, nn.LSTM, nn.GRU, nn.RNN, nn.EmbeddingBag)):
+                    info.float_islands.append((name, f"{type(module).__name__} has no quantized form here"))
+                continue
+            weight = new.effective_weight()
+            known = shared.setdefault(id(weight), (weight, new.weight_quant))[1]
+            if known.format == new.weight_quant.format:
+                new.weight_quant = known
+            made[id(module)] = new
+        if isinstance(module, nn.MultiheadAttention):
+            inside.add(name)
+        info.swapped.append(name)
+        info.originals[name] = module
+        setattr(model.get_submodule(parent), name.rpartition(".")[2], made[id(module)])
+    if not info.swapped:
+        raise UnsupportedError(f"{type(model).__name__} has no layer that can be quantized")
+    model.__dict__[_KEY] = info
+    return model
+
+
+def swap_info(model: nn.Module) -> SwapInfo | None:
+    """What `swap` did to a model, or None."""
+    found = model.__dict__.get(_KEY)
+    return found if isinstance(found, SwapInfo) else None
+
+
+def unswapped(model: nn.Module) -> nn.Module:
+    """A float copy of a swapped model, with the weights as they are now; the model is untouched."""
+    out: Any = copy.deepcopy(model)
+    info: SwapInfo = out.__dict__.pop(_KEY)
+    for name, original in info.originals.items():
+        parent, _, leaf = name.rpartition(".")
+        original.train(out.get_submodule(name).training)
+        setattr(out.get_submodule(parent), leaf, original)
+    return out  # type: ignore[no-any-return]
+
+
+def _quantized(name: str, module: nn.Module, config: Config) -> QuantLayer | None:
+    kind = layer_kind(module)
+    convolution, embedding = kind in CONVOLUTIONS, isinstance(module, nn.Embedding)
+    fmt = config.weight_format(name, convolution=convolution, embedding=embedding)
+    if fmt is None:
+        return None
+    act = config.activation_format(convolution=convolution)
+    kw = {"observer": config.observer, "weight_observer": config.weight_observer, "name": name}
+    plain: Any = module
+    if convolution:
+        return QUANTIZED[kind].from_float(plain, fmt, act, **kw)  # type: ignore[index, no-any-return]
+    if kind is nn.Linear:
+        return QuantLinear.from_float(plain, fmt, act, **kw)
+    if embedding and plain.max_norm is None and not plain.sparse:
+        return QuantEmbedding.from_float(plain, fmt, **kw)
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+            return None
+        return QuantMultiheadAttention.from_float(module, fmt, act, num_inputs=3, **kw)
+    if isinstance(module, (nn.LSTMCell, nn.GRUCell)):
+        cell = QuantLSTMCell if isinstance(module, nn.LSTMCell) else QuantGRUCell
+        return cell.from_float(module, fmt, act, **kw)  # type: ignore[no-any-return]
+    return None
