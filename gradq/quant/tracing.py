@@ -23,6 +23,7 @@ from gradq.quant.modules import QuantLayer
 __all__ = [
     "ModeConstant",
     "QuantGraph",
+    "bound_arguments",
     "example_arguments",
     "float_tensors",
     "merge_modes",
