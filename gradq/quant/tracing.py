@@ -124,6 +124,9 @@ class _Tracer(fx.Tracer):
 @contextmanager
 def _factories_accept_proxies() -> Iterator[None]:
     """Let ``torch.arange(x.size(1))`` and its like be recorded: torch does not dispatch their sizes to fx."""
+    from torch._dynamo import trace_rules  # dynamo notes torch's functions once: the real ones, not ours
+
+    trace_rules.get_torch_obj_rule_map()
     saved = {name: getattr(torch, name) for name in _FACTORIES}
 
     def wrap(function: Any) -> Any:
