@@ -60,7 +60,7 @@ def test_gradients_from_a_function(tmp_path, capsys):
     [
         (["--codecs", "int9"], "no codec is called 'int9'"),
         (["--codecs", "int8,int8"], "given twice"),
-        (["--input", "none.pt"], "there is no file none.pt"),
+        (["--input", "none.pt"], "cannot read none.pt: No such file"),
         (["--gradients", "none.py:f"], "there is no file none.py"),
         (["--input", "a.pt", "--gradients", "b.py:f"], "choose one"),
         (["--ranks", "0"], "--ranks"),

@@ -254,7 +254,7 @@ def test_specs_are_forgiving_about_spaces_and_defaults(spec, text):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("int44", r"no codec is called 'int44'.*did you mean 'int4'\?.*bf16, .*fp16, .*int8"),
+        ("int44", r"no codec is called 'int44'.*did you mean 'int8'\?.*bf16, .*fp16, .*int8"),
         ("zip", r"no codec is called 'zip'.*Choose from: bf16"),
         ("int1", "no codec is called 'int1'"),
         ("int9", "no codec is called 'int9'"),
