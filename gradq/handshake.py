@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from gradq.errors import GradqError, MismatchError
+from gradq.errors import GradqError, MismatchError, PeerError
 
-__all__ = ["agree", "gather", "meeting", "reason", "tell"]
+__all__ = ["agree", "by_all_ranks", "gather", "meeting", "reason", "tell"]
 
 _T = TypeVar("_T")
 
@@ -93,10 +93,32 @@ def _verdict(everyone: Sequence[Mapping[str, object]]) -> str | None:
 
 
 def gather(value: _T, group: dist.ProcessGroup) -> list[_T]:
-    """Every rank's value, by rank; a collective call."""
+    """Every rank's value, by rank; a collective call.
+
+    Raises:
+        PeerError: a rank is gone, or did not come within the group's timeout.
+    """
     everyone = [value] * group.size()
-    dist.all_gather_object(everyone, value, group=group)
+    with by_all_ranks(group):
+        dist.all_gather_object(everyone, value, group=group)
     return everyone
+
+
+@contextlib.contextmanager
+def by_all_ranks(group: dist.ProcessGroup) -> Iterator[None]:
+    """Around a collective of a call that the user may have made on some ranks only: says so if it fails.
+
+    Raises:
+        PeerError: instead of the backend's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(
+            f"rank {group.rank()}: another rank is gone, or did not make this call within the process group's "
+            "timeout. All ranks must make it, between the same two steps, without an `if rank == 0:` around "
+            f"it: {error}"
+        ) from error
 
 
 def reason(error: BaseException) -> str:

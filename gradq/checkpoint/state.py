@@ -15,6 +15,7 @@ from gradq.checkpoint.packing import FLAT_NUMEL, digest, flats, pack
 from gradq.collectives import basis_numel
 from gradq.errors import CheckpointError
 from gradq.feedback import Residuals
+from gradq.handshake import by_all_ranks
 from gradq.sync import GradientSync
 
 __all__ = [
@@ -137,7 +138,8 @@ def _gathered(value: Any, sync: GradientSync) -> Any:
     own = value.to_local().contiguous()
     row = own.view(-1).view(torch.uint8).to(sync.device)  # as bytes: Gloo does not move every dtype
     rows = [torch.empty_like(row) for _ in range(sync.world_size)] if sync.rank == 0 else None
-    dist.gather(row, rows, dst=dist.get_global_rank(sync.group, 0), group=sync.group)
+    with by_all_ranks(sync.group):
+        dist.gather(row, rows, dst=dist.get_global_rank(sync.group, 0), group=sync.group)
     return torch.cat(rows).cpu().view(own.dtype).view(-1, *own.shape[1:]) if rows else None
 
 

@@ -150,7 +150,7 @@ class _Exchange:
                 self._works.clear()  # they keep the connections open
                 raise PeerError(
                     f"rank {header.sender}: {verb} rank {peer} failed in step {header.step}, bucket "
-                    f"{header.bucket}, phase {header.phase}: {self._links.word() or error}"
+                    f"{header.bucket}, phase {header.phase}: {self._links.word() or _backend_words(error)}"
                 ) from error
         elapsed_ms = 1e3 * (time.perf_counter() - self._posted)
         self._metrics.record(Event("exchange_ms", elapsed_ms, header.step, header.bucket, header.phase))
@@ -158,6 +158,16 @@ class _Exchange:
             if peer != header.sender and message.numel():
                 received = message[: wire.HEADER_BYTES].numpy().tobytes()
                 replace(header, sender=peer).check(received)
+
+
+def _backend_words(error: RuntimeError) -> str:
+    """What the backend says, and what may be behind a timeout."""
+    if "timed out" not in str(error).lower():
+        return str(error)
+    return (
+        "it did not answer within the timeout. It may be slow, stopped, or elsewhere: a step that only some "
+        f"ranks make, or a call such as set_spec or gathered_state_dict on some ranks only. {error}"
+    )
 
 
 class PeerChannel:

@@ -194,3 +194,28 @@ def test_a_rank_that_fails_later(how, why):
             assert expected in said, f"{how}, rank {rank}: {said}"
             assert rank == FAILING or f"rank {FAILING} " in said, said
             assert seconds < AT_ONCE_S, f"{how}, rank {rank}: {seconds} s"
+
+
+def alone(rank, what):
+    """A call that all ranks must make, made by one; the others train on."""
+    ddp = DistributedDataParallel(model())
+    handle = gradq.compress(ddp, "int4")
+    for _ in range(3):
+        ddp(torch.ones(2, 64)).sum().backward()
+    try:
+        if rank == FAILING:
+            handle.set_spec("int8") if what == "set_spec" else handle.gathered_state_dict()
+        else:
+            ddp(torch.ones(2, 64)).sum().backward()
+            ddp(torch.ones(2, 64)).sum().backward()
+    except (gradq.GradqError, RuntimeError) as error:  # DDP passes errors on as RuntimeError
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("what", ["set_spec", "gathered_state_dict"])
+def test_a_call_of_one_rank_only_ends_with_the_timeout_and_says_so(what):
+    messages = run_ranks(alone, 2, what, timeout=100, group_timeout=5)
+    assert messages[FAILING].startswith("PeerError: rank 1: another rank is gone, or did not make this call")
+    assert "PeerError: rank 0: " in messages[0]
+    assert "rank 1 failed in step" in messages[0]
