@@ -33,13 +33,14 @@ from gradq.export.runtime import DTYPES, features, feed, session
 from gradq.export.timing import interleave, summarize
 from gradq.export.variants import VARIANTS, variant
 from gradq.export.verification import VerifyReport, verify
-from gradq.export.write import ExportReport, onnx
+from gradq.export.write import ExportReport, float_onnx, onnx
 from gradq.quant.batches import unwrap
 
 __all__ = ["Bundle", "bundle", "load", "verify_bundle"]
 
-CLEARLY_FASTER = 1.2  # in nine tenths of the rounds: what another variant must be to be taken instead
+_CLEARLY_FASTER = 1.2  # in nine tenths of the rounds: what another variant must be to be taken instead
 _FORMAT = 1
+_FLOAT = "float"  # the variant that is right everywhere
 _MANIFEST = "manifest.json"
 # Which variants are right on which processor, best first. "other" has no integer kernels to choose for.
 _SUITS = {
@@ -55,6 +56,7 @@ def bundle(
     out: str | os.PathLike[str],
     *,
     variants: Sequence[str] = ("x86-vnni", "x86-avx2", "arm"),
+    include_float: bool = True,
     example_inputs: Any = None,
     accuracy: Mapping[str, float] | None = None,
 ) -> dict[str, ExportReport]:
@@ -66,6 +68,8 @@ def bundle(
         out: a name that ends with ``.zip``, or a folder to make; what stood there is replaced at the end.
         variants: targets to make if `models` is one model: ``x86-vnni``, ``x86-avx2``, ``arm``,
             ``edge-int4`` (for batch 1).
+        include_float: put the float model in as well, as the variant ``float``, for processors on which it is
+            clearly faster; False saves its space.
         example_inputs: as for `gradq.export.onnx`.
         accuracy: target → accuracy, kept in the manifest.
 
@@ -99,6 +103,14 @@ def bundle(
                     "accuracy": (accuracy or {}).get(processor),
                 }
             )
+        if include_float:
+            file = folder / f"{_FLOAT}.onnx"
+            size = float_onnx(next(iter(named.values())), file, example_inputs=example_inputs)
+            known = (accuracy or {}).get(_FLOAT)
+            manifest["variants"].append(
+                {"name": _FLOAT, "file": file.name, "sha256": _digest(file), "size_bytes": size,
+                 "average_weight_bits": 32, "accuracy": known}
+            )  # fmt: skip
         manifest["gradq"] = report.metadata["gradq.version"]
         manifest["inputs"] = _describe(next(iter(named.values())), example_inputs, folder / file.name)
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -198,11 +210,9 @@ def load(
 ) -> Bundle:
     """Load the variant of a bundle for this processor.
 
-    The variant made for the processor is taken, unless another one was at least a fifth faster in nine
-    tenths of
-    the rounds: replicas on equal machines take the same one. To pin the choice pass `choose` (or
-    `seconds=0`, which
-    times nothing).
+    The variant made for the processor is taken, unless another one (the float model included) was at least a
+    fifth faster in nine tenths of the rounds: replicas on equal machines take the same one. To pin the choice
+    pass `choose`, or ``seconds=0``, which times nothing.
 
     Args:
         path: folder or zip file from `bundle`.
@@ -223,7 +233,7 @@ def load(
         if choose is not None and choose not in found:
             raise ConfigError(f"choose is {choose!r}; the bundle has {', '.join(found)}")
         here = processor or features()
-        names = [choose] if choose else [n for n in _SUITS.get(here, _SUITS["other"]) if n in found]
+        names = [choose] if choose else [n for n in _suits(here) if n in found]
         if not names:
             raise ExportError(f"{path} has no variant for {here}; it has {', '.join(found)}")
         sessions: dict[str, Any] = {}
@@ -244,7 +254,7 @@ def load(
         clock = time.thread_time if threads == 1 else time.perf_counter
         times = summarize(interleave(calls, seconds=seconds, min_rounds=5, clock=clock), names[0])
         timings = {n: latency.median_ms for n, latency in times.items()}
-        faster = [n for n in names[1:] if times[n].ratio_low > CLEARLY_FASTER]
+        faster = [n for n in names[1:] if times[n].ratio_low > _CLEARLY_FASTER]
         chosen = min(faster, key=timings.__getitem__, default=names[0])
     else:
         chosen = names[0]
@@ -255,6 +265,11 @@ def load(
         session=sessions[chosen],
         manifest=manifest,
     )
+
+
+def _suits(processor: str) -> tuple[str, ...]:
+    """Variants that are right on a processor, best first."""
+    return (*_SUITS.get(processor, _SUITS["other"]), _FLOAT)
 
 
 @contextlib.contextmanager
@@ -396,7 +411,7 @@ def verify_bundle(
     reports = {}
     with _opened(Path(path)) as folder:
         found = {v["name"]: v for v in _manifest(folder, path)["variants"]}
-        for name in [n for n in _SUITS.get(processor or features(), _SUITS["other"]) if n in found]:
+        for name in [n for n in _suits(processor or features()) if n in found and n != _FLOAT]:
             chosen: dict[str, Any] = {"batch_sizes": (), "strict": False, "show_progress": False, **options}
             reports[name] = verify(folder / found[name]["file"], variant(model, name), loader, **chosen)
     return reports

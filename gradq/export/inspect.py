@@ -39,7 +39,8 @@ class Operators:
         float_products: names of float matrix products and convolutions that read a weight.
         activation_products: how many products of two activations (attention) there are.
         unexpected: those of `float_products` that the export did not announce, with what feeds their weight.
-        inexact: operators whose float arithmetic may differ from torch's in the last bit.
+        inexact: operators whose float arithmetic may differ from torch's in the last bit, those included that
+            the runtime computed once at load, on constants.
     """
 
     counts: dict[str, int]
@@ -88,8 +89,23 @@ def operators(path: str | os.PathLike[str]) -> Operators:
         float_products=products,
         activation_products=between,
         unexpected=unexpected,
-        inexact=sorted(set(counts) - _EXACT),
+        inexact=sorted((set(counts) | _folded(path)) - _EXACT),
     )
+
+
+def _folded(path: str | os.PathLike[str]) -> set[str]:
+    """Operators of the file that depend on no input of the model."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    free = {value.name for value in graph.input}
+    found = set()
+    for node in graph.node:
+        if any(name in free for name in node.input):
+            free.update(node.output)
+        else:
+            found.add(node.op_type)
+    return found
 
 
 def _origin(name: str, producers: dict[str, Any]) -> tuple[str, bool]:

@@ -28,7 +28,7 @@ from gradq.errors import ConfigError, ExportError
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.integer import integer_bias
 from gradq.quant.modules import QuantLayer, QuantLinear
-from gradq.quant.placement import source_of
+from gradq.quant.operators import source_of
 
 __all__ = ["OPERATORS", "IntMatmul", "StoredWeight", "store"]
 

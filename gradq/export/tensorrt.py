@@ -18,7 +18,8 @@ import numpy as np
 
 from gradq.errors import ExportError
 from gradq.export.capture import Captured, Layer, Quantizer
-from gradq.export.lower import _MOVES, Lowered, _attributes, _Lowering
+from gradq.export.lower import MOVES, Lowered, Lowering
+from gradq.export.lower_layers import attributes_of
 from gradq.export.weights import codes_of, integer_weight
 
 __all__ = ["lower_for_tensorrt"]
@@ -33,7 +34,7 @@ def lower_for_tensorrt(captured: Captured) -> Lowered:
     return _TensorRT(captured).run()
 
 
-class _TensorRT(_Lowering):
+class _TensorRT(Lowering):
     def __init__(self, captured: Captured) -> None:
         super().__init__(captured)
         self.dequantized: set[str] = set()
@@ -53,7 +54,7 @@ class _TensorRT(_Lowering):
 
     def _pass_token(self, node: Any) -> None:
         """Moved values are still those of their quantizer."""
-        if node.input and node.input[0] in self.dequantized and node.op_type in _MOVES:
+        if node.input and node.input[0] in self.dequantized and node.op_type in MOVES:
             self.dequantized.update(node.output)
 
     def _layer(self, node: Any, layer: Layer) -> None:
@@ -69,7 +70,7 @@ class _TensorRT(_Lowering):
             return
         start = len(b.nodes)
         bias = [] if layer.bias is None else [b.constant(f"{name}.bias", layer.bias.detach().numpy())]
-        rank = _attributes(node)["rank"]
+        rank = attributes_of(node)["rank"]
         if layer.kind == "conv" or rank == 2:
             codes, scale, zero, scales = integer_weight(b, layer)
             axis: dict[str, Any] = {} if len(scales) == 1 else {"axis": 0}

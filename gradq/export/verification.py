@@ -38,8 +38,8 @@ from gradq.quant.prepare import float_graph
 
 __all__ = ["Agreement", "Fidelity", "VerifyReport", "verify"]
 
-SMALLEST_LOSS_OF_TIME = 0.05  # ms a call: below it nothing is called slower
-SMALLEST_SQNR = 10.0  # dB, without labels: below it the outputs are others
+_SMALLEST_LOSS_OF_TIME = 0.05  # ms a call: below it nothing is called slower
+_SMALLEST_SQNR = 10.0  # dB, without labels: below it the outputs are others
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _judge(
         ours, ratio = contenders["int8"], contenders["int8"].ratio
         wanted = 1.0 if min_speedup is None else min_speedup
         longer = ours.median_ms - contenders["fp32"].median_ms
-        sure = ours.ratio_high < wanted and (wanted != 1.0 or longer > SMALLEST_LOSS_OF_TIME)
+        sure = ours.ratio_high < wanted and (wanted != 1.0 or longer > _SMALLEST_LOSS_OF_TIME)
         if min_speedup is not None and sure:
             fail(
                 f"int8 is {ratio:.2f}x as fast as fp32 at batch {size}; asked for: {min_speedup:g}x "
@@ -294,7 +294,7 @@ def _judge(
 
 def _judge_fidelity(report: VerifyReport, min_sqnr: float | None) -> None:
     """Outputs against the float model: a failure where nothing else says what is right."""
-    fidelity, least = report.fidelity, SMALLEST_SQNR if min_sqnr is None else min_sqnr
+    fidelity, least = report.fidelity, _SMALLEST_SQNR if min_sqnr is None else min_sqnr
     if fidelity.sqnr_db >= least:
         return
     text = (

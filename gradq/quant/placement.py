@@ -1,187 +1,76 @@
 """Where quantizers go: exactly one on each activation tensor that integer kernels read or write.
 
-The rules, over the fx graph after batch norm is folded and layers are swapped:
+The rules, over the graph after batch norm is folded and layers are swapped:
 
 1. The *source* of a tensor is found by walking back through operations that only move elements (reshape,
-dropout,
-   max pooling, …): they keep the codes, so the tensor is quantized once, at its source.
-2. ``matmul`` placement quantizes the sources that weight layers read. Other readers keep the float values.
-3. ``full`` placement quantizes every source that weight layers, additions, concatenations, poolings and
-activation
-   functions read, a convolution's output in front of an addition included; every reader gets the quantized
-   values. ReLU and its like belong to the layer before them: the quantizer stands behind them.
-4. What only reaches the model's output stays in float.
-5. A constant (computed from parameters and numbers alone: a mask, positions, a mean to subtract) is no
+   dropout, max pooling, padding with zeros, …): they keep the codes, so the tensor is quantized once, at its
+   source. ReLU and its like belong to the layer before them: the quantizer stands behind them.
+2. The sources that weight layers read are quantized.
+3. A convolution's output is quantized, unless it only reaches the model's output: with a float output no
+   fused kernel exists, and INT8 is slower than float.
+4. ``full`` placement quantizes every source that additions, concatenations, poolings and activation functions
+   read, and every reader gets the quantized values. ``matmul`` placement quantizes for weight layers only.
+5. ``auto`` is ``full`` for models without attention and layer norm. With them it goes by region: an addition,
+   pooling, concatenation or product whose operands all come from convolutions (through operations of this
+   kind) is computed in integers; around linear layers only what they read is quantized, which is faster and
+   more accurate for attention.
+6. What only reaches the model's output stays in float.
+7. A constant (computed from parameters and numbers alone: a mask, positions, a mean to subtract) is no
    activation: it is never quantized, and what combines it with an activation computes in float.
 """
 
 from __future__ import annotations
 
-import functools
-import operator
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
-from torch.nn import functional
+from torch import fx
 
 from gradq.quant.config import Config
 from gradq.quant.fake import ActQuant
 from gradq.quant.formats import Format
-from gradq.quant.modules import QuantLayer
-from gradq.quant.recurrent import _QuantCell
+from gradq.quant.operators import (
+    ADDS,
+    ATTENTION,
+    CLIPS,
+    FUNCTIONS,
+    INTEGER_FUNCTIONS,
+    POOLS,
+    constants,
+    matches,
+    moves,
+    source_of,
+    weight_layer,
+)
 
-__all__ = [
-    "CLIPS",
-    "MOVES",
-    "constants",
-    "global_mean",
-    "has_attention",
-    "matches",
-    "moves",
-    "op_name",
-    "pads_with_zeros",
-    "place_activations",
-    "source_of",
-    "weight_layer",
-]
-
-MOVES: tuple[Any, ...] = (
-    nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.MaxPool1d,
-    nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.ChannelShuffle,
-    nn.PixelShuffle, torch.flatten, torch.reshape, torch.transpose, torch.permute, torch.squeeze,
-    torch.unsqueeze, torch.chunk, torch.split, torch.movedim, torch.swapaxes, functional.dropout,
-    functional.max_pool1d, functional.max_pool2d, functional.max_pool3d, functional.adaptive_max_pool2d,
-    "flatten", "reshape", "view", "transpose", "permute", "squeeze", "unsqueeze", "chunk", "split",
-    "contiguous", "expand", "swapaxes", "movedim", "unbind", "t", "slice", "select", "clone", "alias",
-    "detach", "pixel_shuffle", "narrow",
-)  # fmt: skip
-_PADS = (nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
-CLIPS: tuple[Any, ...] = (
-    nn.ReLU, nn.ReLU6, nn.Hardtanh, functional.relu, functional.relu6, functional.hardtanh, torch.relu,
-    torch.relu_, functional.relu_, "relu", "relu_",
-)  # fmt: skip
-ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
-_POOLS: tuple[Any, ...] = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d, functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d,
-    functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d,
-    torch.mean, "mean",
-)  # fmt: skip
-_FUNCTIONS: tuple[Any, ...] = (
-    nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.PReLU,
-    nn.Mish, functional.silu, torch.sigmoid, functional.sigmoid, functional.hardswish, functional.hardsigmoid,
-    functional.gelu, functional.leaky_relu, functional.elu, torch.tanh, functional.tanh, functional.mish,
-    "sigmoid", "tanh", operator.mul, operator.imul, torch.mul, "mul", "mul_", torch.cat, torch.concat,
-)  # fmt: skip
-_ATTENTION: tuple[Any, ...] = (
-    nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
-    nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer, nn.LSTMCell, nn.GRUCell,
-    functional.scaled_dot_product_attention, functional.layer_norm, functional.rms_norm, functional.softmax,
-    torch.softmax, "softmax",
-)  # fmt: skip
-
-
-def op_name(node: fx.Node) -> str:
-    """Name of the function, method or ATen operator that a node calls, without its overload."""
-    if node.op == "call_method":
-        return str(node.target)
-    packet = getattr(node.target, "overloadpacket", None)
-    return str(getattr(node.target if packet is None else packet, "__name__", ""))
-
-
-@functools.cache
-def _names(table: tuple[Any, ...]) -> frozenset[str]:
-    """Names of a table's functions and methods: those of ATen's operators are the same."""
-    return frozenset(t if isinstance(t, str) else t.__name__ for t in table if not isinstance(t, type))
-
-
-def matches(node: fx.Node, traced: fx.GraphModule, table: tuple[Any, ...]) -> bool:
-    """True if a node is one of the modules, functions, methods or ATen operators (by name) of a table."""
-    if node.op == "call_module":
-        module = traced.get_submodule(str(node.target))
-        return isinstance(module, tuple(t for t in table if isinstance(t, type)))
-    if isinstance(node.target, torch._ops.OpOverload):
-        return op_name(node) in _names(table)
-    if node.op in ("call_function", "call_method"):
-        return any(node.target is t or (isinstance(t, str) and node.target == t) for t in table)
-    return False
-
-
-def global_mean(node: fx.Node, traced: fx.GraphModule) -> bool | None:
-    """Whether a node keeps the axes of the mean it takes over both axes of images; None if it does not."""
-    if node.op == "call_module":
-        module = traced.get_submodule(str(node.target))
-        is_mean = isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1])
-        return True if is_mean else None
-    arguments = [*node.args[1:], *[None] * 2]
-    if op_name(node) == "adaptive_avg_pool2d":
-        return True if node.kwargs.get("output_size", arguments[0]) in (1, (1, 1), [1, 1]) else None
-    if op_name(node) == "mean":
-        axes = node.kwargs.get("dim", arguments[0])
-        if isinstance(axes, (tuple, list)) and {int(a) % 4 for a in axes} == {2, 3}:
-            return bool(node.kwargs.get("keepdim", arguments[1]))
-    return None
+__all__ = ["has_attention", "place_activations"]
 
 
 def has_attention(traced: fx.GraphModule) -> bool:
-    """True if the model attends or normalizes layers: then only its matmuls are quantized."""
-    return any(matches(node, traced, _ATTENTION) for node in traced.graph.nodes)
+    """True if the model attends or normalizes layers: then additions and functions are placed by region."""
+    return any(matches(node, traced, ATTENTION) for node in traced.graph.nodes)
 
 
-def weight_layer(node: fx.Node, traced: fx.GraphModule) -> QuantLayer | None:
-    """The quantized layer a node calls, if it reads its input through the graph's quantizers."""
-    if node.op != "call_module":
-        return None
-    module = traced.get_submodule(str(node.target))
-    if isinstance(module, QuantLayer) and not module.is_embedding and not isinstance(module, _QuantCell):
-        return module if type(module).__name__ != "QuantMultiheadAttention" else None
-    return None
+@dataclass
+class _Plan:
+    """What is to be quantized.
 
+    Attributes:
+        formats: source → format.
+        everyone: sources whose every reader gets the quantized values.
+        edges: (source, the value read, reader) of the others.
+    """
 
-def pads_with_zeros(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """True if a node pads with zeros: those are a code, too."""
-    if node.op == "call_module":
-        module = traced.get_submodule(str(node.target))
-        return isinstance(module, _PADS) and getattr(module, "value", 0) == 0
-    if node.op != "call_function" or op_name(node) not in ("pad", "constant_pad_nd", "_pad"):
-        return False
-    given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | dict(node.kwargs)
-    if op_name(node) == "constant_pad_nd":
-        given["mode"], given["value"] = "constant", node.args[2] if len(node.args) > 2 else 0
-    return given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
+    formats: dict[fx.Node, Format] = field(default_factory=dict)
+    everyone: set[fx.Node] = field(default_factory=set)
+    edges: list[tuple[fx.Node, fx.Node, fx.Node]] = field(default_factory=list)
 
-
-def moves(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """True if a node moves elements, selects them or adds zeros, so that codes stay codes."""
-    return matches(node, traced, MOVES) or pads_with_zeros(node, traced)
-
-
-def source_of(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
-    """Walk back through what only moves elements."""
-    while True:
-        if moves(node, traced) and node.args and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-            continue
-        if (
-            node.op == "call_function"
-            and node.target is operator.getitem
-            and isinstance(node.args[0], fx.Node)
-        ):
-            parent = node.args[0]
-            if matches(parent, traced, (torch.chunk, torch.split, "chunk", "split", "unbind")):
-                node = parent
-                continue
-        return node
-
-
-def constants(traced: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that depend on no input of the model."""
-    found: set[fx.Node] = set()
-    for node in traced.graph.nodes:
-        if node.op not in ("placeholder", "output") and all(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
+    def add(self, source: fx.Node, fmt: Format, *, everyone: bool) -> None:
+        """Quantize a source; a static format wins over a dynamic one."""
+        if source not in self.formats or self.formats[source].is_dynamic:
+            self.formats[source] = fmt
+        if everyone:
+            self.everyone.add(source)
 
 
 def place_activations(traced: fx.GraphModule, floats: dict[str, int], config: Config) -> list[str]:
@@ -189,59 +78,114 @@ def place_activations(traced: fx.GraphModule, floats: dict[str, int], config: Co
 
     Args:
         traced: the graph with its layers swapped.
-        floats: nodes whose value is a floating tensor.
+        floats: nodes whose value is a floating tensor → its dimensions.
         config: formats, observer and placement.
 
     Returns:
         Names of the quantizers, in the graph's order.
     """
-    full = config.placement == "full" or (config.placement == "auto" and not has_attention(traced))
-    formats: dict[fx.Node, Format] = {}
-    edges: list[tuple[fx.Node, fx.Node, fx.Node]] = []  # (source, the value read, reader)
+    plan = _Plan()
+    _for_layers(traced, floats, config, plan)
+    static = config.activation_format(convolution=True)
+    if static is not None:
+        if config.placement == "full" or (config.placement == "auto" and not has_attention(traced)):
+            _everywhere(traced, floats, static, plan)
+        elif config.placement == "auto":
+            _by_region(traced, floats, static, plan)
+        _behind_convolutions(traced, floats, static, plan)
+    order = {node: i for i, node in enumerate(traced.graph.nodes)}
+    return [_insert(traced, source, config, plan) for source in sorted(plan.formats, key=order.__getitem__)]
+
+
+def _operands(node: fx.Node, floats: dict[str, int]) -> list[fx.Node]:
+    """The floating tensors a node reads; numbers are no activations."""
+    return [value for value in node.all_input_nodes if floats.get(value.name)]
+
+
+def _for_layers(traced: fx.GraphModule, floats: dict[str, int], config: Config, plan: _Plan) -> None:
+    """Rule 2."""
     fixed = constants(traced)
     for node in traced.graph.nodes:
         layer = weight_layer(node, traced)
-        if node in fixed or any(n in fixed and n.name in floats for n in node.all_input_nodes):
+        fmt = None if layer is None else config.activation_format(convolution=layer.is_convolution)
+        if layer is None or fmt is None or any(value in fixed for value in _operands(node, floats)):
             continue
-        reads = layer is not None or (full and matches(node, traced, ADDS + _POOLS + _FUNCTIONS))
-        fmt = config.activation_format(convolution=layer is None or layer.is_convolution)
-        if not reads or fmt is None:
-            continue
-        for value in node.all_input_nodes:
-            if not floats.get(value.name):  # a number is no activation
-                continue
+        for value in _operands(node, floats):
             source = value if fmt.range == "token" else source_of(value, traced)
-            edges.append((source, value, node))
-            if source not in formats or formats[source].is_dynamic:
-                formats[source] = fmt
-    order = {node: i for i, node in enumerate(traced.graph.nodes)}
-    names = []
-    for source in sorted(formats, key=order.__getitem__):
-        names.append(_insert(traced, source, formats[source], config, edges, everyone=full))
-    return names
+            plan.edges.append((source, value, node))
+            plan.add(source, fmt, everyone=False)
 
 
-def _insert(
-    traced: fx.GraphModule,
-    source: fx.Node,
-    fmt: Format,
-    config: Config,
-    edges: list[tuple[fx.Node, fx.Node, fx.Node]],
-    *,
-    everyone: bool,
-) -> str:
+def _everywhere(traced: fx.GraphModule, floats: dict[str, int], fmt: Format, plan: _Plan) -> None:
+    """Rule 4."""
+    fixed = constants(traced)
+    for node in traced.graph.nodes:
+        operands = _operands(node, floats)
+        if matches(node, traced, ADDS + POOLS + FUNCTIONS) and not any(v in fixed for v in operands):
+            for value in operands:
+                plan.add(source_of(value, traced), fmt, everyone=True)
+    plan.everyone.update(plan.formats)
+
+
+def _by_region(traced: fx.GraphModule, floats: dict[str, int], fmt: Format, plan: _Plan) -> None:
+    """Rule 5: forward from the convolutions, as long as integer kernels go on."""
+    integer: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        layer = weight_layer(node, traced)
+        operands = _operands(node, floats)
+        if layer is not None and layer.is_convolution:
+            integer.add(node)
+        elif operands and all(source_of(v, traced) in integer for v in operands):
+            if matches(node, traced, CLIPS) or moves(node, traced):
+                integer.add(node)
+            elif matches(node, traced, ADDS + POOLS + INTEGER_FUNCTIONS):
+                integer.add(node)
+                for value in operands:
+                    plan.add(source_of(value, traced), fmt, everyone=True)
+    plan.everyone.update(plan.formats.keys() & integer)
+
+
+def _behind_convolutions(traced: fx.GraphModule, floats: dict[str, int], fmt: Format, plan: _Plan) -> None:
+    """Rule 3."""
+    for node in traced.graph.nodes:
+        layer = weight_layer(node, traced)
+        if layer is None or not layer.is_convolution or node.name not in floats:
+            continue
+        if source_of(node.args[0], traced) not in plan.formats:
+            continue  # its input stays in float, and so does it
+        end = node
+        while len(end.users) == 1 and matches(following := next(iter(end.users)), traced, CLIPS):
+            end = following
+        if end not in plan.formats and not _only_leaves(end, traced):
+            plan.add(end, fmt, everyone=True)
+
+
+def _only_leaves(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """True if a value reaches nothing but the model's output, through what moves elements."""
+    return all(
+        user.op == "output"
+        or "keep" in user.meta
+        or (user.op == "call_module" and str(user.target) == "rebuild_output")
+        or (moves(user, traced) and _only_leaves(user, traced))
+        for user in node.users
+    )
+
+
+def _insert(traced: fx.GraphModule, source: fx.Node, config: Config, plan: _Plan) -> str:
     name = f"quant_{source.name}"
     device = next((p.device for p in traced.parameters()), torch.device("cpu"))
-    traced.add_module(name, ActQuant(fmt, observer=config.observer, name=source.name).to(device))
+    quantizer = ActQuant(plan.formats[source], observer=config.observer, name=source.name)
+    traced.add_module(name, quantizer.to(device))
     with traced.graph.inserting_after(_last_placeholder(traced, source)):
         node = traced.graph.call_module(name, (source,))
-    if everyone:
+    if source in plan.everyone:
         readers = [user for user in source.users if user is not node and "keep" not in user.meta]
     else:
-        readers = []
-        for start, value, reader in edges:
-            if start is source:
-                readers.append(reader if value is source else _first_move(value, source))
+        readers = [
+            reader if value is source else _first_move(value, source)
+            for start, value, reader in plan.edges
+            if start is source
+        ]
     for reader in dict.fromkeys(readers):
         reader.replace_input_with(source, node)
     return name

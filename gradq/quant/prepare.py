@@ -27,7 +27,7 @@ from gradq.quant.mutation import functionalize
 from gradq.quant.placement import place_activations
 from gradq.quant.plain import computed_weights, plain_copy, put_back
 from gradq.quant.readers import widen_scales
-from gradq.quant.rewrites import attach_live, equalize, fold_batch_norms
+from gradq.quant.rewrites import attach_live, equalize, expand_gates, fold_batch_norms
 from gradq.quant.sameness import Expected
 from gradq.quant.swapping import Swapper
 from gradq.quant.tracing import bound_arguments, example_arguments, float_tensors, ordered_inputs, trace
@@ -89,6 +89,9 @@ def _prepare(
     if config.equalize:
         equalize(traced)
         expected.check(traced, "equalization")
+    if config.activations is not None and config.placement != "matmul":
+        expand_gates(traced)
+    floats = float_tensors(traced, inputs)
     Swapper(traced, config, info).run()
     attach_live(traced, info)
     info.activations = place_activations(traced, floats, config)

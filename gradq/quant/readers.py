@@ -17,11 +17,11 @@ from torch import Tensor, fx, nn
 from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.modules import QuantLayer
-from gradq.quant.placement import source_of
+from gradq.quant.operators import source_of
 
-__all__ = ["LARGEST_BIAS", "input_quantizers", "widen_scales"]
+__all__ = ["input_quantizers", "widen_scales"]
 
-LARGEST_BIAS = 2.0**30  # as a code: half the range is left for the sum of products
+_LARGEST_BIAS = 2.0**30  # as a code: half the range is left for the sum of products
 _SMALLEST_STEP = 2.0**-122  # of an accumulator: in fp32 it has an inverse and can be divided by a scale
 
 
@@ -90,7 +90,7 @@ def _widen(quantizer: WeightQuant, bias: Tensor | None, input_scale: Tensor) -> 
     scale = quantizer.scale.double()
     low = torch.full_like(scale, _SMALLEST_STEP) / input_scale
     if bias is not None:
-        needed = bias.detach().double().abs() / LARGEST_BIAS / input_scale
+        needed = bias.detach().double().abs() / _LARGEST_BIAS / input_scale
         low = torch.maximum(low, needed.max() if fmt.granularity == "tensor" else needed)
     if bool((scale < low).any()):
         # a hair above: the scale is kept as a logarithm

@@ -26,7 +26,7 @@ from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant
 from gradq.quant.integer import Accumulator, Codes, PendingSum, quantize_activation
 from gradq.quant.modules import QuantLayer
-from gradq.quant.placement import (
+from gradq.quant.operators import (
     ADDS,
     CLIPS,
     global_mean,

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional
 
 from gradq.quant.config import Config
 from gradq.quant.folding import FoldRecord, equalize_pair, fold_batch_norm
 from gradq.quant.info import PrepareInfo
 from gradq.quant.layers import BATCH_NORMS, CONVOLUTIONS, layer_kind
 from gradq.quant.modules import _QuantConv
-from gradq.quant.placement import matches
+from gradq.quant.operators import matches
 from gradq.quant.swapping import set_module
 
-__all__ = ["attach_live", "equalize", "fold_batch_norms"]
+__all__ = ["attach_live", "equalize", "expand_gates", "fold_batch_norms"]
+
+_GATED: tuple[tuple[tuple[Any, ...], Any], ...] = (
+    ((nn.SiLU, functional.silu, "silu", "silu_"), torch.sigmoid),
+    ((nn.Hardswish, functional.hardswish, "hardswish", "hardswish_"), functional.hardsigmoid),
+)
 
 
 def fold_batch_norms(traced: fx.GraphModule, config: Config, info: PrepareInfo, dims: dict[str, int]) -> None:
@@ -100,6 +107,29 @@ def equalize(traced: fx.GraphModule) -> None:
         if any(uses[id(p)] > 1 for p in (*first.parameters(), *second.parameters())):
             continue
         equalize_pair(first, second)
+
+
+def expand_gates(traced: fx.GraphModule) -> None:
+    """Write SiLU as ``x·sigmoid(x)`` and Hardswish as ``x·hardsigmoid(x)`` behind convolutions, in place.
+
+    Product and gate have integer kernels; the function as one has none, and is computed in float between two
+    conversions.
+    """
+    for node in list(traced.graph.nodes):
+        gate = next((g for table, g in _GATED if matches(node, traced, table)), None)
+        if gate is None:
+            continue
+        x: Any = node.args[0]
+        layer = traced.get_submodule(str(x.target)) if x.op == "call_module" else None
+        if layer is None or layer_kind(layer) not in CONVOLUTIONS:
+            continue
+        with traced.graph.inserting_before(node):
+            gated = traced.graph.call_function(gate, (x,))
+            product = traced.graph.call_function(operator.mul, (x, gated))
+        gated.stack_trace = product.stack_trace = node.stack_trace
+        node.replace_all_uses_with(product)
+        traced.graph.erase_node(node)
+    traced.recompile()
 
 
 def attach_live(traced: fx.GraphModule, info: PrepareInfo) -> None:

@@ -14,7 +14,7 @@ from gradq.quant.info import copy_model
 
 __all__ = ["Expected", "difference"]
 
-TOLERANCE = 1e-3  # of the largest magnitude of an output: rounding of fp32 in deep networks stays below
+_TOLERANCE = 1e-3  # of the largest magnitude of an output: rounding of fp32 in deep networks stays below
 
 
 def difference(expected: Any, got: Any) -> str | None:
@@ -45,7 +45,7 @@ def difference(expected: Any, got: Any) -> str | None:
         if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
             return f"output {i} holds NaN or Inf in other places than the model's"
         error, largest = (a - b)[finite].abs(), a[finite].abs()
-        tolerance = TOLERANCE if expected is not None and a.dtype.is_floating_point else 0.0
+        tolerance = _TOLERANCE if expected is not None and a.dtype.is_floating_point else 0.0
         if error.numel() and float(error.max()) > tolerance * float(largest.max()) + 1e-7:
             worst, most = float(error.max()), float(largest.max())
             return f"output {i} differs from the model's by up to {worst:.3g} of {most:.3g}"

@@ -23,7 +23,7 @@ from gradq.quant.modules import (
     QuantLayer,
     QuantLinear,
 )
-from gradq.quant.placement import op_name
+from gradq.quant.operators import op_name
 from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell, why_float
 
 __all__ = ["Swapper", "set_module"]

@@ -10,6 +10,7 @@ from nets import prepared
 
 from gradq import export, quant
 from gradq.errors import ConfigError, ExportError
+from gradq.export.timing import Turn
 from gradq.quant.calibrate import weights
 
 
@@ -28,7 +29,8 @@ def test_the_manifest_says_what_is_in_it(packed):
     with zipfile.ZipFile(packed[0]) as archive:
         manifest = json.loads(archive.read("manifest.json"))
         assert {v["file"] for v in manifest["variants"]} | {"manifest.json"} == set(archive.namelist())
-    assert [(v["name"], v["accuracy"]) for v in manifest["variants"]] == [("x86-avx2", None), ("arm", 90.0)]
+    names = [(v["name"], v["accuracy"]) for v in manifest["variants"]]
+    assert names == [("x86-avx2", None), ("arm", 90.0), ("float", None)]
     assert manifest["inputs"] == [{"name": "x", "dtype": "float32", "shape": [6, 12], "high": None}]
 
 
@@ -37,15 +39,39 @@ def test_loading_chooses_for_this_processor_and_says_why(packed):
     loaded = export.load(path, seconds=0.05)
     assert loaded.chosen in loaded.why
     assert export.features() in loaded.why
+    loaded = export.load(path, seconds=0)
     expected = quant.integer_reference(export.variant(qmodel, loaded.chosen))(batches[0])
     assert torch.equal(torch.from_numpy(loaded(batches[0])[0]), expected)
 
 
-def test_timing_decides_where_several_suit(packed):
-    loaded = export.load(packed[0], seconds=0.05, processor="x86-vnni")
-    assert set(loaded.timings_ms) == {"x86-avx2", "arm"}
-    assert loaded.chosen == min(loaded.timings_ms, key=loaded.timings_ms.get)
+def planted(monkeypatch, **ms):
+    """Timings as they are given, instead of measured."""
+    turns = {name: [Turn(t, t) for t in times] for name, times in ms.items()}
+    order = {"x86-avx2": "avx2", "arm": "arm", "float": "plain"}
+    monkeypatch.setattr(
+        "gradq.export.bundles.interleave", lambda calls, **_: {n: turns[order[n]] for n in calls}
+    )
+
+
+@pytest.mark.parametrize(
+    ("ms", "chosen"),
+    [
+        ({"avx2": [1.0, 1.0, 1.04], "arm": [0.97, 0.99, 1.0], "plain": [2.0] * 3}, "x86-avx2"),  # noise
+        ({"avx2": [1.0, 1.0, 1.0], "arm": [0.7, 1.0, 0.7], "plain": [2.0] * 3}, "x86-avx2"),  # not always
+        ({"avx2": [1.0, 1.0, 1.0], "arm": [0.7, 0.8, 0.7], "plain": [2.0] * 3}, "arm"),
+        ({"avx2": [1.0, 1.0, 1.0], "arm": [0.7, 0.8, 0.7], "plain": [0.5] * 3}, "float"),
+    ],
+)
+def test_the_native_variant_is_taken_unless_another_is_clearly_faster(packed, monkeypatch, ms, chosen):
+    planted(monkeypatch, **ms)
+    loaded = export.load(packed[0], processor="x86-vnni")
+    assert set(loaded.timings_ms) == {"x86-avx2", "arm", "float"}
+    assert loaded.chosen == chosen
     assert "at batch 1, against" in loaded.why
+    assert ("made for it" in loaded.why) or chosen == "x86-avx2"
+
+
+def test_a_choice_can_be_pinned(packed):
     asked = export.load(packed[0], choose="arm")
     assert (asked.chosen, asked.why) == ("arm", "arm: asked for")
     first = export.load(packed[0], seconds=0, processor="arm")
@@ -125,9 +151,9 @@ def test_int4_for_batch_one_in_a_folder(packed, tmp_path):
     _, qmodel, batches = packed
     export.bundle(qmodel, tmp_path / "b", variants=("x86-vnni", "edge-int4"))
     export.bundle(qmodel, tmp_path / "b", variants=("edge-int4",))  # replaces a bundle
-    assert {p.name for p in (tmp_path / "b").iterdir()} == {"manifest.json", "edge-int4.onnx"}
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {"manifest.json", "edge-int4.onnx", "float.onnx"}
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
-    loaded = export.load(tmp_path / "b")
+    loaded = export.load(tmp_path / "b", choose="edge-int4")
     truth = quant.integer_reference(export.variant(qmodel, "edge-int4"))(batches[0])
     error = (torch.from_numpy(loaded(batches[0])[0]) - truth).abs().max() / truth.abs().max()
     assert float(error) < 0.05

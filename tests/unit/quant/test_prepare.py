@@ -105,7 +105,7 @@ class TestEveryModel:
         sources = [n.args[0] for n in nodes]
         assert len(set(sources)) == len(sources) == len(quant.prepare_info(qmodel).activations)
         # nothing is quantized twice in a row, through whatever only moves elements
-        from gradq.quant.placement import source_of
+        from gradq.quant.operators import source_of
 
         for node in nodes:
             assert source_of(node.args[0], qmodel) not in nodes

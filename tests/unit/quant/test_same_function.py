@@ -246,7 +246,7 @@ def test_constants_made_in_forward_are_no_activations(kind):
     quant.calibrate(qmodel, [x], show_progress=False)
     assert distance(model, qmodel, x) < 1e-6
     assert sqnr(model(x), qmodel(x)) > 30
-    from gradq.quant.placement import constants
+    from gradq.quant.operators import constants
 
     fixed = constants(qmodel)
     for node in qmodel.graph.nodes:
