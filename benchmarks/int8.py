@@ -107,7 +107,10 @@ def contenders(kind: str, smoke: bool, folder: Path, torchao: str | None) -> tup
         files[name] = folder / f"{kind}-{len(files)}.onnx"
         report = export.onnx(qmodel, files[name])
         print(f"{report} ({time.perf_counter() - started:.0f} s)", flush=True)
-    files |= peers.onnxruntime_files(kind, files["fp32"], [x.numpy() for x in calibration], folder, target)
+    name = export.session(files["fp32"]).get_inputs()[0].name
+    feeds = [{name: x.numpy()} for x in calibration]
+    linear = kind in ("transformer", "mlp")
+    files |= peers.onnxruntime_files(kind, files["fp32"], feeds, folder, target, linear=linear)
     if torchao is not None:
         files |= peers.torchao_files(kind, torchao, folder, smoke, target)
     return files, inputs

@@ -15,14 +15,29 @@ HERE = Path(__file__).parent
 
 
 def onnxruntime_files(
-    kind: str, fp32: Path, calibration: list[npt.NDArray[Any]], folder: Path, target: str
+    kind: str,
+    fp32: Path,
+    calibration: list[dict[str, npt.NDArray[Any]]],
+    folder: Path,
+    target: str,
+    *,
+    linear: bool,
+    static: bool = True,
 ) -> dict[str, Path]:
     """What onnxruntime.quantization makes of the fp32 file: name → file.
 
     Static: QDQ, u8 activations, s8 weights per channel, after its own preprocessing. Dynamic where it
     applies. Without VNNI weights have 7 bits (``reduce_range``), as its documentation advises.
+
+    Args:
+        kind: begins the files' names.
+        fp32: the float file.
+        calibration: inputs by name.
+        folder: for the files.
+        target: of `gradq.quant.detect_target`.
+        linear: quantize matrix products and lookups only, and make a dynamic file, too: for transformers.
+        static: make a static file.
     """
-    import onnxruntime
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -33,11 +48,10 @@ def onnxruntime_files(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     logging.getLogger().setLevel(logging.ERROR)
-    name = onnxruntime.InferenceSession(str(fp32), providers=["CPUExecutionProvider"]).get_inputs()[0].name
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches: Iterator[dict[str, Any]] = iter([{name: x} for x in calibration])
+            self.batches: Iterator[dict[str, Any]] = iter(calibration)
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
@@ -45,14 +59,16 @@ def onnxruntime_files(
     ready = folder / f"{kind}-ready.onnx"
     quant_pre_process(str(fp32), str(ready), skip_symbolic_shape=True)
     reduce = target == "x86-avx2"
-    files = {"onnxruntime static": folder / f"{kind}-ort-static.onnx"}
-    operators = ["MatMul", "Gemm", "Gather"] if kind == "transformer" else None
-    quantize_static(
-        str(ready), str(files["onnxruntime static"]), Reader(), quant_format=QuantFormat.QDQ,
-        per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, reduce_range=reduce,
-        op_types_to_quantize=operators,
-    )  # fmt: skip
-    if kind in ("transformer", "mlp"):
+    files = {}
+    if static:
+        files["onnxruntime static"] = folder / f"{kind}-ort-static.onnx"
+        operators = ["MatMul", "Gemm", "Gather"] if linear and kind != "mlp" else None
+        quantize_static(
+            str(ready), str(files["onnxruntime static"]), Reader(), quant_format=QuantFormat.QDQ,
+            per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            reduce_range=reduce, op_types_to_quantize=operators,
+        )  # fmt: skip
+    if linear:
         files["onnxruntime dynamic"] = folder / f"{kind}-ort-dynamic.onnx"
         quantize_dynamic(
             str(ready), str(files["onnxruntime dynamic"]), per_channel=True, weight_type=QuantType.QInt8,

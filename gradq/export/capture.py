@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from gradq.errors import ConfigError, ExportError, GradqError
 from gradq.export.inputs import leaf_names
+from gradq.export.subpixel import Subpixel
 from gradq.quant.attention import QuantMultiheadAttention
 from gradq.quant.batches import unwrap
 from gradq.quant.fake import ActQuant, FakeQuantize, WeightQuant
@@ -33,6 +34,7 @@ from gradq.quant.modules import QuantEmbedding, QuantLayer, QuantLinear, _QuantC
 from gradq.quant.prepare import finalize
 from gradq.quant.recurrent import _QuantCell
 from gradq.quant.tracing import example_arguments
+from gradq.quant.transposed import QuantConvTranspose
 
 __all__ = [
     "DOMAIN",
@@ -75,6 +77,7 @@ class Layer:
         bias: (O,) fp32, or None.
         rows: which rows of the weight this node computes; None for all.
         geometry: strides, pads, dilations and group of a convolution.
+        subpixel: of a transposed convolution; `geometry` is then that of the convolution of its phases.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Layer:
     bias: Tensor | None
     rows: slice | None = None
     geometry: dict[str, Any] = field(default_factory=dict)
+    subpixel: Subpixel | None = None
 
 
 @dataclass
@@ -411,6 +415,28 @@ class _Table:
 
         return _emit("Layer", [x], self._add(make), (x.shape[0], *size), x.dtype, rank=x.ndim)
 
+    def conv_transpose(self, x: Tensor, layer: QuantConvTranspose) -> Tensor:
+        x = self.quantize(x, layer.input_quant)
+        padding: Any = layer.padding
+        more = layer.output_padding
+        pixels = Subpixel(layer.stride[0], layer.kernel_size, padding, more)
+        ends = [taps - 1 for taps in pixels.taps]
+        geometry = {
+            "kernel_shape": list(pixels.taps), "strides": [1] * len(ends), "dilations": [1] * len(ends),
+            "pads": [*ends, *ends], "group": layer.groups,
+        }  # fmt: skip
+        size: list[Any] = [layer.out_channels]
+        for i, (k, s) in enumerate(zip(layer.kernel_size, layer.stride, strict=True)):
+            size.append((x.shape[2 + i] - 1) * s - 2 * padding[i] + k + more[i])
+
+        def make() -> Layer:
+            q, weight, bias = layer.weight_quant, layer.effective_weight(), layer.effective_bias()
+            if bias is not None:
+                bias = bias.repeat_interleave(pixels.phases)
+            return Layer(q.name, "conv", weight, q, bias, geometry=geometry, subpixel=pixels)
+
+        return _emit("Layer", [x], self._add(make), (x.shape[0], *size), x.dtype, rank=x.ndim)
+
     def embedding(self, ids: Tensor, layer: QuantEmbedding) -> Tensor:
         def make() -> Layer:
             return Layer(layer.weight_quant.name, "embedding", layer.weight, layer.weight_quant, None)
@@ -459,6 +485,8 @@ def _install(model: nn.Module) -> _Table:
             module.__dict__["forward"] = _bind(lambda m, x: table.quantize(x, m), module)
         elif isinstance(module, _QuantConv):
             module.__dict__["forward"] = _bind(lambda m, x: table.conv(x, m), module)
+        elif isinstance(module, QuantConvTranspose):
+            module.__dict__["forward"] = _bind(lambda m, x: table.conv_transpose(x, m), module)
         elif isinstance(module, QuantLinear):
             module.__dict__["forward"] = _bind(lambda m, x: table.linear(x, m.input_quant, m), module)
         elif isinstance(module, QuantEmbedding):

@@ -82,8 +82,10 @@ class Lowering(LayerLowering):
                 entry = self.entries[attributes_of(node)["index"]]
                 if isinstance(entry, Quantizer):
                     self._quantize(node, entry)
-                else:
+                elif entry.subpixel is None:
                     self._layer(node, entry)
+                else:
+                    self._transposed(node, entry)
             elif node.input and node.input[0] in self.quantized and self._is_move(node):
                 self._move(node)
             elif node.input and node.input[0] in self.quantized and self._is_global_mean(node):
@@ -137,7 +139,7 @@ class Lowering(LayerLowering):
         )
         clip = self.clips.get(source, Bound(source, None, None))
         low, high = saturation(entry.quantizer, clip.low, clip.high)
-        value, shape = self.reshaped.get(clip.source, (clip.source, ""))
+        value, shuffles = self.reshaped.get(clip.source, (clip.source, ()))
         codes = self.builder.node("QuantizeLinear", [value, scale, zero], name)
         limits = np.iinfo(dtype)
         if low > limits.min or high < limits.max:
@@ -146,8 +148,8 @@ class Lowering(LayerLowering):
                 for end, bound in (("low", low), ("high", high))
             ]
             codes = self.builder.node("Clip", [codes, *ends], f"{name}.clip")
-        if shape:
-            codes = self.builder.node("Reshape", [codes, shape], f"{name}.reshape")
+        for op, inputs, attributes in shuffles:
+            codes = self.builder.node(op, [codes, *inputs], f"{name}.{op.lower()}", **attributes)
         self._offer(Codes(codes, scale, zero, entry, source), out)
 
     def _quantize_dynamic(self, source: str, out: str, entry: Quantizer) -> None:
@@ -206,8 +208,21 @@ class Lowering(LayerLowering):
         codes = self.builder.nodes_out(
             node.op_type, inputs, f"{node.name}.codes", len(node.output), **attributes
         )
+        unpadded = self._spatial_zeros(node, value) if node.op_type == "Pad" else None
         for moved, out in zip(codes, node.output, strict=True):
-            self._offer(replace(value, codes=moved, moved=True), out)
+            self._offer(replace(value, codes=moved, moved=True, unpadded=unpadded), out)
+
+    def _spatial_zeros(self, node: Any, value: Codes) -> tuple[str, tuple[int, ...]] | None:
+        """What a convolution may do instead of a Pad: zeros around the spatial axes, as it pads itself."""
+        ends = self.constants.get(node.input[1])
+        axes = len(node.input) > 3 and node.input[3]
+        if axes or ends is None or attributes_of(node).get("mode", b"constant") != b"constant":
+            return None
+        rank = len(ends) // 2
+        begin, end = ends[:rank], ends[rank:]
+        if rank < 3 or (ends < 0).any() or begin[:2].any() or end[:2].any():
+            return None
+        return value.codes, tuple(int(n) for n in (*begin[2:], *end[2:]))
 
     def _is_global_mean(self, node: Any) -> bool:
         """True for a mean over both axes of images between quantizers, which has an integer operator."""
@@ -226,7 +241,7 @@ class Lowering(LayerLowering):
         y = self.builder.node("GlobalAveragePool", [x], node.name)
         shape = self.builder.constant(f"{node.name}.shape", np.array([0, -1], np.int64))
         self.builder.node("Reshape", [y, shape], f"{node.name}.reshape", output=out)
-        self.reshaped[out] = (y, shape)
+        self.reshaped[out] = (y, (("Reshape", [shape], {}),))
 
     def _is_integer_gate(self, node: Any) -> bool:
         """True for ``clip(x/6 + 1/2, 0, 1)`` between static quantizers."""

@@ -37,6 +37,8 @@ _ACTIVATIONS = frozenset(
     }
 )  # fmt: skip
 _MICROSOFT = "com.microsoft"
+# an operator that moves elements: its name, its inputs behind the first, its attributes
+Shuffle = tuple[str, list[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Codes:
         entry: the quantizer it came from.
         source: name of the float value it was quantized from.
         moved: True if elements were moved since.
+        unpadded: the codes before zeros were put around the spatial axes, and how many at each begin and end.
     """
 
     codes: str
@@ -58,6 +61,15 @@ class Codes:
     entry: Quantizer
     source: str
     moved: bool = False
+    unpadded: tuple[str, tuple[int, ...]] | None = None
+
+    def without_padding(self, geometry: dict[str, Any]) -> tuple[Codes, dict[str, Any]]:
+        """What a convolution reads that puts the zeros there itself, and its geometry."""
+        if self.unpadded is None:
+            return self, geometry
+        codes, more = self.unpadded
+        pads = [a + b for a, b in zip(geometry["pads"], more, strict=True)]
+        return replace(self, codes=codes, unpadded=None), geometry | {"pads": pads}
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class LayerLowering:
         self.builder = Builder()
         self.quantized: dict[str, Codes] = {}
         self.clips: dict[str, Bound] = {}
-        self.reshaped: dict[str, tuple[str, str]] = {}
+        self.reshaped: dict[str, tuple[str, tuple[Shuffle, ...]]] = {}
         self.constants: dict[str, np.ndarray[Any, Any]] = {}
         self.forms: dict[str, str] = {}
         self.notes: list[tuple[str, str]] = []
@@ -139,6 +151,51 @@ class LayerLowering:
         self.forms[layer.name] = form
         self.products |= {node.name for node in self.builder.nodes[start:]}
 
+    def _transposed(self, node: Any, layer: Layer) -> None:
+        """A transposed convolution: the convolution of its phases, which are then put side by side."""
+        out, shuffles = node.output[0], self._interleave(layer)
+        if not shuffles:
+            self._layer(node, layer)
+            return
+        phases = self.builder.unique(f"{out}.phases")
+        self.readers[phases] = self.readers.get(out, [])
+        node.output[0] = phases
+        self._layer(node, layer)
+        value = phases
+        for i, (op, inputs, attributes) in enumerate(shuffles):
+            last = i + 1 == len(shuffles)
+            value = self.builder.node(
+                op, [value, *inputs], f"{layer.name}.{op.lower()}", output=out if last else "", **attributes
+            )
+        self.reshaped[out] = (phases, shuffles)
+
+    def _interleave(self, layer: Layer) -> tuple[Shuffle, ...]:
+        """What puts (B, O·s^d, …) into (B, O, …·s), and cuts the borders off."""
+        pixels, name, b = layer.subpixel, layer.name, self.builder
+        assert pixels is not None
+        s, d = pixels.stride, len(pixels.kernel)
+        shuffles: list[Shuffle] = []
+        if s > 1 and d == 2:
+            shuffles.append(("DepthToSpace", [], {"blocksize": s, "mode": "CRD"}))
+        elif s > 1:
+            outputs = layer.weight.shape[0]
+            apart, whole = (
+                b.constant(f"{name}.{key}", np.array(shape, np.int64))
+                for key, shape in (("apart", [0, outputs, s, -1]), ("whole", [0, outputs, -1]))
+            )
+            shuffles += [
+                ("Reshape", [apart], {}), ("Transpose", [], {"perm": [0, 1, 3, 2]}), ("Reshape", [whole], {})
+            ]  # fmt: skip
+        if not any(begin or end for begin, end in pixels.cuts):
+            return tuple(shuffles)
+        begins = [begin for begin, _ in pixels.cuts]
+        ends = [-end if end else np.iinfo(np.int64).max for _, end in pixels.cuts]
+        parts = [
+            b.constant(f"{name}.{key}", np.array(v, np.int64))
+            for key, v in (("begins", begins), ("ends", ends), ("axes", list(range(2, 2 + d))))
+        ]
+        return (*shuffles, ("Slice", parts, {}))
+
     @staticmethod
     def _is_dynamic(value: Codes | None) -> bool:
         return value is not None and value.entry.quantizer.format.is_dynamic
@@ -168,9 +225,10 @@ class LayerLowering:
         if not self._is_quantized_next(out):
             self._conv_to_float(value, out, layer)
             return
+        value, geometry = value.without_padding(layer.geometry)
         x = self._float_view(value, layer.name)
         inputs = [x, *self._operands(value, layer)]
-        self.builder.node("Conv", inputs, layer.name, output=out, **layer.geometry)
+        self.builder.node("Conv", inputs, layer.name, output=out, **geometry)
 
     def _is_quantized_next(self, out: str) -> bool:
         """True if every reader of a value is a quantizer, a bound in front of it aside."""
@@ -188,6 +246,7 @@ class LayerLowering:
         """
         import onnx
 
+        value, geometry = value.without_padding(layer.geometry)
         b, name = self.builder, layer.name
         codes, scale, zero = codes_of(layer)
         shift = 128 if layer.quantizer.format.symmetric else 0
@@ -200,7 +259,7 @@ class LayerLowering:
             moved = b.node("Add", [wide, middle], f"{name}.move")
             x = b.node("Cast", [moved], f"{name}.input_u8", to=onnx.TensorProto.UINT8)
             x_zero = b.constant(f"{name}.input_zero_point", np.array(128, np.uint8))
-        total = b.node("ConvInteger", [x, weight, x_zero, offset], name, **layer.geometry)
+        total = b.node("ConvInteger", [x, weight, x_zero, offset], name, **geometry)
         x_scale, w_scale = value.entry.quantizer.scale.detach(), _tensor(scale)
         shape = (-1,) + (1,) * (layer.weight.ndim - 2)
         if layer.bias is not None:
@@ -229,7 +288,7 @@ class LayerLowering:
         y = self.builder.node("Gemm", [self._float_view(flat, name), *operands], name, transB=1)
         shape = self._shape_of(value.codes, out, outputs, name)
         self.builder.node("Reshape", [y, shape], f"{name}.from_rows", output=out)
-        self.reshaped[out] = (y, shape)
+        self.reshaped[out] = (y, (("Reshape", [shape], {}),))
 
     def _feeds_activation(self, out: str) -> bool:
         """True if the runtime would fuse a float activation into the Gemm, and so lose the integers."""

@@ -136,6 +136,9 @@ def codes_of(layer: Layer) -> tuple[Array, Array, Array]:
     quantizer = layer.quantizer
     codes = quantizer.quantize(layer.weight.detach()).numpy()
     scale, zero = quantizer.scale.detach().numpy(), quantizer.zero_point.numpy()
+    if layer.subpixel is not None:
+        pixels = layer.subpixel
+        return pixels.rearrange(codes, zero), pixels.repeat(scale), pixels.repeat(zero)
     if layer.rows is None:
         return codes, scale, zero
     if len(scale) > 1:
@@ -154,6 +157,8 @@ def _stored(builder: Builder, layer: Layer, codes: Array) -> str:
     if not fmt.is_uniform:
         assert layer.quantizer.codebook is not None
         table = layer.quantizer.codebook.numpy().astype(np.int8)
+        if not np.isin(codes, table).all():  # a phase without a tap, and a table without a zero
+            return builder.constant(name, codes.astype(np.int8))
         index = np.searchsorted(table, codes)
         indices = builder.constant(f"{layer.name}.indices", index, nibbles="UINT4")
         wide = builder.node("Cast", [indices], f"{layer.name}.cast", to=onnx.TensorProto.INT32)

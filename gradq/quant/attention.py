@@ -17,7 +17,7 @@ from torch.nn import functional
 from gradq.errors import UnsupportedError
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
-from gradq.quant.modules import QuantLayer, QuantLinear, _share
+from gradq.quant.modules import QuantLayer, QuantLinear, share_parameters
 
 __all__ = ["QuantMultiheadAttention", "QuantTransformerEncoder", "QuantTransformerEncoderLayer"]
 
@@ -87,7 +87,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
             batch_first=layer.batch_first,
             device="meta",
         )
-        _share(new, layer)
+        share_parameters(new, layer)
         new.out_proj = layer.out_proj
         new._attach_attention(weights, activations, num_inputs, **kw)
         return new

@@ -22,10 +22,12 @@ from gradq.quant.info import FloatModel
 from gradq.quant.layers import CONVOLUTIONS, layer_kind
 from gradq.quant.modules import QUANTIZED, QuantEmbedding, QuantLayer, QuantLinear
 from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell
+from gradq.quant.transposed import TRANSPOSED, why_transposed_stays_float
 
 __all__ = ["SwapInfo", "swap", "swap_info", "unswapped"]
 
 _KEY = "gradq_swap"
+_WITH_WEIGHTS: Any = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.LSTM, nn.GRU, nn.RNN, nn.EmbeddingBag)
 
 
 @dataclass
@@ -81,7 +83,7 @@ def swap(model: nn.Module, config: Config | None = None, *, keep_float: bool = T
         if id(module) not in made:
             new = _quantized(name, module, config)
             if new is None:
-                if isinstance(module, (nn.Linear, *CONVOLUTIONS, nn.LSTM, nn.GRU, nn.RNN, nn.EmbeddingBag)):
+                if isinstance(module, _WITH_WEIGHTS):
                     info.float_islands.append((name, f"{type(module).__name__} has no quantized form here"))
                 continue
             weight = new.effective_weight()
@@ -118,8 +120,11 @@ def unswapped(model: nn.Module) -> nn.Module:
 
 
 def _quantized(name: str, module: nn.Module, config: Config) -> QuantLayer | None:
-    kind = layer_kind(module)
-    convolution, embedding = kind in CONVOLUTIONS, isinstance(module, nn.Embedding)
+    kind = next((k for k in TRANSPOSED if isinstance(module, k)), None) or layer_kind(module)
+    if kind in TRANSPOSED and why_transposed_stays_float(module):
+        return None
+    convolution = kind in CONVOLUTIONS or kind in TRANSPOSED
+    embedding = isinstance(module, nn.Embedding)
     fmt = config.weight_format(name, convolution=convolution, embedding=embedding)
     if fmt is None:
         return None
@@ -127,7 +132,7 @@ def _quantized(name: str, module: nn.Module, config: Config) -> QuantLayer | Non
     kw = {"observer": config.observer, "weight_observer": config.weight_observer, "name": name}
     plain: Any = module
     if convolution:
-        return QUANTIZED[kind].from_float(plain, fmt, act, **kw)  # type: ignore[index, no-any-return]
+        return (QUANTIZED | TRANSPOSED)[kind].from_float(plain, fmt, act, **kw)  # type: ignore[index, no-any-return]
     if kind is nn.Linear:
         return QuantLinear.from_float(plain, fmt, act, **kw)
     if embedding and plain.max_norm is None and not plain.sparse:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 __all__ = ["FoldRecord", "equalize_pair", "fold_batch_norm", "unfold_batch_norm"]
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @dataclass
 class FoldRecord:
@@ -31,19 +33,28 @@ def _factors(bn: Any) -> tuple[Tensor, Tensor]:
     return f, beta
 
 
+def _per_output(layer: Any, f: Tensor) -> Tensor:
+    """(O,) factors in the shape of the layer's weight: (O, …) or, transposed, (I, O / groups, …)."""
+    ones = (1,) * (layer.weight.ndim - 2)
+    if not isinstance(layer, _TRANSPOSED):
+        return f.view(-1, 1, *ones)
+    apart = f.view(layer.groups, 1, -1).expand(-1, layer.in_channels // layer.groups, -1)
+    return apart.reshape(layer.in_channels, -1, *ones)
+
+
 @torch.no_grad()
 def fold_batch_norm(layer: Any, bn: Any) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight and bias of one layer that computes layer and batch norm (in evaluation).
 
     Args:
-        layer: a linear layer or convolution, weight (O, …).
+        layer: a linear layer or (transposed) convolution of O outputs.
         bn: its batch norm, O features. Neither is changed.
 
     Returns:
         weight like the layer's and bias (O,), new parameters.
     """
     f, beta = _factors(bn)
-    weight = layer.weight.double() * f.view(-1, *(1,) * (layer.weight.ndim - 1))
+    weight = layer.weight.double() * _per_output(layer, f)
     bias = layer.bias.double() if layer.bias is not None else torch.zeros_like(f)
     bias = beta + (bias - bn.running_mean.double()) * f
     dtype = layer.weight.dtype
@@ -61,7 +72,7 @@ def unfold_batch_norm(weight: Tensor, bias: Tensor, layer: Any, bn: Any) -> None
     and γ stay, and the weight and β change; where γ is 0 the weight is kept and cannot have mattered.
 
     Args:
-        weight: (O, …) folded weight.
+        weight: folded weight, of the shape of the layer's.
         bias: (O,) folded bias.
         layer: the original layer.
         bn: its batch norm.
@@ -75,8 +86,7 @@ def unfold_batch_norm(weight: Tensor, bias: Tensor, layer: Any, bn: Any) -> None
         # a channel with γ = 0 has no inverse: give it f = 1
         bn.weight[dead] = (bn.running_var[dead] + bn.eps).sqrt()
         f, _ = _factors(bn)
-    shape = (-1, *(1,) * (weight.ndim - 1))
-    layer.weight.copy_((weight.double() / f.view(shape)).to(layer.weight.dtype))
+    layer.weight.copy_((weight.double() / _per_output(layer, f)).to(layer.weight.dtype))
     old = layer.bias.double() if layer.bias is not None else torch.zeros_like(f)
     beta = bias.double() - (old - bn.running_mean.double()) * f
     if bn.bias is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-__all__ = ["BATCH_NORMS", "CONVOLUTIONS", "layer_kind", "make_layers"]
+__all__ = ["BATCH_NORMS", "CONVOLUTIONS", "layer_kind", "make_layers", "num_outputs"]
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -32,6 +32,11 @@ def layer_kind(module: nn.Module) -> type[nn.Module] | None:
             convolves = getattr(type(module), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
             return kind if same and convolves else None
     return None
+
+
+def num_outputs(layer: Any) -> int:
+    """Output channels or features of a linear layer or (transposed) convolution."""
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
 
 
 def make_layers(traced: fx.GraphModule) -> dict[str, str]:

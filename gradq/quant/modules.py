@@ -26,6 +26,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLayer",
     "QuantLinear",
+    "share_parameters",
 ]
 
 T = TypeVar("T", bound="QuantLayer")
@@ -144,7 +145,7 @@ class QuantLayer(nn.Module):
         return out.dequantize() if isinstance(out, Accumulator) else out
 
 
-def _share(new: nn.Module, old: nn.Module) -> None:
+def share_parameters(new: nn.Module, old: nn.Module) -> None:
     """Make `new` hold the very parameters of `old`, its training mode and its plain attributes."""
     for key, parameter in old._parameters.items():
         new._parameters[key] = parameter
@@ -191,7 +192,7 @@ class QuantLinear(QuantLayer, nn.Linear):
         """A quantized layer that holds the very parameters of a float one."""
         new = cls.__new__(cls)
         nn.Linear.__init__(new, layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        _share(new, layer)
+        share_parameters(new, layer)
         new._attach(weights, activations, **_with_defaults(kw))
         return new
 
@@ -302,7 +303,7 @@ class _QuantConv(QuantLayer):
             padding_mode=layer.padding_mode,
             device="meta",
         )
-        _share(new, layer)
+        share_parameters(new, layer)
         new._attach(weights, activations, **_with_defaults(kw))
         return new
 
@@ -397,7 +398,7 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
             new, layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx, device="meta",
             scale_grad_by_freq=layer.scale_grad_by_freq,
         )  # fmt: skip
-        _share(new, layer)
+        share_parameters(new, layer)
         new._attach(weights, None, **_with_defaults(kw))
         return new
 

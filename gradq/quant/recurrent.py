@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
-from gradq.quant.modules import QuantLayer, _share
+from gradq.quant.modules import QuantLayer, share_parameters
 
 __all__ = ["QuantGRUCell", "QuantLSTMCell", "why_float"]
 
@@ -38,7 +38,7 @@ class _QuantCell(QuantLayer):
         new: Any = cls.__new__(cls)
         base = nn.LSTMCell if issubclass(cls, nn.LSTMCell) else nn.GRUCell
         base.__init__(new, cell.input_size, cell.hidden_size, cell.bias, device="meta")
-        _share(new, cell)
+        share_parameters(new, cell)
         new._attach_cell(weights, activations, **kw)
         return new
 

@@ -71,7 +71,7 @@ def _batches(loader: Iterable[Any], num_batches: int | None) -> list[Any]:
 
 def _channel_mean(layer: QuantLayer, out: Tensor) -> Tensor:
     """(O,) mean over everything but the channels."""
-    axis = 1 if isinstance(layer, _QuantConv) else out.ndim - 1
+    axis = 1 if layer.is_convolution else out.ndim - 1
     return out.double().mean([d for d in range(out.ndim) if d != axis])
 
 

@@ -13,10 +13,11 @@ from torch.nn import functional
 from gradq.quant.config import Config
 from gradq.quant.folding import FoldRecord, equalize_pair, fold_batch_norm
 from gradq.quant.info import PrepareInfo
-from gradq.quant.layers import BATCH_NORMS, CONVOLUTIONS, layer_kind
+from gradq.quant.layers import BATCH_NORMS, CONVOLUTIONS, layer_kind, num_outputs
 from gradq.quant.modules import _QuantConv
 from gradq.quant.operators import matches
 from gradq.quant.swapping import set_module
+from gradq.quant.transposed import TRANSPOSED
 
 __all__ = ["attach_live", "equalize", "expand_gates", "fold_batch_norms"]
 
@@ -46,11 +47,11 @@ def fold_batch_norms(traced: fx.GraphModule, config: Config, info: PrepareInfo, 
         before = node.args[0]
         layer: Any = traced.get_submodule(before.target) if before.op == "call_module" else None
         reason = None
-        if layer is None or layer_kind(layer) is None:
+        if layer is None or not _folds(layer):
             reason = "no convolution or linear layer in front of it"
-        elif dims.get(before.name) != _dims_of_channels(layer) or bn.num_features != len(layer.weight):
+        elif dims.get(before.name) != _dims_of_channels(layer) or bn.num_features != num_outputs(layer):
             reason = f"its channels are another axis than the outputs of {before.target}"
-        elif isinstance(layer, nn.Linear) and config.batch_norm == "train":
+        elif layer_kind(layer) not in CONVOLUTIONS and config.batch_norm == "train":
             reason = "live batch norm is for convolutions; use batch_norm='fold'"
         elif len(before.users) > 1 or calls[before.target] > 1 or calls[node.target] > 1:
             reason = f"{before.target} or its output is used more than once"
@@ -74,6 +75,13 @@ def fold_batch_norms(traced: fx.GraphModule, config: Config, info: PrepareInfo, 
         traced.delete_submodule(node.target)
         info.folded.append(record)
     traced.recompile()
+
+
+def _folds(layer: nn.Module) -> bool:
+    """True for the layers that batch norm can be folded into."""
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return type(layer) in (*TRANSPOSED, nn.ConvTranspose3d)
+    return layer_kind(layer) is not None
 
 
 def _dims_of_channels(layer: nn.Module) -> int:
@@ -121,7 +129,8 @@ def expand_gates(traced: fx.GraphModule) -> None:
             continue
         x: Any = node.args[0]
         layer = traced.get_submodule(str(x.target)) if x.op == "call_module" else None
-        if layer is None or layer_kind(layer) not in CONVOLUTIONS:
+        convolves = type(layer) in TRANSPOSED or (layer is not None and layer_kind(layer) in CONVOLUTIONS)
+        if not convolves:
             continue
         with traced.graph.inserting_before(node):
             gated = traced.graph.call_function(gate, (x,))

@@ -25,6 +25,7 @@ from gradq.quant.modules import (
 )
 from gradq.quant.operators import op_name
 from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell, why_float
+from gradq.quant.transposed import TRANSPOSED, why_transposed_stays_float
 
 __all__ = ["Swapper", "set_module"]
 
@@ -41,7 +42,7 @@ _PRODUCTS = frozenset({
     "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear", "lstm", "gru", "rnn_tanh",
     "rnn_relu", "embedding_bag",
 })  # fmt: skip
-_FLOAT_WEIGHTS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Bilinear, nn.EmbeddingBag)
+_FLOAT_WEIGHTS = (nn.ConvTranspose3d, nn.Bilinear, nn.EmbeddingBag)
 
 
 def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -99,14 +100,18 @@ class Swapper:
         if isinstance(module, _FLOAT_WEIGHTS):
             self.info.float_islands.append((name, f"nn.{type(module).__name__} has no integer form here"))
             return module
+        if isinstance(module, tuple(TRANSPOSED)) and (reason := why_transposed_stays_float(module)):
+            self.info.float_islands.append((name, reason))
+            return module
         new = self._swap(name, module, node)
         self.swapped[id(module)] = module, new
         return new
 
     def _swap(self, name: str, module: nn.Module, node: fx.Node | None) -> nn.Module:
         config = self.config
-        kind = layer_kind(module)
-        convolution, embedding = kind in CONVOLUTIONS, isinstance(module, nn.Embedding)
+        kind = next((k for k in TRANSPOSED if isinstance(module, k)), None) or layer_kind(module)
+        convolution = kind in CONVOLUTIONS or kind in TRANSPOSED
+        embedding = isinstance(module, nn.Embedding)
         kw = {"observer": config.observer, "weight_observer": config.weight_observer, "name": name}
         if isinstance(module, _COMPOSITES):
             return self._swap_inside(name, module)
@@ -119,7 +124,7 @@ class Swapper:
         if convolution:
             if fmt is None:
                 return module
-            new = QUANTIZED[kind].from_float(module, fmt, None, **kw)  # type: ignore[index]
+            new = (QUANTIZED | TRANSPOSED)[kind].from_float(module, fmt, None, **kw)  # type: ignore[index]
         elif isinstance(module, nn.MultiheadAttention):
             if fmt is None:
                 return module
