@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from gradq.errors import PeerError, UnsupportedError
 from gradq.handshake import gather, meeting, reason
 from gradq.metrics import Event, Metrics
 
-__all__ = ["Links", "PeerChannel", "open_channels"]
+__all__ = ["BringsChannels", "Links", "PeerChannel", "open_channels"]
 
 
 _BACKENDS = ("gloo", "mpi4py")  # what can post a receive before the send, and tell messages apart by tags
@@ -45,9 +45,9 @@ class Links:
     """A process group of gradq's own, until it is closed.
 
     Args:
-        group: has `send` and `recv`; no one else may use it.
-        store: where ranks leave word why they give up; None if there is none.
-        destroy: called on closing.
+        group: a process group with `send` and `recv` that nobody else uses.
+        store: the store in which ranks leave word why they give up; None if there is none.
+        destroy: a function that is called on closing.
     """
 
     def __init__(
@@ -115,6 +115,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_to_parent)
 
 
+@runtime_checkable
+class BringsChannels(Protocol):
+    """A process group with channels of its own: `gradq.testing.InProcessGroup`."""
+
+    def open_channels(
+        self, count: int, metrics: Metrics, timeout: timedelta | None
+    ) -> tuple[Sequence[Channel], Callable[[BaseException | None], None]]:
+        """See `open_channels`."""
+
+
 class _Exchange:
     """Receives and sends under way."""
 
@@ -175,9 +185,9 @@ class PeerChannel:
 
     Args:
         links: a process group of gradq's own.
-        metrics: takes the exchange times.
-        index: of this channel among those that share the group.
-        count: of those.
+        metrics: receiver of the exchange times.
+        index: number of this channel among those that share the group.
+        count: how many channels share the group.
     """
 
     def __init__(self, links: Links, metrics: Metrics, index: int = 0, count: int = 1) -> None:
@@ -226,11 +236,11 @@ def open_channels(
     """Connect the ranks of a group once more, for gradq alone. All its ranks must call this together.
 
     Args:
-        group: whose ranks take part.
+        group: the process group whose ranks take part.
         count: number of channels.
-        metrics: takes the exchange times.
+        metrics: receiver of the exchange times.
         timeout: limit for one exchange; the group's own by default.
-        device: of the messages; the CPU by default.
+        device: device of the messages; the CPU by default.
 
     Returns:
         The channels, and a function that ends their connections; given an error, it leaves word of it for the
@@ -241,6 +251,8 @@ def open_channels(
     """
     if group.size() == 1:
         return [], lambda error: None
+    if isinstance(group, BringsChannels):
+        return group.open_channels(count, metrics, timeout)
     if device is not None and device.type != "cpu":
         from gradq.collectives.streams import open_stream_channels
 

@@ -1,7 +1,8 @@
 """What the ranks must agree on, computed in one process, parameter by parameter, in plain words.
 
 It shares codecs and kernels with the library and nothing else: no buckets, no messages, no threads. `run` is
-what every rank of the DDP tests executes; `expected` predicts its gradients to the bit.
+what every rank of the DDP tests executes, `run_here` does the same with all ranks in this process and without
+DDP; `expected` predicts the gradients of both to the bit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 import gradq
 from gradq import rng, wire
 from gradq.kernels.low_rank import low_rank_kernels
-from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Policy, Spec
+from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Policy, Spec, label, resolve
+from gradq.sync import GradientSync
+from gradq.sync_config import SyncConfig
+from gradq.testing import InProcessGroup, Network, run_in_process
 
 Gradients = list[dict[str, Tensor]]  # by step, then by parameter; flat, in memory order
 
@@ -86,6 +90,75 @@ def run(rank: int, job: dict[str, Any]) -> tuple[Gradients, Gradients, dict[str,
     stats = handle.stats(parameters=True)
     handle.close()
     return put_in, came_out, {"stats": stats, "repr": repr(handle)}
+
+
+def run_here(
+    world_size: int, job: dict[str, Any], network: Network | None = None
+) -> list[tuple[Gradients, Gradients, dict[str, Any]]]:
+    """What `run` gives on every rank, without DDP: its gradients, averaged by `GradientSync` in this process.
+
+    Buckets are cut here, as large as DDP's, and in every step in another order.
+    """
+    put_in = [_put_in(rank, job) for rank in range(world_size)]
+    model = Net(job.get("dtype", torch.float32), job.get("mixed", False))
+    infos = [
+        ParameterInfo(name=name, shape=tuple(p.shape), dtype=p.dtype, index=index)
+        for index, (name, p) in enumerate(model.named_parameters())
+    ]
+    came_out = run_in_process(_average, world_size, job, infos, put_in, network=network)
+    return [(own, *rest) for own, rest in zip(put_in, came_out, strict=True)]
+
+
+def _put_in(rank: int, job: dict[str, Any]) -> Gradients:
+    """The gradients of one rank, which depend on no other: nothing is trained."""
+    model = Net(job.get("dtype", torch.float32), job.get("mixed", False))
+    steps = []
+    for step in range(job.get("steps", 4)):
+        model.zero_grad(set_to_none=True)
+        for micro in range(job.get("accumulate", 1)):
+            model(batch(rank, step, micro)).square().mean().backward()
+        steps.append(_gradients(model))
+    return steps
+
+
+def _average(
+    group: InProcessGroup, job: dict[str, Any], infos: list[ParameterInfo], put_in: list[Gradients]
+) -> tuple[Gradients, dict[str, Any]]:
+    options = dict(job.get("compress", {}))
+    policy_options = {key: options.pop(key) for key in ("exact", "feedback") if key in options}
+    asked, policy = resolve(job["spec"], **policy_options)
+    sync = GradientSync(infos, policy, label(asked), group, SyncConfig(**options))
+    room = job.get("ddp", {}).get("bucket_cap_mb", 25) * 2**20
+    came_out: Gradients = []
+    for step, gradients in enumerate(put_in[group.rank()]):
+        order = infos[::-1] if step == 0 else random.Random(step).sample(infos, len(infos))
+        buckets = list(_buckets(order, room))
+        flats = [torch.cat([gradients[info.name] for info in bucket]) for bucket in buckets]
+        futures = [
+            sync.average(flat, [info.name for info in bucket], index=index, last=index == len(buckets) - 1)
+            for index, (bucket, flat) in enumerate(zip(buckets, flats, strict=True))
+        ]
+        for future in futures:
+            future.wait()
+        came_out.append({})
+        for bucket, flat in zip(buckets, flats, strict=True):
+            parts = flat.split([info.numel for info in bucket])
+            came_out[-1] |= {info.name: part for info, part in zip(bucket, parts, strict=True)}
+    stats = sync.stats(parameters=True)
+    sync.close()
+    return came_out, {"stats": stats}
+
+
+def _buckets(infos: list[ParameterInfo], room: float) -> Iterator[list[ParameterInfo]]:
+    """Neighbours of one dtype, until there is no more room."""
+    bucket: list[ParameterInfo] = []
+    for info in infos:
+        nbytes = sum(other.numel * other.dtype.itemsize for other in bucket)
+        if bucket and (info.dtype != bucket[0].dtype or nbytes > room):
+            yield bucket
+            bucket = []
+        bucket.append(info)
+    yield bucket
 
 
 def slow_down(channel: Any, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import gradq
 from gradq.collectives import ranks_per_node
 from gradq.testing import run_ranks
 
-GRID = [(2, 2), (3, 1), (4, 2), (6, 2), pytest.param(6, 3, marks=pytest.mark.slow)]  # ranks, ranks a node
+# ranks, ranks a node; in one process all of them are in test_collectives.py
+GRID = [(4, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 2), (3, 1), (6, 2), (6, 3)))]
 
 
 def layouts(rank: int, jobs: list[dict]) -> list:
@@ -38,40 +40,55 @@ def node_sums(results, plan, local_world_size: int):
     return sums
 
 
-@pytest.mark.parametrize(("world_size", "local_world_size"), GRID)
-def test_replicas_are_equal_and_near_the_mean(world_size: int, local_world_size: int) -> None:
+def hierarchical_jobs(local_world_size: int) -> list[dict]:
     options = {"collective": "hierarchical", "local_world_size": local_world_size}
     ddp = {"find_unused_parameters": True, "bucket_cap_mb": 0.02}
     jobs = [
         {"spec": spec, "compress": options, "ddp": ddp, "steps": 3, "skew": skew}
         for skew, spec in enumerate(["fp32", "int8", "int4+int4"])
     ]
-    jobs.append({"spec": "fp32", "compress": options, "ddp": ddp, "steps": 2, "mixed": True})
+    return [*jobs, {"spec": "fp32", "compress": options, "ddp": ddp, "steps": 2, "mixed": True}]
+
+
+@pytest.mark.parametrize(("world_size", "local_world_size"), GRID)
+def test_replicas_are_equal_and_near_the_mean(world_size: int, local_world_size: int) -> None:
+    jobs = hierarchical_jobs(local_world_size)
     by_rank = run_ranks(layouts, world_size, jobs, timeout=110)
     for number, job in enumerate(jobs):
-        results = [outcomes[number] for outcomes in by_rank]
-        bound = {"fp32": 1e-6, "int8": 0.03, "int4+int4": 0.6}[job["spec"]]
-        for step in range(job["steps"]):
-            for name, got in results[0][1][step].items():
-                if name.startswith("branch"):
-                    continue
-                put_in = [result[0][step][name].double() for result in results]
-                want = sum(put_in) / world_size
-                # of an exact spec relative to what is summed: the mean may nearly cancel
-                exact = job["spec"] == "fp32"
-                size = sum(x.norm() for x in put_in) / world_size if exact else want.norm()
-                error = float((got.double() - want).norm() / size.clamp(min=1e-30))
-                assert error <= bound, f"{job['spec']}, step {step}, {name}: {error}"
-                for result in results[1:]:
-                    assert torch.equal(result[1][step][name], got)
+        check_near_the_mean(job, [outcomes[number] for outcomes in by_rank])
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4"])
-def test_two_nodes_to_the_bit(spec: str) -> None:
+def check_near_the_mean(job: dict, results: list) -> None:
+    bound, world_size = {"fp32": 1e-6, "int8": 0.03, "int4+int4": 0.6}[job["spec"]], len(results)
+    for step in range(job["steps"]):
+        for name, got in results[0][1][step].items():
+            if name.startswith("branch"):
+                continue
+            put_in = [result[0][step][name].double() for result in results]
+            want = sum(put_in) / world_size
+            # of an exact spec relative to what is summed: the mean may nearly cancel
+            exact = job["spec"] == "fp32"
+            size = sum(x.norm() for x in put_in) / world_size if exact else want.norm()
+            error = float((got.double() - want).norm() / size.clamp(min=1e-30))
+            assert error <= bound, f"{job['spec']}, step {step}, {name}: {error}"
+            for result in results[1:]:
+                assert torch.equal(result[1][step][name], got)
+
+
+def on_real_ranks(world_size: int, job: dict) -> list:
+    return run_ranks(run, world_size, job)
+
+
+def test_two_nodes_to_the_bit() -> None:
+    """With 8 bits too in test_collectives.py."""
+    check_two_nodes("int4", on_real_ranks)
+
+
+def check_two_nodes(spec: str, run_job: Callable[[int, dict], list]) -> None:
     """2 nodes of 2: one phase between nodes, dithers by position in the parameter, residuals of node sums."""
     job = {"spec": spec, "compress": {"collective": "hierarchical", "local_world_size": 2}, "steps": 4}
     job |= {"ddp": {"find_unused_parameters": True}}
-    results = run_ranks(run, 4, job)
+    results = run_job(4, job)
     plan = plan_for(Net(), spec)
     want = expected(node_sums(results, plan, 2), plan, two_phase=False)
     for rank, (_, came_out, _) in enumerate(results):
@@ -105,16 +122,21 @@ def count(rank: int, spec: str, jobs: list[tuple[str, int | None]]):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "local_world_size"), [(4, 2), (6, 2), pytest.param(6, 3, marks=pytest.mark.slow)]
+    ("world_size", "local_world_size"),
+    [(4, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((6, 2), (6, 3)))],
 )
 def test_between_nodes_travels_a_share_of_the_flat_form(world_size: int, local_world_size: int) -> None:
     jobs = [("two_phase", None), ("hierarchical", local_world_size)]
-    results = run_ranks(count, world_size, "int8", jobs)
+    exact = 4 * 700 * 500  # and a bias
+    check_share(world_size, local_world_size, run_ranks(count, world_size, "int8", jobs), exact)
+
+
+def check_share(world_size: int, local_world_size: int, results: list, exact: int) -> None:
+    """By rank: bytes of the flat and of the hierarchical form (total, between nodes, inside, as shown)."""
     flat = sum(rows[0][0] for rows in results)  # of these, what crosses from node to node:
     flat = flat * (world_size - local_world_size) / (world_size - 1)
     between = sum(rows[1][1] for rows in results)
     assert between == pytest.approx(flat / local_world_size, rel=0.02)
-    exact = 4 * 700 * 500
     for _, (total, between_nodes, inside, shown) in results:
         assert total == between_nodes + inside
         assert inside == pytest.approx(

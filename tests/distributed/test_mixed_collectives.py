@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -26,21 +27,30 @@ class Mixed:
         }
 
 
+def on_real_ranks(world_size: int, job: dict) -> list:
+    return run_ranks(run, world_size, job)
+
+
 @pytest.mark.parametrize(
     ("world_size", "bucket_cap_mb"),
     [
         (3, 0.001),
         pytest.param(2, 0.001, marks=pytest.mark.slow),
         pytest.param(3, 25, marks=pytest.mark.slow),
-        (4, 0.02),
+        pytest.param(4, 0.02, marks=pytest.mark.slow),
     ],
 )
 def test_every_parameter_takes_its_own_collective(world_size: int, bucket_cap_mb: float) -> None:
-    """Every layout gives what the oracle says, which knows of no buckets; a skew shuffles the timing."""
+    """A skew shuffles the timing. In one process all of them are in test_collectives.py."""
+    check_mixed(world_size, bucket_cap_mb, on_real_ranks)
+
+
+def check_mixed(world_size: int, bucket_cap_mb: float, run_job: Callable[[int, dict], list]) -> None:
+    """Every layout gives what the oracle says, which knows of no buckets."""
     collective = "two_phase" if world_size == 3 else "direct"
     job = {"spec": Mixed(), "compress": {"collective": collective}, "skew": world_size, "steps": 4}
     job["ddp"] = {"find_unused_parameters": True, "bucket_cap_mb": bucket_cap_mb}
-    results = run_ranks(run, world_size, job)
+    results = run_job(world_size, job)
     plan = plan_for(Net(), Mixed())
     assert len({entry.collective for _, entry in plan.values()}) == 3
     want = expected([put_in for put_in, _, _ in results], plan, two_phase=collective == "two_phase")

@@ -46,7 +46,9 @@ LONG = {
     "rank above every dimension but few",
     "some fp64, other seed",
     "some exact, bf16 model",
-}
+    "3 ranks, two phases",
+    "the rest in 4 bits",
+}  # in one process all of them are in test_collectives.py
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
 from gradq.sync import GradientSync
 from gradq.sync_config import SyncConfig
-from gradq.testing import run_ranks
+from gradq.testing import Exchange, Network, run_ranks
 
 
 def gpt_shapes(
@@ -44,30 +46,59 @@ class Counting:
         return self.group.recv(tensors, peer, tag)
 
 
+class CountingNetwork(Network):
+    """Counts what is sent through it, by rank."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(world_size)
+        self.sent = [0] * world_size
+
+    def post(self, exchange: Exchange, channel: int, number: int) -> Exchange:
+        own = exchange.header.sender
+        self.sent[own] += sum(message.nbytes for peer, message in enumerate(exchange.send) if peer != own)
+        return super().post(exchange, channel, number)
+
+
 def one_step(rank: int, spec: str) -> tuple[int, int, int, int]:
+    counters = []
+
+    def count(sync: GradientSync) -> None:
+        for channel in sync._channels:
+            channel._group = Counting(channel._group)
+            counters.append(channel._group)
+
+    rest = one_step_of(dist.group.WORLD, spec, count)
+    return sum(counter.sent for counter in counters), *rest
+
+
+def one_step_of(
+    group: dist.ProcessGroup, spec: str, prepare: Callable[[GradientSync], None] = lambda sync: None
+) -> tuple[int, int, int]:
+    """Bytes that stats count, bytes of a dense all-reduce, and elements."""
     infos = [
         ParameterInfo(name=f"p{index}", shape=shape, dtype=torch.float32, index=index)
         for index, shape in enumerate(gpt_shapes())
     ]
     numel = sum(info.numel for info in infos)
-    sync = GradientSync(infos, FixedPolicy(spec=Spec.parse(spec)), spec, dist.group.WORLD, SyncConfig())
-    counters = []
-    for channel in sync._channels:
-        channel._group = Counting(channel._group)
-        counters.append(channel._group)
-    flat = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
+    sync = GradientSync(infos, FixedPolicy(spec=Spec.parse(spec)), spec, group, SyncConfig())
+    prepare(sync)
+    flat = torch.randn(numel, generator=torch.Generator().manual_seed(group.rank()))
     sync.average(flat, [info.name for info in infos], index=0, last=True).wait()
     stats = sync.stats()
     sync.close()
-    return sum(counter.sent for counter in counters), stats.wire_bytes, stats.dense_bytes, numel
+    return stats.wire_bytes, stats.dense_bytes, numel
 
 
-@pytest.mark.parametrize(
-    ("spec", "most"), [("int8", 0.26), ("int4+int4", 0.135), ("int4", 0.20), ("bf16", 0.501)]
-)
-@pytest.mark.parametrize("world_size", [2, 4])
+BYTES = [("int8", 0.26), ("int4+int4", 0.135), ("int4", 0.20), ("bf16", 0.501)]
+
+
+@pytest.mark.parametrize(("world_size", "spec", "most"), [(2, *BYTES[2]), (4, *BYTES[1])])
 def test_bytes_on_the_wire_relative_to_fp32(world_size: int, spec: str, most: float) -> None:
-    results = run_ranks(one_step, world_size, spec)
+    """All specs are in test_collectives.py."""
+    check_bytes(spec, most, world_size, run_ranks(one_step, world_size, spec))
+
+
+def check_bytes(spec: str, most: float, world_size: int, results: list) -> None:
     for sent, wire_bytes, dense_bytes, numel in results:
         assert numel > 5_000_000
         assert sent == wire_bytes, "stats do not count what was sent"

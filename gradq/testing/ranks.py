@@ -1,8 +1,4 @@
-"""Run real ranks in a test: processes, Gloo over loopback, a bound on time, no orphans.
-
-`run_ranks` is public so that users can test their own trainers; the conformance kit below holds the checks
-that every codec must pass.
-"""
+"""Real ranks in a test: processes, Gloo over loopback, a bound on time, no orphans."""
 
 from __future__ import annotations
 
@@ -42,9 +38,9 @@ def run_ranks(
         function: a module-level function; it runs with the default process group initialized.
         world_size: number of processes.
         *args: picklable arguments.
-        timeout: seconds until all are killed.
-        group_timeout: seconds, of the process group.
-        expect_exit: ranks that end their process themselves; their result is None.
+        timeout: limit for the whole run, in seconds; then all are killed.
+        group_timeout: limit for one operation of the process group, in seconds.
+        expect_exit: the ranks that end their process themselves; their result is None.
 
     Returns:
         What each rank returned (picklable), by rank.
