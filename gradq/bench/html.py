@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape as escape_html
-from typing import TYPE_CHECKING
 
 from gradq.bench.summary import Summary
 from gradq.bench.tables import Table, one_line
 
-if TYPE_CHECKING:
-    from gradq.bench.report import Section
-
-__all__ = ["page"]
+__all__ = ["Section", "page"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --panel: #f5f6f8; --ink: #1b1c1d;
@@ -45,6 +42,25 @@ figure { margin: 1rem 0 0; }
 figure svg { width: 100%; height: auto; display: block; min-width: 34rem; max-width: 60rem; }
 ul { padding-left: 1.1rem; margin: .8rem 0 0; font-size: .85rem; overflow-wrap: anywhere; }
 """
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        title: heading.
+        verdict: one sentence, "" for none.
+        table: the table, None for none.
+        figures: SVG texts with the PNG's name.
+        notes: what else must be said.
+    """
+
+    title: str
+    verdict: str
+    table: Table | None
+    figures: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def page(sections: Sequence[Section], summaries: Sequence[Summary]) -> str:

@@ -9,32 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from gradq.bench import plots, sweep
-from gradq.bench.html import page
+from gradq.bench.html import Section, page
 from gradq.bench.reading import check_collectives, parse_json, read_text
 from gradq.bench.summary import Summary, summarise
-from gradq.bench.tables import Table, collectives_table, escape, scenario_table
+from gradq.bench.tables import collectives_table, escape, scenario_table
 from gradq.errors import BenchError, ConfigError
 
-__all__ = ["Section", "write_report"]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report.
-
-    Attributes:
-        title: its heading.
-        verdict: one sentence, "" for none.
-        table: None for none.
-        figures: SVG texts with the PNG's name.
-        notes: what else must be said.
-    """
-
-    title: str
-    verdict: str
-    table: Table | None
-    figures: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
+__all__ = ["write_report"]
 
 
 @dataclass
@@ -55,9 +36,10 @@ def write_report(
     in the report; the others are shown.
 
     Args:
-        folder: holds `*.jsonl` of `gradq bench` and `*.json` of `gradq bench collectives`; or one such file.
-        out: where the report goes; the folder itself by default.
-        warn: called with a sentence for each thing that is left out.
+        folder: a folder with `*.jsonl` of `gradq bench` and `*.json` of `gradq bench collectives`, or one of
+            these files.
+        out: folder for the report; the folder of the records by default.
+        warn: a function that is called with a sentence for each thing that is left out.
 
     Returns:
         The HTML page.

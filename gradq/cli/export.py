@@ -20,7 +20,6 @@ from torch import nn
 from gradq import export as exporting
 from gradq import quant
 from gradq.errors import ConfigError, VerifyError
-from gradq.export.tables import report_rows, title
 from gradq.saved import load_saved
 
 __all__ = ["TARGETS", "export", "load_attribute"]
@@ -148,8 +147,8 @@ def _show(report: exporting.VerifyReport) -> None:
     Raises:
         VerifyError: it does not.
     """
-    table = rich.table.Table("", "fp32", "int8", "", title=title(report), title_justify="left", box=None)
-    for row in report_rows(report):
+    table = rich.table.Table("", "fp32", "int8", "", title=report.title, title_justify="left", box=None)
+    for row in report.rows():
         style = "red" if row[0] == "FAILED" else "yellow" if row[0] == "warning" else None
         table.add_row(*row, style=style)
     console = rich.console.Console()

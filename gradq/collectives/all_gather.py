@@ -66,7 +66,7 @@ class AllGather(Collective):
         row = rows[rank] if flat.dtype == self.dtype else self._work().copy_(rows[rank])
         with self.timed("encode_ms", step, _PHASE):
             for segment, first_block, here, there in self._pieces[rank]:
-                key = rng.dither_key(self.setting.seed, step.index, self._ids[segment.name], _PHASE)
+                key = rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], _PHASE)
                 context = rng.EncodeContext(key=key, first_block=first_block)
                 segment.phase1.encode(row[here], messages[rank][there], context=context)
         yield self.post(1, [messages[rank]] * world_size, messages, step)

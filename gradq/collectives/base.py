@@ -101,9 +101,9 @@ class Segment:
 
     Attributes:
         name: the parameter's name.
-        start: its first element in the bucket.
-        numel: its elements.
-        rotation: see `wire.shard`.
+        start: index of its first element in the bucket.
+        numel: number of its elements.
+        rotation: number that shifts which rank owns which piece; see `wire.shard`.
         phase1: codec of the gradients.
         phase2: codec of the means.
         feedback1: whether phase 1 uses the local residual.
@@ -156,7 +156,7 @@ class Step:
     Attributes:
         index: optimizer step, from 0.
         bucket: index of the bucket.
-        loss_scale: see `rng.EncodeContext`.
+        loss_scale: factor that the gradients are too large by; see `rng.EncodeContext`.
         sample: whether to measure the error of phase 1.
     """
 
@@ -190,14 +190,14 @@ class Setting:
     """Everything around a collective that outlives a bucket.
 
     Attributes:
-        rank: of this process.
+        rank: rank of this process in the group.
         world_size: number of ranks.
-        seed: of all random bits.
-        channels: one a stage.
+        seed: seed of all random bits.
+        channels: one channel for each stage.
         local: local residuals.
         shard: shard residuals.
-        metrics: takes what is measured.
-        device: of the buckets.
+        metrics: receiver of everything that is measured.
+        device: device of the buckets.
         bases: what `low_rank` remembers from step to step.
         plain: the collective of the whole model, for a part of another collective's work that needs one.
     """
@@ -222,8 +222,14 @@ class Collective(ABC):
 
     Args:
         segments: what the bucket holds, in order.
-        dtype: of the flat tensors handed to `average`: fp32, or fp64.
+        dtype: dtype of the flat tensors handed to `average`: fp32, or fp64.
         setting: ranks, channels, residuals.
+
+    Attributes:
+        segments: the argument.
+        dtype: the argument.
+        setting: the argument.
+        ids: number of each parameter, by name, for its random bits.
     """
 
     num_channels: ClassVar[int]
@@ -233,7 +239,7 @@ class Collective(ABC):
         self.segments = tuple(segments)
         self.dtype = dtype
         self.setting = setting
-        self._ids = {segment.name: rng.name_id(segment.name) for segment in segments}
+        self.ids = {segment.name: rng.name_id(segment.name) for segment in segments}
         described = [
             (s.name, s.start, s.numel, s.rotation, str(s.phase1), str(s.phase2), s.feedback1, s.feedback2)
             + ((s.offset, s.whole) if s.whole else ())
@@ -261,11 +267,12 @@ class Collective(ABC):
 
     def post(self, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step) -> Pending:
         """Post an exchange on the channel of a phase and count its bytes."""
-        return self._exchange(self.setting, phase, send, receive, step)
+        return self.exchange(self.setting, phase, send, receive, step)
 
-    def _exchange(
+    def exchange(
         self, setting: Setting, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step
     ) -> Pending:
+        """As `post`, among the ranks of a setting of its own: `hierarchical` has one for each node."""
         header = wire.Header(phase, setting.rank, step.bucket, step.index, self._layout)
         sent = sum(message.numel() for peer, message in enumerate(send) if peer != setting.rank)
         for kind in setting.byte_kinds:
@@ -293,7 +300,7 @@ class Collective(ABC):
         codec = segment.phase1
         start, stop = segment.offset + start, segment.offset + stop
         context = rng.EncodeContext(
-            key=rng.dither_key(self.setting.seed, step.index, self._ids[segment.name], 1),
+            key=rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], 1),
             shift=rng.dither_shift(self.setting.rank, self.setting.world_size),
             first_block=start // codec.block_size if first_block is None else first_block,
             loss_scale=step.loss_scale,
@@ -315,7 +322,7 @@ class Collective(ABC):
         """Phase 2: encode the mean of elements [start, stop) of a segment, which this rank owns."""
         codec = segment.phase2
         context = rng.EncodeContext(
-            key=rng.dither_key(self.setting.seed, step.index, self._ids[segment.name], 2),
+            key=rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], 2),
             first_block=(segment.offset + start) // codec.block_size,
             loss_scale=step.loss_scale,
         )

@@ -33,7 +33,7 @@ def ranks_per_node(asked: int | None, rank: int, world_size: int) -> int:
     Args:
         asked: what the user says; None takes LOCAL_WORLD_SIZE, which torchrun sets.
         rank: this rank in the group.
-        world_size: of the group.
+        world_size: number of ranks in the group.
 
     Raises:
         ConfigError: it is not known, nodes are unequal, or ranks are not numbered node by node.
@@ -207,4 +207,4 @@ class Hierarchical(Collective):
     def _post_inside(
         self, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step
     ) -> Pending:
-        return self._exchange(self._inside, phase, send, receive, step)
+        return self.exchange(self._inside, phase, send, receive, step)

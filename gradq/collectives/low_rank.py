@@ -110,7 +110,7 @@ class LowRank(Collective):
             left = bool(old[0])
             basis = self._basis_of(number, left)
             factor = old[1 : 1 + basis.numel()].view_as(basis)
-            key = rng.dither_key(self.setting.seed, step.index, self._ids[segment.name], _BASIS)
+            key = rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], _BASIS)
             self._kernels.orthonormalize(factor, basis, key=key)
         return left
 

@@ -9,9 +9,10 @@ Example:
 from gradq.export.bundles import Bundle, bundle, load, verify_bundle
 from gradq.export.inspect import Operators, operators
 from gradq.export.pt2 import Pt2Report, exported_program, pt2
+from gradq.export.report import VerifyReport
 from gradq.export.runtime import features, session
 from gradq.export.variants import variant
-from gradq.export.verification import VerifyReport, verify
+from gradq.export.verification import verify
 from gradq.export.write import ExportReport, float_onnx, onnx
 
 __all__ = [

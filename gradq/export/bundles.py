@@ -29,10 +29,11 @@ from gradq.export.capture import example_inputs_of
 from gradq.export.comparison import input_names, split_batch
 from gradq.export.files import atomic, require
 from gradq.export.inputs import named_leaves
+from gradq.export.report import VerifyReport
 from gradq.export.runtime import DTYPES, features, feed, session
 from gradq.export.timing import interleave, summarize
 from gradq.export.variants import VARIANTS, variant
-from gradq.export.verification import VerifyReport, verify
+from gradq.export.verification import verify
 from gradq.export.write import ExportReport, float_onnx, onnx
 from gradq.quant.batches import unwrap
 

@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from gradq.export.comparison import (
 )
 from gradq.export.files import require
 from gradq.export.inputs import named_leaves
-from gradq.export.inspect import Operators, operators
+from gradq.export.inspect import operators
+from gradq.export.report import VerifyReport
 from gradq.export.runtime import features, feed, session
-from gradq.export.tables import render
 from gradq.export.timing import Latency, interleave, summarize
 from gradq.export.write import float_onnx
 from gradq.quant.batches import float_mode, progress, unwrap
@@ -36,57 +35,10 @@ from gradq.quant.by_name import swap_info, unswapped
 from gradq.quant.info import float_model as kept_float_model
 from gradq.quant.prepare import float_graph
 
-__all__ = ["Agreement", "Fidelity", "VerifyReport", "verify"]
+__all__ = ["Agreement", "Fidelity", "verify"]
 
 _SMALLEST_LOSS_OF_TIME = 0.05  # ms a call: below it nothing is called slower
 _SMALLEST_SQNR = 10.0  # dB, without labels: below it the outputs are others
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """Everything `verify` found; ``print(report)`` shows it as one table.
-
-    Attributes:
-        path: the file.
-        processor: what the session was chosen for.
-        operators: of the optimized graph.
-        agreement: with the integer reference.
-        fidelity: to the float model as it was given to `gradq.quant.prepare`.
-        accuracy: ``fp32`` (the float model as given), ``int8`` and ``reference``, if the loader has labels:
-        in
-            per cent by the default metric, else what the metric gives.
-        metric: ``accuracy, %``, or the name of the metric that was given.
-        size_bytes: ``fp32`` and ``int8``.
-        latency: batch size → ``fp32`` and ``int8``.
-        failures: what makes the file wrong.
-        warnings: what makes it a poor trade.
-    """
-
-    path: Path
-    processor: str
-    operators: Operators
-    agreement: Agreement
-    fidelity: Fidelity
-    accuracy: dict[str, float]
-    size_bytes: dict[str, int]
-    latency: dict[int, dict[str, Latency]] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    metric: str = "accuracy, %"
-
-    @property
-    def ok(self) -> bool:
-        """True if nothing failed."""
-        return not self.failures
-
-    @property
-    def compression(self) -> float:
-        """fp32 bytes over int8 bytes."""
-        return self.size_bytes["fp32"] / self.size_bytes["int8"]
-
-    def __str__(self) -> str:
-        """The table."""
-        return render(self)
 
 
 def verify(
