@@ -37,13 +37,13 @@ class TopKCodec(Codec):
     """The largest magnitudes of each block, rounded to the nearest level.
 
     Attributes:
-        percent: of the elements of a block that are kept, rounded up: 0.01 to 50.
-        num_bits: of a kept element, 2 to 8.
-        block_size: elements chosen from, which share a scale: a power of two from 256 to 65536.
+        percent: share of the elements of a block that is kept, rounded up: 0.01 to 50 per cent.
+        num_bits: bits of a kept element: 2 to 8.
+        block_size: number of elements to choose from, which share a scale: a power of two from 256 to 65536.
 
     Example:
         >>> round(TopKCodec(percent=1.0).wire_bits_per_element(1 << 20), 3)
-        0.131
+        0.137
     """
 
     percent: float = 1.0
