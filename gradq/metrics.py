@@ -27,11 +27,11 @@ class Event:
             "step", "error_energy" or "signal_energy" (sums of squares, of a sampled step); of an adaptive
             policy: "gradient_energy", "candidate_error" (sums of squares, unscaled), "measure_ms", and
             "replan" (parameters that got another codec).
-        value: in the unit that the kind's suffix names.
+        value: the measurement, in the unit that the kind's suffix names.
         step: optimizer step.
         bucket: index of the bucket, -1 where it does not apply.
         phase: 1, 2, ..., 0 where it does not apply.
-        parameter: its name, "" where it does not apply.
+        parameter: name of the parameter, "" where it does not apply.
         codec: the candidate whose error it is, "" where it does not apply.
     """
 
@@ -51,7 +51,7 @@ class ParameterStats:
     Attributes:
         numel: elements.
         codec: spec of its codec, "phase 1+phase 2" where they differ.
-        wire_bits_per_element: of phase 1, scales included.
+        wire_bits_per_element: bits on the wire in phase 1, scales included.
         nmse: ‖x - Q(x)‖² / ‖x‖² of phase 1 on this rank in the sampled steps, None if none was sampled.
     """
 

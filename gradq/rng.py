@@ -26,10 +26,10 @@ class EncodeContext:
     """Where in the run an encoding stands; with the input it decides every byte.
 
     Attributes:
-        key: from `dither_key`.
-        shift: from `dither_shift`.
+        key: result of `dither_key`.
+        shift: result of `dither_shift`.
         first_block: index, within the parameter, of the segment's first block.
-        loss_scale: residuals are multiplied by it when added and divided when stored.
+        loss_scale: factor that residuals are multiplied by when added and divided by when stored.
     """
 
     key: int

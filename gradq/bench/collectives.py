@@ -37,7 +37,7 @@ def measure_collectives(
 
     Args:
         codecs: gradq specs; "none" is torch's all-reduce.
-        sizes_bytes: of the tensors.
+        sizes_bytes: sizes of the tensors.
         control: a Gloo group of all ranks.
 
     Yields:

@@ -93,7 +93,7 @@ class FreePolicy:
     Gradients are not averaged, so a model trained with it learns nothing worth looking at.
 
     Args:
-        spec: whose bytes are sent.
+        spec: the spec whose bytes are sent.
     """
 
     def __init__(self, spec: str) -> None:
@@ -118,9 +118,9 @@ class Contender:
     """One of those that take turns.
 
     Attributes:
-        name: as in the scenario.
-        model: its own.
-        optimizer: its own.
+        name: the codec's name in the scenario.
+        model: a model of its own.
+        optimizer: an optimizer of its own.
         sent: payload bytes this rank has sent so far, as the transport counts them; None where nothing
             counts.
         communicates: whether gradients are averaged at all.

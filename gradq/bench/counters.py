@@ -53,7 +53,7 @@ class Counters:
         wall_s: a clock.
         cpu_s: processor time of this process, all threads.
         busy_s: processor time of the whole machine, all cores.
-        sent_bytes: of the interface; None where it is not known.
+        sent_bytes: bytes that the interface sent; None where that is not known.
     """
 
     wall_s: float

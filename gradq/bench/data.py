@@ -47,7 +47,7 @@ class Text(Dataset):
     Args:
         train: uint8 [n].
         val: uint8 [m].
-        seq_len: bytes a window.
+        seq_len: number of bytes in a window.
     """
 
     def __init__(self, train: Tensor, val: Tensor, seq_len: int) -> None:
@@ -115,8 +115,8 @@ class Cifar10(_Arrays):
     """CIFAR-10 from its python batches: fp32 [n, 3, 32, 32], 10 classes.
 
     Args:
-        folder: holds `data_batch_1` ... `data_batch_5`, as unpacked from cifar-10-python.tar.gz. They are
-            pickles: read only files you trust.
+        folder: a folder with `data_batch_1` ... `data_batch_5`, as unpacked from cifar-10-python.tar.gz.
+            They are pickles: read only files you trust.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -135,7 +135,7 @@ class Images(Dataset):
     """A folder with one folder of images a class, as ImageNet is usually kept; read when needed.
 
     Args:
-        folder: holds the classes; with folders "train" and "val" in it, these are used.
+        folder: a folder with one folder for each class; if it has folders "train" and "val", these are used.
         size: images are resized to its side and cropped in the middle.
     """
 
@@ -216,7 +216,7 @@ def standard_library_text(limit: int = 4_000_000) -> tuple[Tensor, Tensor]:
     """The source of Python's standard library as uint8: for training, and every 16th file for validation.
 
     Args:
-        limit: bytes in all.
+        limit: largest number of bytes in all.
 
     Raises:
         ConfigError: the library's source is not here.
@@ -256,7 +256,7 @@ def load_dataset(spec: str, *, seq_len: int, width: int = 0) -> Dataset:
 
     Args:
         spec: "text", "text:PATH", "digits", "prototypes", "cifar10:FOLDER" or "images:FOLDER".
-        seq_len: bytes a window, for text.
+        seq_len: number of bytes in a window, for text.
         width: elements of an input, for prototypes.
 
     Raises:

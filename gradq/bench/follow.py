@@ -31,13 +31,13 @@ def follow_torchrun(
     """Run `torchrun script --name=value ...` to its end.
 
     Args:
-        script: takes `--log-file` and writes JSON lines there.
-        options: by name; underscores become dashes.
+        script: a script that takes `--log-file` and writes JSON lines there.
+        options: its options by name; underscores become dashes.
         num_ranks: processes on this machine.
         log: the file; an old one is removed.
         flags: further arguments.
-        show: called with all lines so far, every `poll_s` seconds.
-        poll_s: see `show`.
+        show: a function that is called with all lines so far, every `poll_s` seconds.
+        poll_s: time between two calls of `show`, in seconds.
 
     Returns:
         The lines of the log.

@@ -59,7 +59,7 @@ class Row:
     """One codec.
 
     Attributes:
-        codec: its spec.
+        codec: spec of the codec.
         bits: on the wire, an element.
         errors: NMSE by input.
         means: error of the mean by number of ranks.
@@ -175,7 +175,7 @@ def measure_errors(
         codec: what to measure.
         inputs: tensors by column; bits are those of the first column's largest tensor.
         ranks: for the error of the mean, of as many ranks of `WORLD_SIZES` as there are.
-        num_seeds: to average it over.
+        num_seeds: number of seeds to average the error over.
     """
     largest = max(x.numel() for x in next(iter(inputs.values())))
     return Row(

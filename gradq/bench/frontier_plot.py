@@ -40,7 +40,7 @@ def plot_frontier(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Draw rows into a PNG.
 
     Args:
-        rows: of `gradq.bench.frontier`; the first panel shows their last input.
+        rows: results of `gradq.bench.frontier`; the first panel shows their last input.
         path: ends in .png.
         title: what was measured, where.
 

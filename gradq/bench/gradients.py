@@ -53,8 +53,9 @@ def from_file(path: Path) -> Gradients:
     """Gradients that a user saved.
 
     Args:
-        path: of `torch.save` (.pt, .pth): a dict of tensors by name, a list of tensors, or a list of such
-            dicts, one a rank. Or of `numpy.savez` (.npz): arrays by name. Loaded without running code.
+        path: a file of `torch.save` (.pt, .pth): a dict of tensors by name, a list of tensors, or a list
+            of such dicts, one for each rank. Or a file of `numpy.savez` (.npz): arrays by name. It is loaded
+            without running code.
 
     Raises:
         ConfigError: no such file, or it holds something else, or what `check` refuses.
@@ -69,7 +70,7 @@ def from_function(spec: str, num_ranks: int) -> Gradients:
     Args:
         spec: "path.py:function". The function takes the number of ranks and returns a list of as many dicts
             of tensors by name.
-        num_ranks: its argument.
+        num_ranks: argument of that function.
 
     Raises:
         ConfigError: no such file or function, it fails, or what `check` refuses.
@@ -82,7 +83,7 @@ def check(loaded: Any, where: str) -> Gradients:
 
     Args:
         loaded: a tensor, tensors by name or in a list, or a list of dicts of tensors, one a rank.
-        where: for the messages.
+        where: name of the source, for error messages.
 
     Raises:
         ConfigError: it is none of these, is empty, all zeros, or not of floats; holds NaN or Inf; or ranks

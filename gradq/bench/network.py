@@ -96,7 +96,7 @@ class Network:
 
     Args:
         num_hosts: 2 or more.
-        link: of every host.
+        link: rate and delay of the link of every host.
 
     Raises:
         ConfigError: no root, or no ip or tc. BenchError: the kernel refuses something.
@@ -250,7 +250,7 @@ class Network:
         """Measure every link with raw TCP, around a ring, one after another.
 
         Args:
-            seconds: of each measurement, after the start-up.
+            seconds: duration of each measurement, after the start-up.
             attempts: until one is within 5 % of what the rate allows.
 
         Returns:

@@ -76,8 +76,8 @@ def register_powersgd(model: DistributedDataParallel, rank: int) -> PowerSGD:
     """Torch's PowerSGD with error feedback and warm start, from the third step on.
 
     Args:
-        model: without a hook.
-        rank: of the approximation.
+        model: a model without a hook.
+        rank: rank of the approximation.
     """
     from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
@@ -96,8 +96,8 @@ def register_hivemind(model: DistributedDataParallel, name: str) -> Callable[[],
     """A compression class of hivemind's, by all-gather: every rank decodes what all ranks encoded.
 
     Args:
-        model: without a hook.
-        name: of a class in hivemind.compression, such as "Uniform8BitQuantization".
+        model: a model without a hook.
+        name: name of a class in hivemind.compression, such as "Uniform8BitQuantization".
 
     Returns:
         Payload bytes this rank has sent so far.

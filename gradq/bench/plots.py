@@ -154,7 +154,7 @@ def draw_bandwidth(title: str, ratios: dict[str, list[tuple[float, float]]]) -> 
     """Step time relative to plain DDP against the rate of the link.
 
     Args:
-        title: of the plot.
+        title: title of the plot.
         ratios: (rate in bit/s, ratio) by codec, by ascending rate.
     """
     figure, (axes,) = _figure(7.2, 4.2)

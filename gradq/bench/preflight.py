@@ -38,8 +38,8 @@ def preflight(
     Args:
         interface: that should carry the traffic; "" if it is not known.
         ranks_on_host: that share it.
-        rate_bps: of the link as stated, or None.
-        device: where the gradients will be.
+        rate_bps: rate of the link as stated, in bits per second, or None.
+        device: device on which the gradients will be.
         control: a Gloo group of all ranks.
 
     Returns:

@@ -29,7 +29,7 @@ class Reading:
     """A record of `gradq bench` as far as it can be read.
 
     Attributes:
-        header: its first line.
+        header: first line of the record.
         lines: all others that are whole and have what their kind needs.
         left_out: a sentence for each line that is not among them.
     """

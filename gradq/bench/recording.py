@@ -68,7 +68,7 @@ class Recorder:
     Args:
         path: made with its folder; an unfinished one of the same scenario is continued.
         scenario: what is measured.
-        facts: of the runner, for the header: its name, its link.
+        facts: what the header says of the runner: its name, its link.
     """
 
     def __init__(self, path: Path, scenario: Scenario, facts: Mapping[str, Any]) -> None:

@@ -66,7 +66,7 @@ class Scenario:
     """What is measured. Every field may stand in a scenario file.
 
     Attributes:
-        name: of the record.
+        name: name of the record.
         model: a built-in one ("gpt-tiny", "gpt-1m", "gpt-5m", "gpt-10m", "mlp-25m", "digits-cnn", see
             `gradq.bench.models`), or "path.py:function".
         data: "auto" (what belongs to the model), or "text[:PATH]", "digits", "prototypes", "cifar10:FOLDER",
@@ -76,8 +76,8 @@ class Scenario:
             codec are added where missing.
         nodes: hosts.
         ranks_per_node: processes on each.
-        link: of every host.
-        seeds: of weights, data and rounding; at least 3 for a statement about the loss.
+        link: rate and delay of the link of every host.
+        seeds: seeds of weights, data and rounding; at least 3 for a statement about the loss.
         steps: optimizer steps of each codec.
         block: steps a codec makes before the next one takes its turn.
         warmup: turns that are not measured: buckets are rebuilt, buffers made, PowerSGD starts at its third
@@ -86,14 +86,14 @@ class Scenario:
             limit.
         min_turns: measured whatever the budget says.
         batch_size: samples a rank and batch.
-        seq_len: bytes a sequence, for text.
+        seq_len: number of bytes in a sequence, for text.
         accumulate: batches a step; one exchange for all.
         precision: "fp32", or "bf16" for autocast.
         optimizer: "auto" (the model's own), "sgd" or "adamw".
         lr: learning rate; None takes the model's own.
         evaluate: whether to compute the final metric on held-out data.
         gpus_per_rank: 0 computes on the CPU. Not run on a GPU.
-        timeout_s: of the process group.
+        timeout_s: limit for one operation of the process group, in seconds.
         checkpoint_every: turns between checkpoints; 0: none. Only the Ray runner restarts from them.
     """
 

@@ -80,14 +80,14 @@ class Row:
     """One codec's numbers. Times are of a step in ms, bytes of a step and rank.
 
     Attributes:
-        codec: its name in the scenario.
-        step_ms: of the slowest rank.
-        ratio: to plain DDP, block by block.
+        codec: name of the codec in the scenario.
+        step_ms: step time of the slowest rank.
+        ratio: step time relative to plain DDP, block by block.
         exposed_ms: step - compute-only step, block by block.
         wire_bytes: payload, as the transport counts it; mean over ranks.
-        busiest_wire_bytes: of the rank that sends most.
-        interface_bytes: of the interface, protocol overhead included; mean over ranks. None on loopback,
-            which everything on the machine shares.
+        busiest_wire_bytes: bytes of the rank that sends most.
+        interface_bytes: bytes that left the interface, protocol overhead included; mean over ranks. None on
+            loopback, which everything on the machine shares.
         codec_ms: encoding and decoding, on the worker thread.
         cpu_ms: processor time of a rank.
         busy: fraction of all cores in use.
@@ -124,15 +124,15 @@ class Summary:
     """One scenario's results.
 
     Attributes:
-        path: of the record.
-        header: its first line.
+        path: path of the record.
+        header: first line of the record.
         scenario: what was measured.
         rows: a codec each, in the order of the scenario.
         refused: codecs that could not run, and why.
         events: failures, restarts, warnings.
         seeds: that have samples.
         finished: those that ran to the end.
-        parameters: of the model.
+        parameters: number of parameters of the model.
         left_out: a sentence for each line of the record that could not be used.
     """
 

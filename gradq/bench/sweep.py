@@ -20,7 +20,7 @@ class Group:
 
     Attributes:
         title: what they have in common.
-        summaries: one a link.
+        summaries: one summary for each link.
         others: more of the same links, for their losses.
     """
 

@@ -46,12 +46,12 @@ class Job:
 
     Attributes:
         scenario: what is measured.
-        seed: one of its seeds.
-        rank: of this process.
-        init_method: where ranks meet: "file://..." or "tcp://host:port".
+        seed: one of the scenario's seeds.
+        rank: rank of this process.
+        init_method: address where ranks meet: "file://..." or "tcp://host:port".
         interface: that carries the gradients; "" is left to Gloo and not counted.
         interface_ranks: ranks that share it.
-        threads: to compute with.
+        threads: number of threads to compute with.
         snapshots: folder of checkpoints; "" for none.
         preflight: whether to check collectives first; see `gradq.bench.preflight`.
         phases: links to measure over, one after another, with the same models: (turns, budget_s) of each.

@@ -101,7 +101,7 @@ class Codec(ABC):
         Args:
             x: [n] in `work_dtype`, contiguous.
             payload: uint8 [nbytes(n)], written.
-            context: see `EncodeContext`.
+            context: where in the run this encoding stands; see `EncodeContext`.
             residual: fp32 [n] or None.
             new_residual: fp32 [n], written with x + residual - decoded; given if and only if residual is.
         """
@@ -129,8 +129,8 @@ class Codec(ABC):
         """Run every kernel once: they are compiled on first use, which must not happen in a training step.
 
         Args:
-            device: of the gradients; the CPU by default.
-            num_rows: how many payloads `decode_mean` will get.
+            device: device of the gradients; the CPU by default.
+            num_rows: number of payloads that `decode_mean` will get.
             feedback: whether `encode` will get residuals; None for what the codec wants.
 
         Raises:
@@ -176,8 +176,8 @@ class Codec(ABC):
 
         Args:
             x: any floating tensor.
-            seed: of the dither.
-            rank: shifts the dither by rank / world_size.
+            seed: seed of the dither.
+            rank: this rank; it shifts the dither by rank / world_size.
             world_size: number of ranks.
 
         Returns:

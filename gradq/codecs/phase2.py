@@ -34,7 +34,7 @@ def phase2_bits(num_bits: int, world_size: int | None) -> int:
     """The bits of a uniform codec for the means.
 
     Args:
-        num_bits: of the uniform codec whose error is closest to that of phase 1.
+        num_bits: bits of the uniform codec whose error is closest to that of phase 1.
         world_size: number of ranks; None if unknown.
 
     Returns:

@@ -95,7 +95,7 @@ class TableCodec(Codec):
     """Levels from a table.
 
     Attributes:
-        format: one of the names in the module docstring.
+        format: name of the table; the docstring of the module lists them.
         rounding: "stochastic" (unbiased; scale from absmax, qsgd from the L2 norm), "nearest" (contractive;
             scale by least squares where the format permits, sign from the L1 norm), or "auto": nearest with
             error feedback, stochastic without. sign is always nearest, qsgd always stochastic.

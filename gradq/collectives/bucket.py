@@ -18,16 +18,16 @@ class Bucket:
     """Averages buckets of one layout, part by part.
 
     Args:
-        flat: one of them.
-        names: of its parameters, in order.
+        flat: one of these buckets.
+        names: names of its parameters, in order.
         ways: how these travel.
         used: the collectives of the whole plan.
-        setting: see `Collective`.
+        setting: what outlives a bucket; see `Setting`.
         most: elements of a part.
 
     Attributes:
-        names: see above.
-        parts: where in the bucket each part stands, and its collective.
+        names: the argument.
+        parts: the place of each part in the bucket, and its collective.
     """
 
     def __init__(

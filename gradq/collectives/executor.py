@@ -33,7 +33,8 @@ class Failure:
     """The first thing that went wrong, for good; safe between threads.
 
     Attributes:
-        tell: called once with the error, from the thread that met it: so that the other ranks hear of it.
+        tell: a function that is called once with the error, from the thread that met it, so that the other
+            ranks hear of it.
     """
 
     def __init__(self) -> None:

@@ -75,8 +75,8 @@ def join(
     Args:
         ways: what it holds and how that travels.
         used: the collectives of the whole plan; if it is one, no joining is needed.
-        dtype: of the bucket, see `Collective`.
-        setting: see `Collective`.
+        dtype: dtype of the bucket; see `Collective`.
+        setting: what outlives a bucket; see `Setting`.
     """
     segments: dict[type[Collective], list[Segment]] = {}
     for collective, segment in ways:

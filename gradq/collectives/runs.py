@@ -30,8 +30,8 @@ class Place:
     Attributes:
         segment: the parameter.
         start: the first element of the piece in the bucket.
-        numel: its elements.
-        at: its first byte in the message, of phase 1 and of phase 2.
+        numel: number of its elements.
+        at: positions of its first byte in the messages of phase 1 and of phase 2.
     """
 
     segment: Segment
@@ -44,9 +44,9 @@ class Run:
     """Small pieces with the same exact codecs.
 
     Args:
-        places: of the pieces; at least one.
-        dtype: of the bucket.
-        device: of the bucket.
+        places: where the pieces stand; at least one.
+        dtype: dtype of the bucket.
+        device: device of the bucket.
         rows: messages that `decode_mean` will take.
     """
 

@@ -45,7 +45,7 @@ class StreamExecutor:
     """Drives collectives to the end on the calling thread; the counterpart of `Executor`.
 
     Args:
-        device: of the gradients.
+        device: device of the gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -133,9 +133,9 @@ class StreamChannel:
     digest. The headers stay empty.
 
     Args:
-        group: no one else may use it.
-        metrics: takes the exchange times; on NCCL, the times to enqueue them.
-        device: of the messages.
+        group: a process group that nobody else uses.
+        metrics: receiver of the exchange times; on NCCL, of the times to enqueue them.
+        device: device of the messages.
     """
 
     def __init__(self, group: dist.ProcessGroup, metrics: Metrics, device: torch.device) -> None:
@@ -218,7 +218,7 @@ class StagedChannel:
 
     Args:
         group: a Gloo group of gradq's own.
-        metrics: takes the exchange times.
+        metrics: receiver of the exchange times.
     """
 
     def __init__(self, group: dist.ProcessGroup, metrics: Metrics) -> None:

@@ -56,7 +56,7 @@ class Allocation:
     """A codec for every parameter.
 
     Attributes:
-        specs: by parameter name; also the rules of a `MixedPolicy`.
+        specs: codec specs by parameter name; they also serve as rules of a `MixedPolicy`.
         nbytes: payload of phase 1, summed.
         error: summed.
         lower_bound: proven: no allocation within the budget has less error (given `budget_bytes`) or fewer
@@ -82,7 +82,7 @@ def allocate_bits(
     in one gradient vector; errors of ranks add up to W² times that of their mean, if they are independent.
 
     Args:
-        statistics: by parameter name.
+        statistics: what was measured, by parameter name.
         candidates: codecs or their specs; every parameter's errors must have them.
         budget_bytes: payload bytes of phase 1, at most.
         error_budget: summed error, at most. Give one of the two.
@@ -158,8 +158,8 @@ def solve(
 
     Args:
         rows: weights and costs of the options of each row, [m] and [m], finite and at least 0.
-        budget: at least the sum of the rows' least weights.
-        max_states: of the dynamic programming.
+        budget: largest sum of weights; at least the sum of the rows' least weights.
+        max_states: number of states that the dynamic programming keeps.
 
     Returns:
         The option chosen in every row, and a lower bound on the cost of any choice; the cost itself, if the

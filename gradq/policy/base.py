@@ -25,9 +25,9 @@ class ParameterInfo:
     """What a policy knows of a parameter.
 
     Attributes:
-        name: as in `module.named_parameters()`, without what wrappers add; see `policy.canonical_name`.
-        shape: of the parameter; () for a scalar, and any dimension may be 0.
-        dtype: of its gradient.
+        name: the name in `module.named_parameters()`, without what wrappers add; see `policy.canonical_name`.
+        shape: shape of the parameter; () for a scalar, and any dimension may be 0.
+        dtype: dtype of its gradient.
         index: position among the module's parameters.
         role: "embedding", "norm", "bias", "matmul" or "other" (see `gradq.policy.roles`), "" if unknown.
         world_size: the ranks that average it, None if unknown; `GradientSync` fills it in.
@@ -76,7 +76,7 @@ class Assignment:
         feedback2: whether phase 2, where the collective has one, keeps a shard residual.
         collective: a name in `gradq.collectives.COLLECTIVES` or `PER_PARAMETER`, or "auto": see
             `resolve`.
-        low_rank: with collective="low_rank" the rank of the approximation. phase1 and phase2 then carry its
+        low_rank: rank of the approximation, with collective="low_rank". phase1 and phase2 then carry its
             factors, exact, and feedback1 is always on.
 
     Raises:

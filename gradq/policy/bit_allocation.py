@@ -43,8 +43,9 @@ class BitAllocation:
         weighting: "energy": a parameter counts by the size of its error, as in the gradient vector;
             "relative": by the error's share of its gradient times its elements, so that loud parameters get
             no more than quiet ones. See docs/bits.md for what was measured.
-        exact: see `FixedPolicy`.
-        feedback: see `FixedPolicy`. A parameter that moves to a codec without feedback loses its residual.
+        exact: what travels exact besides small parameters; see `FixedPolicy`.
+        feedback: error feedback; see `FixedPolicy`. A parameter that moves to a codec without feedback
+            loses its residual.
 
     Raises:
         ConfigError: not exactly one budget, or an argument outside its range; SpecError: a spec is wrong.
@@ -228,7 +229,7 @@ class BitAllocation:
         """Continue from a plan and from what this rank had measured.
 
         Raises:
-            CheckpointError: of other candidates or another model.
+            CheckpointError: the state is of other candidates or of another model.
         """
         if int(state["digest"]) != self._digest():
             raise CheckpointError(

@@ -19,7 +19,7 @@ def expected_step_ms(compute_ms: float, codec_ms: float, wire_bytes: float, gbps
     leaving it out favours the codec that sends most.
 
     Args:
-        compute_ms: forward, backward and optimizer, without communication.
+        compute_ms: time of forward, backward and optimizer, without communication.
         codec_ms: encoding and decoding, in a step.
         wire_bytes: what the busiest rank sends in a step; receiving as much is free on a full-duplex link.
         gbps: rate of that rank's link, in 10**9 bits a second.

@@ -37,11 +37,12 @@ class MixedPolicy:
         rules: pairs (selector, spec), or a mapping. A selector is a parameter's name, a shell pattern over
             names, a role such as "role:embedding" (see `roles`), or a predicate over `ParameterInfo`.
         default: the spec of what no rule selects; None: there must be nothing left.
-        exact: see `FixedPolicy`.
-        feedback: see `FixedPolicy`.
+        exact: what travels exact besides small parameters; see `FixedPolicy`.
+        feedback: error feedback; see `FixedPolicy`.
 
     Raises:
-        ConfigError: there is no rule, or a selector of the wrong kind; SpecError: a spec is wrong.
+        ConfigError: there is no rule, or a selector is of the wrong kind.
+        SpecError: a spec is wrong.
 
     Example:
         >>> policy = MixedPolicy(rules=[("wte*", "int8"), ("role:matmul", "int4")], default="int6")

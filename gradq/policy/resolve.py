@@ -23,8 +23,8 @@ def resolve(
 
     Args:
         asked: a string, a codec, a `Spec`, a mapping of rules, or a policy object.
-        exact: for all but policy objects, see `FixedPolicy`.
-        feedback: for all but policy objects, see `FixedPolicy`.
+        exact: what travels exact; see `FixedPolicy`. Policy objects ignore it.
+        feedback: error feedback; see `FixedPolicy`. Policy objects ignore it.
 
     Raises:
         SpecError: it is none of these; ConfigError: exact or feedback has a value that cannot work.

@@ -16,8 +16,8 @@ def warm_up_calls(plan: Plan, device: torch.device, world_size: int) -> list[Cal
     """Calls that run every kernel of the plan's codecs once, for `gradq.kernels.turns.in_turns`.
 
     Args:
-        plan: what will be used.
-        device: of the gradients.
+        plan: the plan that will be used.
+        device: device of the gradients.
         world_size: number of ranks.
 
     Raises:

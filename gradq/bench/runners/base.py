@@ -74,8 +74,8 @@ def execute(runner: Runner, path: Path, show: Callable[[Record], None] = lambda 
 
     Args:
         runner: not open.
-        path: of the record; a finished one is left alone.
-        show: called with every line that is written.
+        path: path of the record; a finished one is left alone.
+        show: a function that is called with every line that is written.
 
     Returns:
         The path.

@@ -60,7 +60,7 @@ class SweepRunner(NamespacesRunner):
 
     Args:
         scenarios: measured one after another; the phase of a record is an index of this list.
-        budgets_s: of each; see `Scenario.budget_s`.
+        budgets_s: time limits of each, in seconds; see `Scenario.budget_s`.
 
     Raises:
         ConfigError: the links differ in more than their rates.

@@ -42,7 +42,7 @@ class RayRunner(Runner):
         cluster: "ray://head:10001", "head:6379", "auto" (the cluster of this machine), or "local" for one
             node of its own.
         link: what is known of the link, for the record's header.
-        max_restarts: of a seed, before it is given up.
+        max_restarts: number of restarts of a seed before it is given up.
         patience_s: how long to wait for nodes and CPUs.
 
     Raises:

@@ -35,7 +35,7 @@ class RankActor:
         """Where this actor is.
 
         Args:
-            address: of its node, "" to ask Ray.
+            address: address of its node, "" to ask Ray.
         """
         if not address:
             import ray
