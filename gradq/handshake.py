@@ -115,10 +115,9 @@ def by_all_ranks(group: dist.ProcessGroup) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise PeerError(
-            f"rank {group.rank()}: another rank is gone, or did not make this call within the process "
-            "group's timeout. All ranks must make it, "
-            "between the same two steps, without an `if rank == 0:` around "
-            f"it: {error}"
+            f"rank {group.rank()}: another rank is gone, or did not make this call within the timeout of the "
+            "process group. All ranks must make it, between the same two steps, without an `if rank == 0:` "
+            f"around it: {error}"
         ) from error
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 
+from gradq.codecs import Codec
 from gradq.collectives import Collective, Segment, choose
 from gradq.kernels.ops import kernels_for
 from gradq.kernels.turns import in_turns
@@ -94,11 +95,26 @@ class Ways:
         if self.plan and self.world_size > 1:
             kernels_for(device)
 
-    def warm_up(self, device: torch.device) -> None:
-        """Compile everything that the plan needs."""
-        calls = warm_up_calls(self.plan, device, self.world_size)
+    def codecs(self) -> set[tuple[Codec, bool]]:
+        """The codecs that the collectives use, each with or without a residual."""
+        entries = self.plan.items()
+        # what low rank feeds back never goes through a codec
+        used = {(entry.phase1, entry.feedback1 and not entry.low_rank) for _, entry in entries}
+        return used | {(entry.phase2, entry.feedback2) for name, entry in entries if self._has_phase2(name)}
+
+    def warm_up(self, device: torch.device, codecs: Iterable[tuple[Codec, bool]] | None = None) -> None:
+        """Compile everything that the plan needs.
+
+        Args:
+            device: of the gradients.
+            codecs: what is used; by default what the collectives use.
+        """
+        calls = warm_up_calls(self.codecs() if codecs is None else codecs, device, self.world_size)
         calls += [partial(collective.warm_up, device) for collective in set(self.collectives.values())]
         in_turns(calls)
+
+    def _has_phase2(self, name: str) -> bool:
+        return self.collectives[name].has_phase2(self.world_size, self.local_world_size)
 
     def segment(self, name: str) -> Segment:
         """How a parameter travels, in a bucket of its own."""
@@ -111,7 +127,7 @@ class Ways:
             phase1=entry.phase1,
             phase2=entry.phase2,
             feedback1=entry.feedback1,
-            feedback2=entry.feedback2 and self.collectives[name].has_phase2(self.world_size, local),
+            feedback2=entry.feedback2 and self._has_phase2(name),
             matrix=info.matrix,
             low_rank=min(entry.low_rank, *info.matrix),
             local_world_size=local,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Annotated
 
 import torch
 import typer
 
-from gradq.collectives import choose
 from gradq.kernels.ops import backend_name
-from gradq.kernels.turns import in_turns
+from gradq.layout import Ways
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.policy.warm_up import warm_up_calls
+from gradq.sync_config import SyncConfig
 
 __all__ = ["warm_up"]
 
@@ -38,17 +36,14 @@ def warm_up(
 
     # one parameter large enough for the codec of the spec, and one that travels exact
     shapes = {"matrix": (4096, 4096), "bias": (8,)}
-    parameters = [
-        ParameterInfo(name=name, shape=shape, dtype=torch.float32, index=index, world_size=world_size)
+    by_name = {
+        name: ParameterInfo(name=name, shape=shape, dtype=torch.float32, index=index, world_size=world_size)
         for index, (name, shape) in enumerate(shapes.items())
-    ]
+    }
     for text in specs:
         start = time.perf_counter()
-        plan = FixedPolicy(spec=Spec.parse(text)).plan(parameters)
-        plain = choose("auto", world_size)
-        collectives = {choose(e.resolve("auto"), world_size, plain=plain) for e in plan.values()}
-        calls = warm_up_calls(plan, _CPU, world_size) + [partial(c.warm_up, _CPU) for c in collectives]
-        in_turns(calls)
+        policy = FixedPolicy(spec=Spec.parse(text))
+        Ways.of(policy, text, by_name, SyncConfig(), world_size).warm_up(_CPU)
         typer.echo(f"{text}: ready after {time.perf_counter() - start:.1f} s")
     folder = folders()[1]
     if folder is None:

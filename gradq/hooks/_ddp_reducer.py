@@ -69,8 +69,8 @@ def wrappers_of(parameter: Tensor) -> list[DistributedDataParallel]:
     It looks at every object: 30 ms a million of them, which is why all steps run in C.
     """
     objects = gc.get_objects()
-    is_ddp = _classes(DistributedDataParallel).__contains__
-    found = itertools.compress(objects, map(is_ddp, map(type, objects)))
+    is_ddp = map(_classes(DistributedDataParallel).__contains__, map(type, objects))
+    found = itertools.compress(objects, is_ddp)
     return [model for model in found if any(own is parameter for own in model.parameters())]
 
 

@@ -18,6 +18,7 @@ from gradq import wire
 from gradq.collectives import AllGather, ReduceScatter, Scratch, ShardSegment, Step
 from gradq.collectives.base import Pending, Setting
 from gradq.errors import UnsupportedError
+from gradq.handshake import meeting
 from gradq.layout import Ways
 from gradq.metrics import Event
 from gradq.policy import AdaptivePolicy, ParameterInfo, Plan, Policy
@@ -80,6 +81,14 @@ class ShardedSync(GradientSync):
                 "rank; FSDP2 gives each its shard: choose another spec, such as int8"
             )
         return ways
+
+    def _warm_up(self, ways: Ways, verb: str = "start") -> None:
+        """See `GradientSync`: what one phase needs, and what gathering does."""
+        if self.world_size > 1 and (ways.plan != self.plan or self.gather_plan):
+            with meeting(self.group, verb):
+                used = {(entry.phase1, entry.feedback1) for entry in ways.plan.values()}
+                used |= {(entry.phase1, False) for entry in self.gather_plan.values()}
+                ways.warm_up(self.device, used)
 
     def _adopt(self, ways: Ways, policy: Policy | None, label: str) -> None:
         super()._adopt(ways, policy, label)

@@ -39,6 +39,7 @@ from gradq.kernels.numba_tools import (
     mix32,
     next_blocks,
     packing,
+    plain,
     row_addresses,
     scratch,
     u8_at,
@@ -300,7 +301,6 @@ def _encoder(num_bits: int, stochastic: bool, feedback: bool, usual: int) -> Any
     qmax = np.int32((1 << (num_bits - 1)) - 1)
     in_place = num_bits == 8  # codes are the packed bytes
     round_codes = _ROUND[stochastic, feedback]
-    elements_together = _WITH_FEEDBACK if feedback else _TOGETHER
 
     def blocks_with(pack_codes: Any) -> Any:
         @inline
@@ -358,19 +358,20 @@ def _encoder(num_bits: int, stochastic: bool, feedback: bool, usual: int) -> Any
 
         return encode_blocks
 
-    whole = blocks_with(_no_packing if in_place else packing(num_bits, 64)[0])
     rest = blocks_with(_no_packing if in_place else packing(num_bits, 8 if usual else 0)[0])
+    whole = rest if in_place or not usual else blocks_with(packing(num_bits, 64)[0])
     rounding = "stochastic" if stochastic else "nearest"
 
     @variant(f"{num_bits}-{rounding}-{'feedback' if feedback else 'alone'}-{usual}")
     def encode(tensors_at: Any, n: int, shape: Any, dither: Any, loss_scale: float) -> None:
         block_size, kind = shape
+        size = plain(usual)
         scale_size = 4 if kind == _FP32 else 2
         x_at, payload_at, residual_at, new_at = tensors_at
         key_low, key_high, shift, first_block = dither
         num_blocks = (n + block_size - 1) // block_size
         scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
-        together = max(elements_together // block_size, 1)
+        together = max((_WITH_FEEDBACK if feedback else _TOGETHER) // block_size, 1)
         value_at = scratch(4 * together * block_size + block_size + 4 * together + 128)
         codes_at = value_at + 4 * together * block_size
         places = (value_at, codes_at, codes_at + (block_size + 63) // 64 * 64, kind)
@@ -381,8 +382,8 @@ def _encoder(num_bits: int, stochastic: bool, feedback: bool, usual: int) -> Any
             count, L = next_blocks(n - block * block_size, block_size, together)
             at = (x_at, residual_at, new_at, scale_at, packed_at)
             draws = (key_low, key_high, shift, first_block + block)
-            if usual == L:
-                whole(at, count, places, stream, factors, draws, usual, usual)
+            if size == L:
+                whole(at, count, places, stream, factors, draws, size, size)
             else:
                 rest(at, count, places, stream, factors, draws, L, (L + 7) // 8 * 8)
             x_at += 4 * L * count
@@ -397,8 +398,8 @@ def _encoder(num_bits: int, stochastic: bool, feedback: bool, usual: int) -> Any
     return encode
 
 
-def _payload_bytes(n: int, num_bits: int, block_size: int, scale_dtype: torch.dtype) -> int:
-    return -(-n // block_size) * scale_dtype.itemsize + -(-n // 8) * num_bits
+def _payload_bytes(n: int, num_bits: int, block_size: int, scale: torch.dtype) -> int:
+    return -(-n // block_size) * scale.itemsize + -(-n // 8) * num_bits
 
 
 def uniform_encode(
@@ -483,11 +484,13 @@ def _decoder(num_bits: int, usual: int) -> Any:
 
         return mean_blocks
 
-    whole, rest = blocks_with(_codes_of(num_bits, 64)), blocks_with(_codes_of(num_bits, 8 if usual else 0))
+    rest = blocks_with(_codes_of(num_bits, 8 if usual else 0))
+    whole = rest if num_bits == 8 or not usual else blocks_with(_codes_of(num_bits, 64))
 
     @variant(f"{num_bits}-{usual}")
     def decode_mean(payload_at: int, rows: Any, out_at: int, n: int, shape: Any) -> None:
         block_size, kind = shape
+        size = plain(usual)
         scale_size = 4 if kind == _FP32 else 2
         num_blocks = (n + block_size - 1) // block_size
         scale_at, packed_at = payload_at, payload_at + num_blocks * scale_size
@@ -499,8 +502,8 @@ def _decoder(num_bits: int, usual: int) -> Any:
         while block < num_blocks:
             count, L = next_blocks(n - block * block_size, block_size, together)
             at = (scale_at, packed_at, out_at)
-            if usual == L:
-                whole(at, count, rows, places, stream, usual, usual)
+            if size == L:
+                whole(at, count, rows, places, stream, size, size)
             else:
                 rest(at, count, rows, places, stream, L, (L + 7) // 8 * 8)
             out_at += 4 * L * count
@@ -535,8 +538,7 @@ def uniform_decode_mean(
 
 # --- exact ---------------------------------------------------------------------------------------------
 
-exact_encode = reference.exact_encode  # torch's casts run at the speed of memory
-exact_decode = reference.exact_decode
+exact_encode, exact_decode = reference.exact_encode, reference.exact_decode  # torch casts as fast as memory
 
 
 @inline

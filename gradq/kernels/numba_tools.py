@@ -31,6 +31,7 @@ __all__ = [
     "next_blocks",
     "pack_few",
     "packing",
+    "plain",
     "row_addresses",
     "scratch",
     "u8_at",
@@ -89,6 +90,18 @@ def _on_stack(_typing: Any, _nbytes: Any) -> Any:
 # the address of bytes of the kernel's own, on a cache line, until the kernel returns: call it once, for a few
 # KiB; compiling an allocation of NumPy's costs a second
 scratch: Any = intrinsic(_on_stack)
+
+
+def _without_value(_typing: Any, _number: Any) -> Any:
+    def generate(_context: Any, _builder: Any, _signature: Any, args: Any) -> Any:
+        return args[0]
+
+    return types.intp(types.intp), generate
+
+
+# a constant whose type does not know its value, for which Numba would compile all that it is passed to once
+# more; the machine code knows the value still
+plain: Any = intrinsic(_without_value)
 
 
 @inline
