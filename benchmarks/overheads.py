@@ -7,8 +7,8 @@
 Every figure stands beside that of plain DDP from the same run. Steps of both take turns, and the ratio is the
 median of the pairs' ratios, with the 20 % and 80 % quantiles.
 
-- tiny: 5,000 parameters of 16 elements, two ranks.
-- ranks: a model of 20,000 parameters on 16 and 64 ranks, with threads and sockets of a rank.
+- tiny: 5,000 parameters of 16 elements and a matrix of 64 x 16, two ranks.
+- ranks: 20 parameters of 1,000 elements and a matrix of 64 x 1,000 on 16 and 64 ranks, with threads and sockets of a rank.
 - memory: the largest resident memory while one parameter of 200 M elements is trained, two ranks.
 - left: threads, files and memory after the models of a sweep, dropped without `close()`.
 """
@@ -37,15 +37,16 @@ Row = dict[str, Any]
 
 
 class Tiny(nn.Module):
-    """Parameters whose gradient is one broadcast product each."""
+    """Parameters whose gradient is one broadcast product each, and a matrix, which is compressed."""
 
     def __init__(self, count: int, numel: int) -> None:
         super().__init__()
         self.weights = nn.ParameterList(nn.Parameter(torch.zeros(numel)) for _ in range(count))
+        self.matrix = nn.Parameter(torch.zeros(64, numel))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """A number."""
-        return torch.stack([(weight * x).sum() for weight in self.weights]).sum()
+        return torch.stack([(weight * x).sum() for weight in self.weights]).sum() + (self.matrix @ x).sum()
 
 
 class Wide(nn.Module):
