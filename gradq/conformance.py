@@ -243,15 +243,10 @@ def check_nonfinite(codec: Codec) -> None:
             payloads = torch.stack((finite, payload, finite))
             codec.decode_mean(payloads, out)
             assert not bool(out.isfinite().all()), f"{where} is lost by decode_mean"
-            if payloads.is_cpu:
-                assert not codec.surely_finite(payloads, numel), f"{where} passes for finite"
 
 
 def check_decode_mean(codec: Codec) -> None:
-    """decode_mean of W rows, strided as in a message, is the sum of decodes in row order / W, bit for bit.
-
-    What `surely_finite` says of the rows is true.
-    """
+    """decode_mean of W rows, strided as in a message, is the sum of decodes in row order / W, bit for bit."""
     for world_size in (1, 2, 3, 5):
         for name, x in _inputs(codec):
             numel, nbytes = x.numel(), codec.nbytes(x.numel())
@@ -269,8 +264,6 @@ def check_decode_mean(codec: Codec) -> None:
                 out = torch.full_like(x, _NAN)
                 codec.decode_mean(rows, out)
                 assert _same(out, expected), f"decode_mean of {world_size} {form} rows, {name} the first"
-                if rows.is_cpu and codec.surely_finite(rows, numel):
-                    assert bool(out.isfinite().all()), f"{world_size} rows pass for finite, {name} the first"
 
 
 def check_pieces(codec: Codec) -> None:

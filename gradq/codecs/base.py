@@ -114,15 +114,6 @@ class Codec(ABC):
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """Decode payloads, uint8 [W, nbytes(n)], and write their mean to out [n]: summed in row order."""
 
-    def surely_finite(self, payloads: Tensor, numel: int) -> bool:
-        """Whether a glance at W payloads in host memory shows that their mean is finite; False says nothing.
-
-        Args:
-            payloads: [W, nbytes], as for `decode_mean`.
-            numel: elements encoded.
-        """
-        return False
-
     def warm_up(
         self, device: torch.device | None = None, num_rows: int = 1, feedback: bool | None = None
     ) -> None:

@@ -27,9 +27,6 @@ __all__ = ["UniformCodec"]
 _SCALE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROUNDINGS = ("auto", "stochastic", "nearest")
 
-# The bits of a scale up to which the sum of many decoded values is far from Inf: 2**64 (of fp16 the largest).
-_MODERATE = {torch.float32: 0x5F800000, torch.bfloat16: 0x5F80, torch.float16: 0x7BFF}
-
 
 @dataclass(frozen=True, kw_only=True)
 class UniformCodec(Codec):
@@ -161,15 +158,6 @@ class UniformCodec(Codec):
             block_size=self.block_size,
             scale_dtype=_SCALE_DTYPES[self.scale_dtype],
         )
-
-    def surely_finite(self, payloads: Tensor, numel: int) -> bool:
-        """See `Codec.surely_finite`. A block with NaN or Inf has a scale of NaN, which is larger as bits."""
-        dtype = _SCALE_DTYPES[self.scale_dtype]
-        scales = payloads.numpy()[:, : -(-numel // self.block_size) * dtype.itemsize]
-        if scales.strides[1] != 1 or (scales.ctypes.data | scales.strides[0]) % dtype.itemsize:
-            return False
-        bits = scales.view(f"<u{dtype.itemsize}")
-        return bool((bits <= _MODERATE[dtype]).all())
 
     @classmethod
     def from_name(cls, name: str) -> UniformCodec:

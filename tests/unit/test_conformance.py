@@ -154,14 +154,6 @@ class MeanLosesNaN(UniformCodec):
 
 
 @frozen
-class BelievesEverythingFinite(UniformCodec):
-    """nonfinite"""
-
-    def surely_finite(self, payloads, numel):
-        return True
-
-
-@frozen
 class SumsBackwards(UniformCodec):
     """decode_mean"""
 

@@ -79,8 +79,7 @@ def test_pieces_are_nearly_equal(numel, most, want):
 @settings(deadline=None)  # the first call compiles
 @given(numel=st.integers(1, 700), ranks=st.integers(1, 4), at=st.integers(0, 10**6), bad=st.booleans())
 @pytest.mark.parametrize("spec", ["int4", "int8(scale_dtype=fp16)", "int2(scale_dtype=fp32)", "nf4", "fp32"])
-def test_a_glance_at_payloads_misses_nothing(spec, numel, ranks, at, bad):
-    """And sees, where a codec can, that ordinary gradients are finite."""
+def test_a_value_that_is_not_finite_reaches_the_mean(spec, numel, ranks, at, bad):
     codec = from_spec(spec)
     messages = torch.zeros(ranks, -(-codec.nbytes(numel) // 8) * 8, dtype=torch.uint8)
     payloads = messages[:, : codec.nbytes(numel)]
@@ -92,4 +91,3 @@ def test_a_glance_at_payloads_misses_nothing(spec, numel, ranks, at, bad):
     mean = torch.empty(numel)
     codec.decode_mean(payloads, mean)
     assert bool(mean.isfinite().all()) is not bad
-    assert codec.surely_finite(payloads, numel) is (not bad and spec.startswith("int"))
