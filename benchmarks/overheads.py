@@ -8,7 +8,8 @@ Every figure stands beside that of plain DDP from the same run. Steps of both ta
 median of the pairs' ratios, with the 20 % and 80 % quantiles.
 
 - tiny: 5,000 parameters of 16 elements and a matrix of 64 x 16, two ranks.
-- ranks: 20 parameters of 1,000 elements and a matrix of 64 x 1,000 on 16 and 64 ranks, with threads and sockets of a rank.
+- ranks: 20 parameters of 1,000 elements and a matrix of 64 x 1,000 on 16 and 64 ranks, with threads and
+  sockets of a rank.
 - memory: the largest resident memory while one parameter of 200 M elements is trained, two ranks.
 - left: threads, files and memory after the models of a sweep, dropped without `close()`.
 """
