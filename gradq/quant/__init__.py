@@ -7,6 +7,7 @@ from gradq.quant.attention import QuantMultiheadAttention
 from gradq.quant.by_name import SwapInfo, swap, swap_info
 from gradq.quant.calibrate import calibrate
 from gradq.quant.config import Config, detect_target
+from gradq.quant.control import ControlReport, prepare_within
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
 from gradq.quant.info import float_model, prepare_info
@@ -17,12 +18,14 @@ from gradq.quant.readers import input_quantizers
 from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell
 from gradq.quant.reference import IntegerReference, integer_reference
 from gradq.quant.refine import correct_bias, round_weights
+from gradq.quant.second_order import gptq
 from gradq.quant.sensitivity import SensitivityReport, divergence, sensitivity
 from gradq.quant.training import RangeSchedule, param_groups
 
 __all__ = [
     "ActQuant",
     "Config",
+    "ControlReport",
     "Format",
     "IntegerReference",
     "QuantConv1d",
@@ -46,6 +49,7 @@ __all__ = [
     "divergence",
     "finalize",
     "float_model",
+    "gptq",
     "input_quantizers",
     "integer_reference",
     "model_bytes",
@@ -53,6 +57,7 @@ __all__ = [
     "parse_format",
     "prepare",
     "prepare_info",
+    "prepare_within",
     "restore",
     "round_weights",
     "sensitivity",

@@ -1,0 +1,136 @@
+"""GPTQ: round a linear layer's weights one input at a time; the inputs not yet rounded make up for it.
+
+Shapes: O outputs, I inputs, n rows (tokens) that the layer reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradq.errors import CalibrationError, ConfigError
+from gradq.quant.batches import ToInputs, evaluating, limited, progress, run_batch, unwrap
+from gradq.quant.fake import WeightQuant
+from gradq.quant.modules import QuantLinear
+
+__all__ = ["gptq"]
+
+
+def gptq(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    num_batches: int | None = None,
+    damping: float = 0.01,
+    to_inputs: ToInputs | None = None,
+    show_progress: bool = True,
+) -> nn.Module:
+    """Choose the codes of every linear layer by the second moments of what it reads, in place.
+
+    GPTQ (Frantar et al. 2023, arXiv:2210.17323): inputs are rounded in the order of their energy, and the
+    error of each is spread over those that follow by the inverse of the inputs' second moments. Scales stay
+    as they were fitted. One layer is looked at after another, each with what the layers before it now give
+    it, so that only one layer's (I, I) moments are held at a time. The codes become the weights. For uniform
+    formats; layers with other formats and layers that are not linear are left as they are, and so is a layer
+    for which rounding to the nearest code is better on these batches.
+
+    Args:
+        model: from `prepare` or `swap`, calibrated.
+        loader: batches; no labels are needed.
+        num_batches: batches to use; None for all.
+        damping: share of the mean energy that is added to every input's.
+        to_inputs: batch → the model's arguments, if the default does not fit.
+        show_progress: a progress bar on stderr.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: a damping that is not positive.
+        CalibrationError: no batch, or a quantizer without a range.
+    """
+    if not damping > 0:
+        raise ConfigError(f"damping is {damping}; legal: greater than 0, for instance 0.01")
+    model = unwrap(model)
+    batches = list(limited(loader, num_batches)[0])
+    if not batches:
+        raise CalibrationError("the loader yielded no batch; give at least one")
+    with evaluating(model):
+        layers = _in_order(model, batches[0], to_inputs)
+        for layer in progress(layers, "rounding by second moments", show=show_progress):
+            moments = _moments(model, layer, batches, to_inputs)
+            layer.weight.copy_(_rounded(layer.weight.detach(), layer.weight_quant, moments, damping))
+    return model
+
+
+def _in_order(model: nn.Module, batch: Any, to_inputs: ToInputs | None) -> list[QuantLinear]:
+    """The linear layers that run, in the order in which they first run; tied weights once."""
+    order: dict[int, QuantLinear] = {}
+    found = [m for m in model.modules() if isinstance(m, QuantLinear) and m.weight_quant.format.is_uniform]
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        assert isinstance(module, QuantLinear)
+        order.setdefault(id(module.weight), module)
+
+    hooks = [m.register_forward_hook(note) for m in found]
+    try:
+        run_batch(model, batch, to_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(order.values())
+
+
+def _moments(model: nn.Module, layer: QuantLinear, batches: list[Any], to_inputs: ToInputs | None) -> Tensor:
+    """(I, I) fp64 second moments of what the layer multiplies its weight by."""
+    size, device = layer.in_features, layer.weight.device
+    total = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0] if layer.input_quant is None else layer.input_quant(inputs[0])
+        rows = x.detach().reshape(-1, layer.in_features)
+        total.addmm_(rows.t().double(), rows.double())
+
+    hook = layer.register_forward_pre_hook(add)
+    try:
+        for batch in batches:
+            run_batch(model, batch, to_inputs)
+    finally:
+        hook.remove()
+    return total
+
+
+def _rounded(weight: Tensor, quantizer: WeightQuant, moments: Tensor, damping: float) -> Tensor:
+    """(O, I): the weight on its grid."""
+    fmt, inputs = quantizer.format, weight.shape[1]
+    energy = moments.diagonal()
+    silent = energy == 0
+    damped = moments.clone()
+    damped.diagonal().add_(damping * energy.mean() + silent.double())
+    nearest = quantizer(weight).double()
+    scale, zero_point = (
+        quantizer.unrows(part.double()[:, None].expand_as(quantizer.rows(weight)), weight.shape)
+        for part in (quantizer.scale.detach(), quantizer.zero_point)
+    )
+    if quantizer.num_rows == 1:
+        scale, zero_point = scale.expand_as(weight), zero_point.expand_as(weight)
+    order = energy.argsort(descending=True)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    left, out = weight.double()[:, order], torch.empty_like(nearest)
+    for i, column in enumerate(order.tolist()):
+        s, z = scale[:, column], zero_point[:, column]
+        codes = ((left[:, i] / s).round() + z).clamp(fmt.qmin, fmt.qmax)
+        out[:, column] = (codes - z) * s
+        if i + 1 < inputs:
+            error = (left[:, i] - out[:, column]) / factor[i, i]
+            left[:, i + 1 :].addr_(error, factor[i, i + 1 :], alpha=-1.0)
+
+    def lost(candidate: Tensor) -> float:
+        difference = candidate - weight.double()
+        return float(((difference @ moments) * difference).sum())
+
+    best = out if lost(out) < lost(nearest) else nearest
+    return best.to(weight.dtype)
