@@ -28,8 +28,8 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 60.0,
-    group_timeout: float = 30.0,
+    timeout: float = 300.0,
+    group_timeout: float = 120.0,
     expect_exit: tuple[int, ...] = (),
 ) -> list[Any]:
     """Run function(rank, *args) in world_size processes that share a Gloo process group.

@@ -167,7 +167,7 @@ def broken_states(rank: int, count: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_broken_state_is_a_checkpoint_error_on_all_ranks(count: int) -> None:
-    first, second = run_ranks(broken_states, 2, count, timeout=100 if count < 1000 else 3000)
+    first, second = run_ranks(broken_states, 2, count, timeout=300 if count < 1000 else 3000)
     assert first == second, "ranks went different ways"
     assert first["refused"] > count // 2
     assert first["loaded"] > 0

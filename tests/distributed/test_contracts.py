@@ -190,7 +190,7 @@ def disagree(rank: int, what: str) -> tuple[str, float]:
     ],
 )
 def test_ranks_that_disagree_are_told_which_and_what(what: str, words: list[str]) -> None:
-    for rank, (message, seconds) in enumerate(run_ranks(disagree, 3, what, timeout=30)):
+    for rank, (message, seconds) in enumerate(run_ranks(disagree, 3, what)):
         if what == "error" and rank == 1:
             assert message.startswith("SpecError")
         else:

@@ -304,7 +304,7 @@ def plain_gradients(rank: int):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_copies_of_a_compressed_model(compiled: bool) -> None:
     want = run_ranks(plain_gradients, 2)[0]
-    for rows, counted, steps, shown in run_ranks(copies, 2, compiled, timeout=120):
+    for rows, counted, steps, shown in run_ranks(copies, 2, compiled):
         assert (counted, steps) == (1, 2)
         assert "compresses nothing" in shown
         for kind, got in rows.items():
@@ -348,7 +348,7 @@ def under_all(rank: int):
 
 
 def test_names_residuals_and_bytes_are_the_same_under_every_wrapper() -> None:
-    for results in run_ranks(under_all, 2, timeout=120):
+    for results in run_ranks(under_all, 2):
         names, kept, reduced = results[0]
         assert names == [f"{n}.{kind}" for n in (0, 2, 4) for kind in ("weight", "bias")]
         assert list(kept) == ["0.weight", "2.weight"]

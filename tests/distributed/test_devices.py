@@ -115,7 +115,7 @@ def test_the_same_bits_whatever_moves_them(kind, device_type):
     world_size = 3 if device_type == "cpu" or torch.cuda.device_count() >= 3 else 2
     if device_type == "cuda" and kind == "stream" and torch.cuda.device_count() < world_size:
         pytest.skip("NCCL needs a GPU for every rank")
-    counts = run_ranks(same_bits, world_size, kind, device_type, timeout=110.0)
+    counts = run_ranks(same_bits, world_size, kind, device_type)
     assert counts == [counts[0]] * world_size
     assert counts[0] > 3 * 2 * len(SPECS[device_type])
 
@@ -150,7 +150,7 @@ def same_shards(rank: int, kind: str) -> int:
 
 @pytest.mark.parametrize("kind", ["stream", "staged"])
 def test_the_same_shards_whatever_moves_them(kind):
-    assert run_ranks(same_shards, 3, kind, timeout=110.0) == [2 * (1 + 4)] * 3
+    assert run_ranks(same_shards, 3, kind) == [2 * (1 + 4)] * 3
 
 
 def no_feedback(rank: int) -> list[str]:

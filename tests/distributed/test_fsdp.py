@@ -220,7 +220,7 @@ if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):  # torch 2.9
 @pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_shards_are_those_of_dense_fsdp(world_size: int) -> None:
     """Also after close(). From 3 ranks on Gloo adds in an order of its own: exact specs round otherwise."""
-    check_shards(run_ranks(compare, world_size, shard_jobs(JOBS), timeout=110), list(JOBS))
+    check_shards(run_ranks(compare, world_size, shard_jobs(JOBS)), list(JOBS))
 
 
 def shard_jobs(names: Iterable[str]) -> list[dict[str, Any]]:
@@ -468,7 +468,7 @@ HSDP: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("world_size", "mesh"), [(2, (2, 1)), (3, (3, 1)), (4, (2, 2))])
 def test_replicas_of_shards(world_size: int, mesh: tuple[int, int]) -> None:
     """A mesh of two dimensions against FSDP's own HSDP; replicas equal to the bit."""
-    check_replicas(run_ranks(compare, world_size, replica_jobs(mesh), timeout=110), mesh)
+    check_replicas(run_ranks(compare, world_size, replica_jobs(mesh)), mesh)
 
 
 def replica_jobs(mesh: tuple[int, int]) -> list[dict[str, Any]]:
@@ -662,7 +662,7 @@ WRONG = {
 
 
 def test_what_cannot_work_is_named() -> None:
-    for messages in run_ranks(wrong, 2, list(WRONG), timeout=110):
+    for messages in run_ranks(wrong, 2, list(WRONG)):
         for (case, words), message in zip(WRONG.items(), messages, strict=True):
             for word in words:
                 assert word in message, f"{case}: {message}"

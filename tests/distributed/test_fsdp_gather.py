@@ -39,7 +39,7 @@ def gathered(rank: int):
 
 
 def test_gathered_parameters_are_an_unbiased_rounding_and_shards_stay_exact() -> None:
-    results = run_ranks(gathered, 2, timeout=110)
+    results = run_ranks(gathered, 2)
     for kept, seen, after, counts in results:
         assert counts["gather_bytes"] < 0.3 * counts["dense_gather_bytes"]
         for name, exact in kept.items():

@@ -108,7 +108,7 @@ def compiled(rank: int) -> tuple[bool, int]:
 
 @pytest.mark.slow
 def test_a_compiled_model_counts_steps() -> None:
-    for is_equal, steps in run_ranks(compiled, 2, timeout=110):
+    for is_equal, steps in run_ranks(compiled, 2):
         assert is_equal
         assert steps == 2
 

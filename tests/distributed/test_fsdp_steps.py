@@ -219,7 +219,7 @@ def walk(rank: int, kinds: list[str]) -> dict[str, dict[str, Any]]:
 def test_a_step_is_one_outermost_backward(half: int) -> None:
     """Exact specs give dense FSDP's shards; what int4 loses comes later; NaN changes no residual."""
     kinds = list(KINDS)[half::2]
-    results = run_ranks(walk, 2, kinds, timeout=110)
+    results = run_ranks(walk, 2, kinds)
     for kind in kinds:
         counts = {result[kind]["steps"] for result in results}
         assert counts == {(STEPS, 6)}, (kind, counts)

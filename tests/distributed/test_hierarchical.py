@@ -53,7 +53,7 @@ def hierarchical_jobs(local_world_size: int) -> list[dict]:
 @pytest.mark.parametrize(("world_size", "local_world_size"), GRID)
 def test_replicas_are_equal_and_near_the_mean(world_size: int, local_world_size: int) -> None:
     jobs = hierarchical_jobs(local_world_size)
-    by_rank = run_ranks(layouts, world_size, jobs, timeout=110)
+    by_rank = run_ranks(layouts, world_size, jobs)
     for number, job in enumerate(jobs):
         check_near_the_mean(job, [outcomes[number] for outcomes in by_rank])
 

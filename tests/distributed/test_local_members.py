@@ -147,7 +147,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_is_trained_may_change(name: str) -> None:
     """Replicas are equal at the end, and what was unfrozen has been averaged, not left alone."""
-    results = run_ranks(changed, 2, WHATS, OPTIONS[name], timeout=110)
+    results = run_ranks(changed, 2, WHATS, OPTIONS[name])
     for what in WHATS:
         first, second = (result[what] for result in results)
         for parameter, value in first[0].items():
@@ -216,7 +216,7 @@ def disagreeing(rank: int, what: str) -> str:
     ],
 )
 def test_ranks_that_differ_are_told(what: str, words: list[str]) -> None:
-    for message in run_ranks(disagreeing, 2, what, timeout=60, group_timeout=20):
+    for message in run_ranks(disagreeing, 2, what, group_timeout=20):
         for word in words:
             assert word in message, message
 

@@ -168,7 +168,7 @@ KINDS = [
 
 def test_steps_are_counted_whatever_wraps_the_optimizer() -> None:
     """Replicas are equal after two averages, also where a GradScaler skips a step on one rank."""
-    first, second = run_ranks(train, 2, KINDS, timeout=110)
+    first, second = run_ranks(train, 2, KINDS)
     for kind in KINDS:
         if kind == "unknown scaler":
             for outcome in (first[kind], second[kind]):
@@ -184,7 +184,7 @@ def test_steps_are_counted_whatever_wraps_the_optimizer() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo does not know:UserWarning")
 def test_a_compiled_step_counts() -> None:
-    first, second = run_ranks(train, 2, ["compiled"], timeout=110)
+    first, second = run_ranks(train, 2, ["compiled"])
     assert first["compiled"][0] == STEPS
     for mine, theirs in zip(first["compiled"][1], second["compiled"][1], strict=True):
         assert torch.equal(mine, theirs)
@@ -235,7 +235,7 @@ REFUSED = {
 
 
 def test_what_cannot_be_counted_is_named() -> None:
-    for messages in run_ranks(refused, 2, list(REFUSED), timeout=60):
+    for messages in run_ranks(refused, 2, list(REFUSED)):
         for case, words in REFUSED.items():
             for word in words:
                 assert word in messages[case], messages[case]

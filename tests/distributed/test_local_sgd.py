@@ -192,7 +192,7 @@ def check_steps(results: list[tuple], job: tuple) -> None:
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow), 3])
 def test_every_average_and_every_step_is_predicted_to_the_bit(world_size: int) -> None:
-    results = run_ranks(train, world_size, JOBS, timeout=110)
+    results = run_ranks(train, world_size, JOBS)
     for name, job in JOBS.items():
         check_averages([result[name] for result in results], job)
         check_steps([result[name] for result in results], job)
@@ -341,7 +341,7 @@ def all_odd(rank: int, cases: list[str]) -> dict[str, str]:
 @functools.cache
 def odd_messages() -> list[dict[str, str]]:
     """What each rank was told in each case."""
-    return run_ranks(all_odd, 2, list(WORDS), timeout=100)
+    return run_ranks(all_odd, 2, list(WORDS))
 
 
 def odd(rank: int, what: str) -> str:
@@ -481,5 +481,5 @@ def lost(rank: int) -> str:
 
 
 def test_a_lost_rank_is_an_error_in_the_inner_optimizers_step() -> None:
-    message, _ = run_ranks(lost, 2, expect_exit=(1,), timeout=60, group_timeout=10)
+    message, _ = run_ranks(lost, 2, expect_exit=(1,), group_timeout=10)
     assert "rank 1 failed in step 0" in message

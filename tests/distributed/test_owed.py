@@ -187,7 +187,7 @@ def divide_by_those_left(rank):
 
 
 def test_join_that_divides_by_the_ranks_left_is_refused():
-    assert run_ranks(joined_divides, 1, timeout=60) == [True]
+    assert run_ranks(joined_divides, 1) == [True]
 
 
 def sharded(rank, spec):

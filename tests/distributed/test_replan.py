@@ -245,7 +245,7 @@ def disagree(rank: int, options: dict) -> tuple[str, float]:
 @pytest.mark.parametrize("options", [{"every": 4}, {"samples": 1}, {"candidates": RANGE[1:]}])
 def test_ranks_with_other_settings_are_told_at_the_start(options: dict) -> None:
     (name,) = options
-    for message, seconds in run_ranks(disagree, 3, options, timeout=30):
+    for message, seconds in run_ranks(disagree, 3, options):
         assert "spec is " in message
         assert "on rank 1" in message
         assert f"{name}=" in message
@@ -275,7 +275,7 @@ def wrong_plan(rank: int) -> str:
 
 
 def test_a_rank_that_plans_otherwise_is_an_error_on_every_rank() -> None:
-    for message in run_ranks(wrong_plan, 3, timeout=30):
+    for message in run_ranks(wrong_plan, 3):
         assert message.startswith("step 3: ranks disagree: parameters['layers.0.weight'] is ")
         assert "int2" in message
         assert "rank 1" in message

@@ -116,7 +116,7 @@ def slow_down(collective, delays: random.Random, most_ms: float) -> None:
 def check(world_size: int, count: int, seed: int) -> None:
     rng = random.Random(seed)
     jobs = [trial(rng) for _ in range(count)]
-    results = run_ranks(run, world_size, jobs, timeout=100 + count)
+    results = run_ranks(run, world_size, jobs, timeout=300 + count)
     for number, job in enumerate(jobs):
         infos, policy = infos_and_policy(job)
         put_in = [
