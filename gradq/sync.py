@@ -26,7 +26,7 @@ from torch.futures import Future
 
 from gradq import wire
 from gradq.adaptive import Learner
-from gradq.collectives import Bucket, Executor, Segment, Setting, Step, dense, open_channels
+from gradq.collectives import Bucket, Segment, Setting, Step, dense, executor_on, open_channels
 from gradq.collectives.base import Pending
 from gradq.collectives.executor import end
 from gradq.collectives.streams import done
@@ -80,7 +80,7 @@ class GradientSync:
             self.feedback.to(self.device)
             self.check = StepCheck(self.device)
             self.learner = Learner(group, self.metrics, config.seed)
-            self._executor = Executor.on(self.device)
+            self._executor = executor_on(self.device)
             ways = self._prepare(policy, label)
             notes.update(self._notes(ways, label))
         self._warm_up(ways)

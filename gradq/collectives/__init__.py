@@ -8,7 +8,7 @@ from gradq.collectives import dense
 from gradq.collectives.all_gather import AllGather
 from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
 from gradq.collectives.bucket import Bucket
-from gradq.collectives.channels import open_channels
+from gradq.collectives.connect import executor_on, open_channels
 from gradq.collectives.direct import Direct
 from gradq.collectives.executor import Executor
 from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
@@ -39,6 +39,7 @@ __all__ = [
     "basis_numel",
     "choose",
     "dense",
+    "executor_on",
     "open_channels",
     "parts_of",
     "ranks_per_node",

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from gradq.errors import PeerError, UnsupportedError
 from gradq.handshake import gather, meeting, reason
 from gradq.metrics import Event, Metrics
 
-__all__ = ["BringsChannels", "Links", "PeerChannel", "open_channels"]
+__all__ = ["Links", "PeerChannel", "open_peer_channels"]
 
 
 _BACKENDS = ("gloo", "mpi4py")  # what can post a receive before the send, and tell messages apart by tags
@@ -113,16 +113,6 @@ def _leave_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-@runtime_checkable
-class BringsChannels(Protocol):
-    """A process group with channels of its own: `gradq.testing.InProcessGroup`."""
-
-    def open_channels(
-        self, count: int, metrics: Metrics, timeout: timedelta | None
-    ) -> tuple[Sequence[Channel], Callable[[BaseException | None], None]]:
-        """See `open_channels`."""
 
 
 class _Exchange:
@@ -226,37 +216,14 @@ class PeerChannel:
         return _Exchange(works, receive, header, self._metrics, self._links)
 
 
-def open_channels(
-    group: dist.ProcessGroup,
-    count: int,
-    metrics: Metrics,
-    timeout: timedelta | None = None,
-    device: torch.device | None = None,
+def open_peer_channels(
+    group: dist.ProcessGroup, count: int, metrics: Metrics, timeout: timedelta | None
 ) -> tuple[Sequence[Channel], Callable[[BaseException | None], None]]:
-    """Connect the ranks of a group once more, for gradq alone. All its ranks must call this together.
-
-    Args:
-        group: the process group whose ranks take part.
-        count: number of channels.
-        metrics: receiver of the exchange times.
-        timeout: limit for one exchange; the group's own by default.
-        device: device of the messages; the CPU by default.
-
-    Returns:
-        The channels, and a function that ends their connections; given an error, it leaves word of it for the
-        other ranks.
+    """As `connect.open_channels`, for messages in this machine's memory.
 
     Raises:
         UnsupportedError: the group does not move CPU tensors over Gloo or MPI.
     """
-    if group.size() == 1:
-        return [], lambda error: None
-    if isinstance(group, BringsChannels):
-        return group.open_channels(count, metrics, timeout)
-    if device is not None and device.type != "cpu":
-        from gradq.collectives.streams import open_stream_channels
-
-        return open_stream_channels(group, count, metrics, timeout, device)
     with meeting(group):
         backend = _cpu_backend(group)
         if timeout is None:

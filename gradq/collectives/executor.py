@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +21,7 @@ from torch.futures import Future
 from gradq.collectives.base import Pending
 from gradq.errors import ConfigError, UnsupportedError
 
-if TYPE_CHECKING:
-    from gradq.collectives.streams import StreamExecutor
-
-__all__ = ["Executor", "Failure", "end"]
+__all__ = ["Executor", "Failure", "Stoppable", "end"]
 
 _PATIENCE_S = 1.0  # how long `stop` waits for a thread
 
@@ -59,6 +56,13 @@ class Failure:
         return error
 
 
+class Stoppable(Protocol):
+    """What `end` needs of an executor."""
+
+    def stop(self) -> None:
+        """End without waiting for a peer."""
+
+
 @dataclass
 class _Job:
     steps: Iterator[Pending]
@@ -85,13 +89,6 @@ class Executor:
     def failure(self) -> BaseException | None:
         """What stopped the executor, None while it works."""
         return self.failed.error
-
-    @staticmethod
-    def on(device: torch.device) -> Executor | StreamExecutor:
-        """What drives collectives of a device: threads for CPU tensors, a side stream for CUDA tensors."""
-        from gradq.collectives.streams import StreamExecutor
-
-        return Executor() if device.type == "cpu" else StreamExecutor(device)
 
     def submit(self, steps: Iterator[Pending], result: Tensor) -> Future[Tensor]:
         """Run steps to the end; the future then holds result, or raises what a stage raised.
@@ -170,9 +167,7 @@ class Executor:
             self._stage(index + 1).put(job)
 
 
-def end(
-    process: int, executor: Executor | StreamExecutor, close_channels: Callable[[BaseException | None], None]
-) -> None:
+def end(process: int, executor: Stoppable, close_channels: Callable[[BaseException | None], None]) -> None:
     """Give back what only one process has, its threads and connections: a forked child leaves them alone."""
     if os.getpid() == process:
         executor.stop()

@@ -260,7 +260,7 @@ class StagedChannel:
 def open_stream_channels(
     group: dist.ProcessGroup, count: int, metrics: Metrics, timeout: timedelta | None, device: torch.device
 ) -> tuple[list[Channel], Callable[[BaseException | None], None]]:
-    """As `channels.open_channels`, for tensors of a device. One process group serves all channels.
+    """As `connect.open_channels`, for tensors of a device. One process group serves all channels.
 
     Raises:
         UnsupportedError: the group moves the device's tensors by something else than NCCL or Gloo.
@@ -277,7 +277,7 @@ def open_stream_channels(
         timeout = getattr(group._get_backend(device).options, "_timeout", None)
     ranks, whole_world = dist.get_process_group_ranks(group), group.size() == dist.get_world_size()
     own = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=not whole_world)
-    dist.barrier(group)  # see `channels.open_channels`
+    dist.barrier(group)  # see `channels.open_peer_channels`
 
     def close(error: BaseException | None = None) -> None:
         if error is not None:  # exchanges may be under way on the device; its watchdog tells the others

@@ -8,7 +8,6 @@ on CUDA tensors over Gloo (one GPU is enough) and NCCL (one GPU a rank). Not run
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -73,7 +72,7 @@ def as_on_cuda(kind: str) -> None:
         def verdict(self, loss_scale, step):
             return torch.tensor(super().verdict(loss_scale, step))
 
-    sync_module.Executor = SimpleNamespace(on=StreamExecutor)
+    sync_module.executor_on = StreamExecutor
     sync_module.open_channels = channels
     sync_module.StepCheck = Unknown
 

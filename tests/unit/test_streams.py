@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from gradq.collectives import Executor
+from gradq.collectives import Executor, executor_on
 from gradq.collectives.streams import StreamExecutor, done
 from gradq.errors import ConfigError, UnsupportedError
 from gradq.feedback import Feedback
@@ -64,7 +64,7 @@ def test_after_a_failure_every_future_raises_its_cause():
 
 
 def test_the_device_chooses_the_executor():
-    executor = Executor.on(CPU)
+    executor = executor_on(CPU)
     assert isinstance(executor, Executor)
     with pytest.raises(UnsupportedError, match="a gradient on meta"):
         executor.submit(iter(()), torch.zeros(1, device="meta"))
