@@ -65,7 +65,7 @@ def files_of(name: str, folder: Path, torchao: str | None) -> tuple[dict[str, Pa
         report = export.onnx(qmodel, files[title])
         spent = time.perf_counter() - started
         seen = export.verify(
-            files[title], qmodel, [inputs(8)], baseline=files["fp32"], batch_sizes=(), strict=False,
+            files[title], qmodel, [inputs(2)], baseline=files["fp32"], batch_sizes=(), strict=False,
             show_progress=False,
         )  # fmt: skip
         notes[title] = {

@@ -210,6 +210,10 @@ class _Builder:
     Attributes:
         graph: of calls of layers and ATen operators.
         root: target → module, parameter, buffer or constant.
+        plain_layout: nothing is changed in place, so that how a tensor lies in memory does not matter.
+            Attention lays its result out in one way in training and in another one in evaluation, and the
+            graphs of both modes are to be the same: a tensor need not be made contiguous, and a view is a
+            reshape.
     """
 
     def __init__(
@@ -230,6 +234,7 @@ class _Builder:
             if functional:
                 self.program = self.program.run_decompositions({})
         self._inputs(args)
+        self.plain_layout = not any(_is_mutable(node) for node in self.program.graph.nodes)
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 self._copy(node, self.program.graph_module)
@@ -360,13 +365,19 @@ class _Builder:
         if node.target is operator.getitem and isinstance(self.env.get(node.args[0]), tuple):  # type: ignore[arg-type]
             self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
             return
+        if self.plain_layout and short == "contiguous":
+            self.env[node] = self.env[node.args[0]]  # type: ignore[index]
+            return
         path = self._path(node)
         skipped = self._is_skipped(path)
         new = None if skipped else self._layer_call(node, short, path)
         if new is None:
             given = _with_dropout(node) if short == "scaled_dot_product_attention" else node.args
+            target = node.target
+            if self.plain_layout and target is torch.ops.aten.view.default:
+                target = torch.ops.aten.reshape.default
             new = self.graph.create_node(
-                "call_function", node.target, self._value(given), self._value(node.kwargs), name=node.name
+                "call_function", target, self._value(given), self._value(node.kwargs), name=node.name
             )
         if skipped:
             new.meta["gradq_skipped"] = path

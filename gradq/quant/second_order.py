@@ -34,8 +34,8 @@ def gptq(
     error of each is spread over those that follow by the inverse of the inputs' second moments. Scales stay
     as they were fitted. One layer is looked at after another, each with what the layers before it now give
     it, so that only one layer's (I, I) moments are held at a time. The codes become the weights. For uniform
-    formats; layers with other formats and layers that are not linear are left as they are, and so is a layer
-    for which rounding to the nearest code is better on these batches.
+    formats; layers with other formats, layers whose weight is an embedding, too, and layers that are not
+    linear are left as they are, and so is a layer for which the nearest codes are better on these batches.
 
     Args:
         model: from `prepare` or `swap`, calibrated.
@@ -67,9 +67,14 @@ def gptq(
 
 
 def _in_order(model: nn.Module, batch: Any, to_inputs: ToInputs | None) -> list[QuantLinear]:
-    """The linear layers that run, in the order in which they first run; tied weights once."""
+    """The linear layers that run, in the order in which they first run; weights of several layers once."""
     order: dict[int, QuantLinear] = {}
-    found = [m for m in model.modules() if isinstance(m, QuantLinear) and m.weight_quant.format.is_uniform]
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    found = [
+        m
+        for m in model.modules()
+        if isinstance(m, QuantLinear) and m.weight_quant.format.is_uniform and id(m.weight) not in tied
+    ]
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         assert isinstance(module, QuantLinear)

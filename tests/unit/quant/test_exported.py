@@ -66,7 +66,8 @@ class Encoder(nn.Module):
         q, k, v = self.qkv(self.norm(h)).view(B, T, 3, 2, -1).permute(2, 0, 3, 1, 4)
         rate = 0.1 if self.training else 0.0
         y = functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=rate)
-        h = h + self.drop(self.out(y.transpose(1, 2).reshape(B, T, -1)))
+        y = y.transpose(1, 2).contiguous().view(B, T, -1)  # a copy in training, none in evaluation
+        h = h + self.drop(self.out(y))
         return Answer(self.head(functional.gelu(self.up(h))), h if return_hidden else None)
 
 

@@ -63,3 +63,24 @@ def test_what_cannot_work_is_an_error():
         quant.gptq(qmodel, [x], damping=0)
     with pytest.raises(CalibrationError, match="no batch"):
         quant.gptq(qmodel, [])
+
+
+@torch.no_grad()
+def test_a_weight_that_is_an_embedding_too_is_left_alone():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.inner, self.head = nn.Embedding(12, 16), nn.Linear(16, 16), nn.Linear(16, 12)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(torch.relu(self.inner(self.embed(ids))))
+
+    torch.manual_seed(0)
+    ids = torch.arange(12)[None]
+    qmodel = quant.prepare(Tied().eval(), ids, quant.Config(weights="int4", activations=None))
+    before = {name: p.clone() for name, p in qmodel.named_parameters()}
+    quant.gptq(qmodel, [ids], show_progress=False)
+    after = dict(qmodel.named_parameters())
+    assert torch.equal(after["embed.weight"], before["embed.weight"])
+    assert not torch.equal(after["inner.weight"], before["inner.weight"])
