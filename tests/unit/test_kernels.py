@@ -20,6 +20,7 @@ from gradq.kernels.ops import backend_name, kernels_for
 from gradq.rng import EncodeContext
 
 BITS = range(2, 9)
+OFTEN = (2, 3, 4, 8)  # block sizes besides 256 are in use with these
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 255, 256, 257, 511, 1000, 1025)
 BLOCKS = (64, 72, 128, 256, 264, 1000, 1024)
 SCALES = (torch.float32, torch.bfloat16, torch.float16)
@@ -150,16 +151,25 @@ def check_case(
 # --- uniform -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("usual_rounding", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("num_bits", BITS)
-def test_uniform_equals_the_reference_byte_for_byte(num_bits, usual_rounding):
-    """Every length with every block size; the other choices drawn, the same in every run.
+def forms():
+    """Number of bits, whether the rounding is the usual one, block sizes.
 
-    Each rounding, with and without a residual, is a kernel of its own: those that no codec uses unless it is
-    told to are compiled and compared in the long tests.
+    Each rounding, with and without a residual, and each of the usual block sizes is a kernel of its own, and
+    takes two seconds to compile. Those that no codec uses unless it is told to are in the long tests.
     """
+    for num_bits in BITS:
+        others = [block_size for block_size in BLOCKS if block_size != 256]
+        yield pytest.param(num_bits, True, [256], id=f"{num_bits}-256")
+        marks = [] if num_bits in OFTEN else [pytest.mark.slow]
+        yield pytest.param(num_bits, True, others, marks=marks, id=f"{num_bits}-others")
+        yield pytest.param(num_bits, False, BLOCKS, marks=pytest.mark.slow, id=f"{num_bits}-unusual")
+
+
+@pytest.mark.parametrize(("num_bits", "usual_rounding", "block_sizes"), list(forms()))
+def test_uniform_equals_the_reference_byte_for_byte(num_bits, usual_rounding, block_sizes):
+    """Every length with every block size; the other choices drawn, the same in every run."""
     draw = random.Random(num_bits)
-    for n, block_size in itertools.product(LENGTHS, BLOCKS):
+    for n, block_size in itertools.product(LENGTHS, block_sizes):
         residual_kind = draw.choice(RESIDUALS)
         check_case(
             n,
@@ -219,10 +229,11 @@ def test_a_finite_gradient_never_leaves_an_infinite_residual(kernels, scale_dtyp
     x = torch.full((64,), torch.finfo(torch.float32).max)
     residual, new_residual = torch.zeros(64), torch.empty(64)
     for num_bits in BITS:
+        block_size = 64 if num_bits in OFTEN else 256
         kernels.uniform_encode(
-            x, torch.empty(nbytes(64, num_bits, 64, scale_dtype), dtype=torch.uint8),
-            num_bits=num_bits, block_size=64, scale_dtype=scale_dtype, stochastic=False, key=0, shift=0,
-            first_block=0, residual=residual, new_residual=new_residual, loss_scale=1.0,
+            x, torch.empty(nbytes(64, num_bits, block_size, scale_dtype), dtype=torch.uint8),
+            num_bits=num_bits, block_size=block_size, scale_dtype=scale_dtype, stochastic=False, key=0,
+            shift=0, first_block=0, residual=residual, new_residual=new_residual, loss_scale=1.0,
         )  # fmt: skip
         assert new_residual.isfinite().all()
 
