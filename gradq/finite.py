@@ -5,7 +5,10 @@ large, which the trainer skips or clips, would leave a residual that spoils many
 norm is more than `LIMIT` times the largest of the last `WINDOW` steps therefore leaves no residual. That is
 far above what training does by itself (a loss spike is ten to fifty times), and where the level really moves
 by more, little is lost: one step's correction. A second outlier in a row must be `LIMIT` times larger still
-to count as one, so that a new level is accepted after few steps.
+to count as one, so that a new level is accepted after few steps. Where losses of two such levels take turns,
+those of the higher one leave no residual, and what compression loses of them is lost: a log line says to
+bring them to one scale. The very first step has nothing to be compared with; a trainer that skips it must say
+so (`discard_step`).
 
 The norm is that of the mean over ranks, which is the same on all ranks bit for bit; so is the decision.
 """
@@ -40,10 +43,16 @@ class StepCheck:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.state = torch.zeros(WINDOW + 1, dtype=torch.float64, device=device)
-        self.state[-1] = 1.0
-        self._before = self.state
+        self._device = device
+        self.start(None)
         self._square: float | Tensor = 0.0
+        self._outliers = 0
+
+    def start(self, state: Tensor | None) -> None:
+        """Go on from a saved state; with None from nothing."""
+        nothing = [0.0] * WINDOW + [1.0]
+        self.state = torch.tensor(nothing if state is None else state.tolist(), dtype=torch.float64)
+        self.state = self._before = self.state.to(self._device)
 
     def begin(self) -> None:
         """Start a step."""
@@ -90,14 +99,29 @@ class StepCheck:
         if good.is_cuda:
             return good
         if bool(finite) and not bool(good):
+            self._say(step, float(norm), float(norm / largest))
+        return bool(good)
+
+    def _say(self, step: int, norm: float, ratio: float) -> None:
+        """One log line for the first outlier, and for every one after twice as many."""
+        self._outliers += 1
+        if self._outliers & (self._outliers - 1) == 0:
             _log.warning(
                 "step %d: the norm of the mean gradient, %.3g, is %.0f times the largest of the last steps; "
-                "what compression lost of it is not carried over",
+                "what compression lost of it is not carried over%s",
                 step,
-                float(norm),
-                float(norm / largest),
+                norm,
+                ratio,
+                self._advice(),
             )
-        return bool(good)
+
+    def _advice(self) -> str:
+        if self._outliers == 1:
+            return ""
+        return (
+            f" (outlier {self._outliers}; if losses of different scales take turns, bring them to one scale, "
+            "or use feedback=False)"
+        )
 
     def revert(self) -> None:
         """Forget the last step."""

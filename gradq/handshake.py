@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from gradq.errors import GradqError, MismatchError, PeerError
 
-__all__ = ["agree", "by_all_ranks", "gather", "meeting", "reason", "tell"]
+__all__ = ["agree", "by_all_ranks", "gather", "meeting", "reason", "tell", "telling"]
 
 _T = TypeVar("_T")
 
@@ -42,6 +42,21 @@ def meeting(group: dist.ProcessGroup, verb: str = "start") -> Iterator[dict[str,
         tell(error, group, verb)
         raise
     agree(notes, group)
+
+
+@contextlib.contextmanager
+def telling(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Around local work before a `meeting` whose group is not known yet: what is raised is told to a group.
+
+    Args:
+        group: the ranks that are probably waiting; None if there are none to be known.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if group is not None:
+            tell(error, group)
+        raise
 
 
 def tell(error: BaseException, group: dist.ProcessGroup, verb: str = "start") -> None:

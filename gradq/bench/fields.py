@@ -6,7 +6,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradq.errors import ConfigError
@@ -28,7 +28,12 @@ def shown(value: Any) -> str:
 
 
 def checked(
-    cls: type, values: Mapping[str, Any], where: str, *, remedies: Mapping[str, str] | None = None
+    cls: type,
+    values: Mapping[str, Any],
+    where: str,
+    *,
+    remedies: Mapping[str, str] | None = None,
+    written: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The values with lists as tuples, every key and type checked against a dataclass's fields.
 
@@ -37,17 +42,19 @@ def checked(
         values: what was written.
         where: file and table, for the messages.
         remedies: key → what to write instead, for keys that people try and that do not exist.
+        written: field → the key that files have for it, where that is another one.
 
     Raises:
         ConfigError: a key does not exist, or a value has the wrong type or is not finite; the message names
             where, the key, the value, what is legal, and what to write.
     """
     hints = typing.get_type_hints(cls)
+    names = [(written or {}).get(name, name) for name in hints]
     found = {}
     for key, value in values.items():
         if key not in hints:
             raise ConfigError(
-                f"{where}: no such key: {key} = {shown(value)}; {_instead(key, hints, remedies)}"
+                f"{where}: no such key: {key} = {shown(value)}; {_instead(key, names, remedies)}"
             )
         if not _fits(value, hints[key]):
             raise ConfigError(
@@ -57,12 +64,12 @@ def checked(
     return found
 
 
-def _instead(key: str, hints: Mapping[str, Any], remedies: Mapping[str, str] | None) -> str:
+def _instead(key: str, names: Sequence[str], remedies: Mapping[str, str] | None) -> str:
     remedy = (remedies or {}).get(key.lower().replace("-", "_"))
     if remedy is not None:
         return remedy
-    close = difflib.get_close_matches(key.lower(), hints, n=1, cutoff=0.7)
-    legal = f"there are: {', '.join(sorted(hints))}"
+    close = difflib.get_close_matches(key.lower(), names, n=1, cutoff=0.7)
+    legal = f"there are: {', '.join(sorted(names))}"
     return f"did you mean {close[0]}? {legal}" if close else legal
 
 

@@ -23,6 +23,7 @@ PLAIN = "none"
 COMPUTE = "compute"
 
 _CASTS = ("none", "fp32", "bf16", "fp16")
+_LINK_KEYS = {"rate_bps": "rate", "delay_ms": "delay"}
 _LINK_TABLE = 'write a table: link = {rate = "1gbit", delay = "0.2ms", loss = 0.01}'
 # What people write that is no key, and what they mean.
 _REMEDIES = {
@@ -234,7 +235,7 @@ def _link(table: Any, where: str) -> Link:
         except ConfigError as error:
             raise ConfigError(f"{place}: {key} = {error}") from None
     try:
-        return Link(**checked(Link, table, place, remedies=_LINK_REMEDIES))
+        return Link(**checked(Link, table, place, remedies=_LINK_REMEDIES, written=_LINK_KEYS))
     except ConfigError as error:
         raise _prefixed(error, place) from None
 

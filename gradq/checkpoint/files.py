@@ -153,7 +153,7 @@ def open_state(sync: GradientSync, folder: Folder, key: str) -> dict[str, Any]:
         if name in shapes:
             head[name] = torch.empty(shapes[name][0], dtype=shapes[name][1])
     folder.read({key: head})
-    for name in ("rank", "digests"):
+    for name in ("rank", "digests", "norms"):
         if name in shapes:
             head[name] = _Entries(sync, folder, key, {name: shapes[name]})[name]
     for kind in ("local", "shard", "bases"):

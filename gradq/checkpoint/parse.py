@@ -17,13 +17,14 @@ from gradq.checkpoint.packing import Piece, digest, pack
 from gradq.checkpoint.rows import Rows, check_tensor
 from gradq.checkpoint.state import FORMAT, bases_shapes, head_digest, residual_shapes
 from gradq.errors import CheckpointError
+from gradq.finite import WINDOW
 from gradq.policy import canonical_name
 from gradq.sync import GradientSync
 
 __all__ = ["Saved", "check_fit", "integer", "mapping", "parse"]
 
 _ENTRIES = ("format", "step", "world_size", "rank", "local", "shard")
-_OPTIONAL = ("bases", "policy", "index", "digests")
+_OPTIONAL = ("bases", "policy", "index", "digests", "norms")
 _MAX_STEP, _MAX_RANKS, _MAX_NUMEL = 1 << 48, 1 << 20, 1 << 26
 
 
@@ -40,6 +41,7 @@ class Saved:
         bases: flat bases of low rank.
         policy: state of an adaptive policy and what this rank had measured; None if this run has none.
         has_plan: whether an adaptive policy saved the state.
+        norms: by which outliers are told, fp64; None if there were other ranks, or none were saved.
         gone: saved names that this run has no parameter for.
         kept: names that have a saved local residual, whether this run uses it or not.
     """
@@ -52,6 +54,7 @@ class Saved:
     bases: dict[str, Tensor] = field(default_factory=dict)
     policy: tuple[dict[str, Tensor], list[float]] | None = None
     has_plan: bool = False
+    norms: Tensor | None = None
     gone: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
@@ -110,6 +113,7 @@ def parse(sync: GradientSync, saved_state: object) -> Saved:
     saved.kept = [name for saved_name in contents.numels["local"] if (name := names.ours(saved_name))]
     if contents.digests is not None:
         _check_head(state, rows, contents.digests)
+        saved.norms = _norms(state, rows, contents.digests)
     wanted_local, wanted_shard = residual_shapes(sync)
     if saved.policy is not None:  # its plan may want other residuals than the current one
         wanted_local = wanted_shard = dict.fromkeys(sync.parameters, 0)
@@ -279,6 +283,22 @@ def _check_head(state: Mapping[str, Any], rows: Rows, digests: Tensor) -> None:
                 f"step, index, bases or plan of the saved state have another digest than rank {rank} saved; "
                 "the state is damaged, or mixed from several. Use an earlier checkpoint"
             )
+
+
+def _norms(state: Mapping[str, Any], rows: Rows, digests: Tensor) -> Tensor | None:
+    """By which this rank tells outliers, if it saved that."""
+    if "norms" not in state:
+        return None
+    rows_of = [rows.take(state["norms"], "norms", WINDOW + 1, torch.float64)]
+    if "policy" in state:
+        rows_of.append(rows.take(state["policy"]["measured"], "policy.measured", None, torch.float64))
+    for place, rank in enumerate(rows.ranks):
+        if digest(*(values[place] for values in rows_of)) != int(digests[place, 1]):
+            raise CheckpointError(
+                f"the saved norms or measurements of rank {rank} have another digest than when they were "
+                "saved; the state is damaged. Use an earlier checkpoint"
+            )
+    return rows_of[0][0] if rows.same else None
 
 
 def _policy(

@@ -89,6 +89,7 @@ def restore(sync: GradientSync, saved: Saved) -> None:
     for name, row in shard.items():
         feedback.shard.replace(name, row[: sync.piece_numel(name, sync.rank)])
     sync.step = saved.step
+    sync.check.start(saved.norms)
     if not same:
         _log.warning(
             "resumed on %d ranks from %d at step %d: every rank took the mean of the old local residuals; "

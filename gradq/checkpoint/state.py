@@ -62,8 +62,9 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
         is packed, JSON as a uint8 tensor. "local" and "shard": residuals, packed into flats (see
         `gradq.checkpoint.packing`), each a row-sharded DTensor [W, n], fp32; shard residuals are padded to
         the longest piece of any rank. "bases": flats [n], equal on all ranks. With an adaptive policy
-        "policy": its plan, and what each rank measured since, row-sharded fp64 [W, n]. "rank" [W, 1] and
-        "digests" [W, n], int64: whose rows, and CRC-32 of everything.
+        "policy": its plan, and what each rank measured since, row-sharded fp64 [W, n]. "norms": by which
+        outliers are told, row-sharded fp64 [W, n] (see `gradq.finite`). "rank" [W, 1] and "digests" [W, n],
+        int64: whose rows, and CRC-32 of everything.
 
         At world size 1 the rows are plain tensors [1, n], in a plain dictionary. Otherwise the state refuses
         to be pickled: see `RowsState`.
@@ -88,11 +89,15 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
             state[kind][str(number)] = to_row(flat, sync.group)
     packed_bases = flats(pack(bases, FLAT_NUMEL), _current(sync.feedback.bases))
     state["bases"] = {str(number): flat for number, flat in enumerate(packed_bases)}
+    norms = sync.check.state.cpu()
+    state["norms"] = to_row(norms, sync.group)
     policy = sync.learner.adaptive
-    if policy is not None:
+    if policy is None:
+        digests[1] = digest(norms)
+    else:
         measured = torch.tensor(policy.measured(), dtype=torch.float64)
         state["policy"] = {**policy.state_dict(), "measured": to_row(measured, sync.group)}
-        digests[1] = digest(measured)
+        digests[1] = digest(norms, measured)
     digests[0] = head_digest(sync.rank, state)
     state["digests"] = to_row(torch.tensor(digests), sync.group)
     return state if sync.world_size == 1 else RowsState(state)

@@ -18,7 +18,7 @@ from gradq import checkpoint
 from gradq.codecs import Codec
 from gradq.collectives import ranks_per_node
 from gradq.errors import ConfigError, UnsupportedError
-from gradq.handshake import meeting
+from gradq.handshake import meeting, telling
 from gradq.hooks import averaged
 from gradq.hooks._ddp_reducer import (
     Trainer,
@@ -116,9 +116,10 @@ class HookState:
         if not isinstance(module, nn.Module):
             raise UnsupportedError(f"gradq.HookState takes the model, got {_kind(module)}")
         module = unwrap_compiled(module)
-        group = None if group is None else averaged.check_group(group)
-        default = averaged.check_group(dist.group.WORLD)
-        wrapper = averaged.find_wrapper(module, group)
+        with telling(module.process_group if isinstance(module, DistributedDataParallel) else None):
+            group = None if group is None else averaged.check_group(group)
+            default = averaged.check_group(dist.group.WORLD)
+            wrapper = averaged.find_wrapper(module, group)
         self._trainer = None if wrapper is None else Trainer(wrapper)
         self._owed = False  # whether it is still to be seen what DDP threw away
         self._must_confirm, self._group_was_given = wrapper is None, group is not None
@@ -449,20 +450,10 @@ def compress(
         )
     if not isinstance(model, DistributedDataParallel):
         raise UnsupportedError(_not_ddp(model))
-    if replicate_group is not None or shard_spec != "none" or gather_spec != "none":
-        raise ConfigError("replicate_group=, shard_spec= and gather_spec= are for FSDP2 models")
-    if model.mixed_precision is not None:
-        raise UnsupportedError(
-            "DistributedDataParallel(mixed_precision=...) takes the model's only hook; use torch.autocast"
-        )
-    states = hook_states(model)
-    closed = [old for old in states if isinstance(old, HookState) and old.closed]
-    for old in states:
-        if isinstance(old, HookState) and not old.closed:
-            raise UnsupportedError(
-                f"the model already has a communication hook: gradq's, {label(old.spec)}. To change what "
-                'it does, call handle.set_spec("int8"); to make another one, call handle.close() first'
-            )
+    with telling(model.process_group):
+        if replicate_group is not None or shard_spec != "none" or gather_spec != "none":
+            raise ConfigError("replicate_group=, shard_spec= and gather_spec= are for FSDP2 models")
+        closed = _closed_states(model)
     state = HookState(
         model,
         spec,
@@ -485,6 +476,26 @@ def compress(
         state.close()
         raise UnsupportedError(f"the model already has a communication hook: {error}") from error
     return state
+
+
+def _closed_states(model: DistributedDataParallel) -> list[HookState]:
+    """The model's states that were closed, if it may have another one.
+
+    Raises:
+        UnsupportedError: it may not.
+    """
+    if model.mixed_precision is not None:
+        raise UnsupportedError(
+            "DistributedDataParallel(mixed_precision=...) takes the model's only hook; use torch.autocast"
+        )
+    states = [state for state in hook_states(model) if isinstance(state, HookState)]
+    for old in states:
+        if not old.closed:
+            raise UnsupportedError(
+                f"the model already has a communication hook: gradq's, {label(old.spec)}. To change what "
+                'it does, call handle.set_spec("int8"); to make another one, call handle.close() first'
+            )
+    return states
 
 
 _WRAP_FIRST = "; wrap it first: model = DistributedDataParallel(model)"

@@ -226,9 +226,16 @@ def _check(local: LocalSGD, state: dict[str, Any]) -> None:
         fragment >= len(local.fragments)
         or names != {n for bucket in local.fragments[fragment].buckets for n in bucket.parameters}
     ):
+        here = {n for each in local.fragments for bucket in each.buckets for n in bucket.parameters}
+        differ = sorted(names - here)
+        why = (
+            f"{differ[0]!r} is not trained here"
+            if differ
+            else "the model is cut into fragments otherwise here"
+        )
         raise CheckpointError(
-            f"the saved state was averaging fragment {fragment}, cut otherwise here; resume with the same "
-            "number of fragments, or save when nothing is under way"
+            f"the saved state was averaging fragment {fragment}, and {why}; resume with the same trained "
+            "parameters and number of fragments, or save when no average is under way"
         )
 
 

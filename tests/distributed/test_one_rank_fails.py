@@ -219,3 +219,27 @@ def test_a_call_of_one_rank_only_ends_with_the_timeout_and_says_so(what):
     assert messages[FAILING].startswith("PeerError: rank 1: another rank is gone, or did not make this call")
     assert "PeerError: rank 0: " in messages[0]
     assert "rank 1 failed in step" in messages[0]
+
+
+def wrong_before_the_handshake(rank, what):
+    """One rank's arguments are wrong before its group is known."""
+    ddp = DistributedDataParallel(model())
+    options = {"group": 5} if what == "group" else {"gather_spec": "int8"}
+    start = time.monotonic()
+    try:
+        gradq.compress(ddp, "int4", **(options if rank == FAILING else {}))
+    except gradq.GradqError as error:
+        return time.monotonic() - start, f"{type(error).__name__}: {error}"
+    return time.monotonic() - start, "nothing was raised"
+
+
+@pytest.mark.parametrize(("what", "words"), [("group", "group=5"), ("gather_spec", "are for FSDP2 models")])
+def test_wrong_arguments_of_one_rank_are_told_before_its_group_is_known(what, words):
+    (waited, message), (_, own) = run_ranks(
+        wrong_before_the_handshake, 2, what, timeout=100, group_timeout=90
+    )
+    assert waited < 60
+    assert message.startswith("MismatchError: rank 1 cannot start: ")
+    assert words in message
+    assert own.startswith("ConfigError")
+    assert words in own

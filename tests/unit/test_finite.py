@@ -105,3 +105,20 @@ def test_a_step_that_is_taken_back_leaves_no_trace():
     check.revert()
     assert torch.equal(check.state, before)
     assert steps(check, [100.0]) == [False]
+
+
+def test_the_log_is_not_filled_by_losses_that_take_turns(caplog):
+    check = StepCheck(CPU)
+    with caplog.at_level(logging.WARNING, "gradq"):
+        verdicts = steps(check, [1.0, 200.0] * 20)
+    assert verdicts == [True, False] * 20
+    assert [record.getMessage().count("take turns") for record in caplog.records] == [0, 1, 1, 1, 1]
+
+
+def test_a_resumed_check_knows_what_the_saved_one_knew():
+    check, resumed = StepCheck(CPU), StepCheck(CPU)
+    steps(check, [1.0, 1e6])
+    resumed.start(check.state)
+    assert steps(resumed, [100.0, 1e7]) == steps(check, [100.0, 1e7]) == [True, False]
+    resumed.start(None)
+    assert steps(resumed, [1e7]) == [True]

@@ -135,7 +135,11 @@ def test_there_are_shipped_scenarios():
         ("[link]\nloss = '1%'", "loss = '1%' is not a number"),
         ("[link]\ndelay = '20s'", "from 0 to 10000 ms"),
         ("[link]\nspeed = 1", "link: no such key: speed = 1; the rate is rate"),
-        ("[link]\nlos = 0.1", "link: no such key: los = 0.1; did you mean loss"),
+        (
+            "[link]\nlos = 0.1",
+            "link: no such key: los = 0.1; did you mean loss.? there are: delay, loss, rate",
+        ),
+        ("[link]\ndealy = '1ms'", "link: no such key: dealy = '1ms'; did you mean delay"),
         ("codecs = ['int9']", "codec 'int9'"),
         ("codecs = ['']", "codec ''"),
         ("codecs = ['free:powersgd:4']", "write for instance free:int4"),
