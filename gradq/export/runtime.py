@@ -14,7 +14,7 @@ from gradq.errors import ConfigError, ExportError
 from gradq.export.files import require
 from gradq.quant.config import detect_target
 
-__all__ = ["DTYPES", "features", "feed", "metadata_of", "session"]
+__all__ = ["DTYPES", "features", "feed", "metadata_of", "overflows", "session"]
 
 # ONNX Runtime's name of a type → NumPy's
 DTYPES = {
@@ -87,7 +87,7 @@ def session(
     if not Path(path).is_file():
         raise ExportError(f"{path} {'is no file' if Path(path).exists() else 'does not exist'}")
     if precise is None:
-        precise = features() == "x86-avx2" and _overflows(path)
+        precise = features() == "x86-avx2" and overflows(path)
     if precise:
         options.add_session_config_entry(_PRECISE, "1")
     if optimized is not None:
@@ -132,7 +132,12 @@ def feed(running: Any, inputs: Sequence[Any] | Mapping[str, Any]) -> dict[str, A
     return out
 
 
-def _overflows(path: str | os.PathLike[str]) -> bool:
+def overflows(path: str | os.PathLike[str]) -> bool:
+    """True if products of a file's weights overflow 16 bits on x86 without VNNI: weights of more than 7 bits.
+
+    Raises:
+        ExportError: the file's metadata is damaged.
+    """
     found = metadata_of(path).get("gradq.largest_weight_code", "0")
     if not found.isdecimal():
         raise ExportError(f"{path}: its metadata gradq.largest_weight_code is {found!r}; export it again")

@@ -27,7 +27,7 @@ from gradq.export.files import require
 from gradq.export.inputs import named_leaves
 from gradq.export.inspect import operators
 from gradq.export.report import VerifyReport
-from gradq.export.runtime import features, feed, session
+from gradq.export.runtime import features, feed, metadata_of, overflows, session
 from gradq.export.timing import Latency, interleave, summarize
 from gradq.export.write import float_onnx
 from gradq.quant.batches import float_mode, progress, unwrap
@@ -204,8 +204,9 @@ def _judge(
 ) -> None:
     """Fill in what failed and what is a poor trade."""
     agreement, fail, warn = report.agreement, report.failures.append, report.warnings.append
+    made_for_others = _other_processor(report)
     if report.operators.unexpected:
-        fail("float instead of int8: " + ", ".join(report.operators.unexpected))
+        fail("float instead of int8: " + ", ".join(report.operators.unexpected) + made_for_others)
     if not agreement.repeatable:
         fail("a second call with the same input gave another result")
     if agreement.exact and agreement.equal < 1.0:
@@ -229,6 +230,8 @@ def _judge(
             unit = "" if own_metric else " points"
             fail(f"{report.metric.split(',')[0]} is {loss:.4g}{unit} below fp32; allowed: {allowed:.4g}")
     _judge_fidelity(report, min_sqnr)
+    if made_for_others and not report.operators.unexpected:
+        warn(made_for_others.removeprefix(". "))
     for size, contenders in report.latency.items():
         ours, ratio = contenders["int8"], contenders["int8"].ratio
         wanted = 1.0 if min_speedup is None else min_speedup
@@ -242,6 +245,25 @@ def _judge(
             )
         elif ratio < wanted:
             warn(f"int8 is slower than fp32 at batch {size}: {ratio:.2f}x")
+
+
+def _other_processor(report: VerifyReport) -> str:
+    """What to do about a file that is made for another processor than this one; nothing if it is not."""
+    if not report.processor.startswith("x86"):
+        return ""
+    facts = metadata_of(report.path)
+    remedy = f"prepare with quant.Config.for_target({report.processor!r})"
+    if "-sym" in facts.get("gradq.activations", ""):
+        return (
+            ". Its activations are symmetric, as ARM processors and GPUs take them: verify it there; for "
+            f"this processor {remedy}"
+        )
+    if overflows(report.path) and report.processor == "x86-avx2":
+        return (
+            ". Weights of 8 bits take ONNX Runtime's slower, correct kernel on this processor, which has no "
+            f"VNNI; for the fast one {remedy}"
+        )
+    return ""
 
 
 def _judge_fidelity(report: VerifyReport, min_sqnr: float | None) -> None:

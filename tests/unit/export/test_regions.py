@@ -133,3 +133,41 @@ def test_constants_that_the_runtime_computes_at_load_need_not_be_equal_bit_for_b
     report = export.verify(path, qmodel, [x], **QUIET)
     assert "ReduceSum" in report.operators.inexact
     assert quant.prepare_info(qmodel).activations == ["quant_x"]
+
+
+@pytest.mark.skipif(
+    not export.features().startswith("x86"), reason="what x86 makes of other processors' files"
+)
+@pytest.mark.parametrize("target", ["arm", "gpu"])
+@torch.no_grad()
+def test_a_file_for_another_processor_is_said_to_be_one(target, tmp_path):
+    """On this processor it may run in float or in a slower kernel: the report says what to do."""
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 8, 8)
+    path = tmp_path / "model.onnx"
+
+    def report_on(target):
+        qmodel = quant.prepare(Residual("plain").eval(), x, quant.Config.for_target(target))
+        quant.calibrate(qmodel, [x], show_progress=False)
+        export.onnx(qmodel, path)
+        return export.verify(path, qmodel, [x], strict=False, **QUIET)
+
+    report = report_on(target)
+    said = " ".join([*report.failures, *report.warnings])
+    assert "verify it there" in said
+    assert f"for_target('{export.features()}')" in said
+    native = report_on(export.features())
+    assert native.ok
+    assert not native.warnings
+
+
+@pytest.mark.skipif(export.features() != "x86-avx2", reason="of processors without VNNI")
+@torch.no_grad()
+def test_weights_that_need_the_slower_kernel_are_said(tmp_path):
+    torch.manual_seed(0)
+    x = torch.rand(2, 1, 8, 8)
+    qmodel = prepared(Residual("plain").eval(), [x], weights="int8")
+    path = tmp_path / "model.onnx"
+    export.onnx(qmodel, path)
+    [warning] = export.verify(path, qmodel, [x], **QUIET).warnings
+    assert "slower, correct kernel" in warning
