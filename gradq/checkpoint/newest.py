@@ -101,7 +101,14 @@ def load_newest(
     """
     group = group if group is not None else dist.group.WORLD
     assert group is not None
-    everyone = gather(_candidates(Path(folder)) if group.rank() == 0 else [], group)
+    with together([group], "no checkpoint was loaded"):
+        if not isinstance(folder, str | os.PathLike) or not callable(load):
+            raise CheckpointError(
+                "gradq.load_newest(folder, load) takes the folder of the checkpoints and a function that "
+                f"loads one, got {type(folder).__name__} and {type(load).__name__}"
+            )
+        found = _candidates(Path(folder)) if group.rank() == 0 else []
+    everyone = gather(found, group)
     faults: list[str] = []
     for path in everyone[0]:
         try:

@@ -35,6 +35,7 @@ References:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,9 +49,9 @@ from torch.optim import Optimizer
 
 from gradq import wire
 from gradq.errors import ConfigError, MismatchError, PeerError, UnsupportedError
-from gradq.handshake import agree, tell
+from gradq.handshake import agree, telling
+from gradq.hooks import averaged, local_checkpoint, membership
 from gradq.hooks import inner_optimizer as inner
-from gradq.hooks import local_checkpoint, membership
 from gradq.hooks.copied import CopiedHandle
 from gradq.hooks.fragments import WORK_DTYPES, Bucket, Fragment, fragments_of
 from gradq.metrics import Event, Stats
@@ -145,23 +146,20 @@ class LocalSGD:
         grad_scaler: torch.amp.GradScaler | None = None,
         fragment_update_alpha: float | None = None,
     ) -> None:
-        if not dist.is_initialized():
-            raise ConfigError('no process group: call torch.distributed.init_process_group("gloo") first')
-        group = group if group is not None else dist.group.WORLD
-        assert group is not None
+        group = averaged.check_group(dist.group.WORLD if group is None else group)
         self.model, self.inner_optimizer = model, inner_optimizer
         self.every, self.delay = every, delay
         self.fragment_update_alpha = fragment_update_alpha
         self.inner_step = self._steps_here = self._dense_so_far = 0
         self.pending: _Pending | None = None
         self._num_fragments = fragments
-        self._config = SyncConfig(
-            seed=seed, collective=collective, residual_dtype=residual_dtype, timeout=as_timedelta(timeout)
-        )
-        self._notes = membership.Notes(group, self._config.timeout)
         self._sinks: list[Callable[[Event], None]] = []
         self._before = Stats()  # of what was averaged with other members
-        try:
+        with telling(group):
+            self._config = SyncConfig(
+                seed=seed, collective=collective, residual_dtype=residual_dtype, timeout=as_timedelta(timeout)
+            )
+            self._notes = membership.Notes(group, self._config.timeout)
             _check_schedule(every, fragments, delay, fragment_update_alpha)
             parameters = membership.trained(model)
             if not parameters:
@@ -181,9 +179,6 @@ class LocalSGD:
                 group,
             )
             self.sync = self._make_sync(parameters, group)
-        except BaseException as error:
-            tell(error, group)  # the other ranks are waiting in the handshake
-            raise
         self._count_dense_bytes(parameters)
         self._start_together()
         self._counter: inner.StepCounter | None = None
@@ -495,6 +490,9 @@ class DiLoCo(LocalSGD):
         super().__init__(model, inner_optimizer, spec, every=every, **options)
 
     def _settings(self, fragments: int) -> str:
+        for name, value in (("outer_lr", self.outer_lr), ("outer_momentum", self.outer_momentum)):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ConfigError(f"{name}={value!r:.200}: it is a finite number")
         outer = f"outer_lr={self.outer_lr}, outer_momentum={self.outer_momentum}"
         return f"{super()._settings(fragments)}, {outer}"
 
@@ -508,6 +506,9 @@ class DiLoCo(LocalSGD):
 
 
 def _check_schedule(every: int, fragments: int, delay: int, alpha: float | None) -> None:
+    for name, value in (("every", every), ("fragments", fragments), ("delay", delay)):
+        if type(value) is not int:
+            raise ConfigError(f"{name}={value!r:.200}: it is a number of inner steps, an integer")
     if every < 1:
         raise ConfigError(f"every={every}: ranks average after 1 inner step or more")
     if not 1 <= fragments <= every:

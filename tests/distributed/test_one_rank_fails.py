@@ -243,3 +243,32 @@ def test_wrong_arguments_of_one_rank_are_told_before_its_group_is_known(what, wo
     assert words in message
     assert own.startswith("ConfigError")
     assert words in own
+
+
+WRONG = {
+    "seed": ({"seed": "x"}, "seed='x'"),
+    "timeout": ({"timeout": "x"}, "timeout='x'"),
+    "every": ({"every": "4"}, "every='4'"),
+    "outer_lr": ({"outer_lr": "x"}, "outer_lr='x'"),
+}
+
+
+def wrong_local_steps(rank, options):
+    net = model()
+    start = time.monotonic()
+    try:
+        gradq.DiLoCo(net, None, "int4", **{"every": 4, **(options if rank == FAILING else {})})
+    except gradq.GradqError as error:
+        return time.monotonic() - start, f"{type(error).__name__}: {error}"
+    return time.monotonic() - start, "nothing was raised"
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_arguments_for_local_steps_of_one_rank_are_told(what):
+    options, words = WRONG[what]
+    (waited, message), (_, own) = run_ranks(wrong_local_steps, 2, options, timeout=100, group_timeout=90)
+    assert waited < 60
+    assert message.startswith("MismatchError: rank 1 cannot start: ")
+    assert words in message
+    assert own.startswith("ConfigError")
+    assert words in own
