@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -89,7 +90,7 @@ def files_of(name: str, folder: Path, torchao: str | None) -> tuple[dict[str, Pa
                 static=kind == "static",
             )  # fmt: skip
         except Exception as error:  # a peer that fails is a finding
-            notes[f"onnxruntime {kind}"] = f"{type(error).__name__}: {str(error)[:300]}"
+            notes[f"onnxruntime {kind}"] = said(error)
     if torchao is not None:
         found = peers.torchao_files(name, torchao, folder, False, target)
         files |= found
@@ -111,7 +112,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 sessions[title] = export.session(path, precise=None if title.startswith("gradq") else False)
                 outputs = sessions[title].run(None, inputs_for(sessions[title], fresh))
             except Exception as error:
-                notes[title] = f"{type(error).__name__}: {str(error)[:300]}"
+                notes[title] = said(error)
                 sessions.pop(title, None)
                 continue
             truth = truth_of(sessions["fp32"], fresh) if title != "fp32" else outputs
@@ -125,7 +126,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                     session.run(None, inputs_for(session, feed))
                     usable[title] = session
                 except Exception as error:
-                    notes[f"{title} at batch {batch}"] = f"{type(error).__name__}: {str(error)[:300]}"
+                    notes[f"{title} at batch {batch}"] = said(error)
             feeds = {n: inputs_for(s, feed) for n, s in usable.items()}
             calls = {n: lambda s=s, f=feeds[n]: s.run(None, f) for n, s in usable.items()}
             raw = interleave(calls, seconds=args.seconds, min_rounds=9, clock=time.thread_time)
@@ -149,6 +150,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "rows": rows, "notes": notes, "commit": git_commit(HERE), "date": time.strftime("%Y-%m-%d"),
         "seconds": args.seconds, "load_average": os.getloadavg()[0],
     }  # fmt: skip
+
+
+def said(error: Exception) -> str:
+    """An error's kind and words, without the folder of this run."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", str(error))
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 def inputs_for(session: Any, feed: dict[str, Any]) -> dict[str, Any]:
