@@ -62,7 +62,7 @@ def fit(model: nn.Module, text: Tensor, steps: int) -> nn.Module:
         optimizer.step()
         cycle.step()
         if step % 50 == 0:
-            print(f"step {step}: {float(loss):.3f}", file=sys.stderr)
+            print(f"step {step}: {loss.item():.3f}", file=sys.stderr)
     return model.eval()
 
 
@@ -80,7 +80,13 @@ def perplexity(path: Path, held_out: Tensor) -> float:
 def measure(name: str, text: Tensor, held_out: Tensor, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One model in all its formats."""
     torch.manual_seed(0)
-    model = fit(MODELS[name](), text, args.steps)
+    model = MODELS[name]()
+    for module in model.modules():
+        if isinstance(
+            module, nn.Embedding
+        ):  # GPT-2's is its head, too: torch's own start gives logits of 100
+            nn.init.normal_(module.weight, std=0.02)
+    fit(model, text, args.steps)
     calibration = [b[:, :-1] for b in windows(text, 64, 5_000).split(16)]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
