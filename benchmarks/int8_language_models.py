@@ -81,11 +81,9 @@ def measure(name: str, text: Tensor, held_out: Tensor, args: argparse.Namespace)
     """One model in all its formats."""
     torch.manual_seed(0)
     model = MODELS[name]()
-    for module in model.modules():
-        if isinstance(
-            module, nn.Embedding
-        ):  # GPT-2's is its head, too: torch's own start gives logits of 100
-            nn.init.normal_(module.weight, std=0.02)
+    if isinstance(model, GPT):  # its embedding is its head, too: torch's own start gives logits of 100
+        nn.init.normal_(model.embed.weight, std=0.02)
+        nn.init.normal_(model.positions.weight, std=0.02)
     fit(model, text, args.steps)
     calibration = [b[:, :-1] for b in windows(text, 64, 5_000).split(16)]
     rows: list[dict[str, Any]] = []
