@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ class Lock:
         """
         found, deadline = load(), time.monotonic() + PATIENCE
         while found is None and not self._take(path):
-            if _others_first:
+            if _mine.others_first:
                 raise KernelBusyError
             if time.monotonic() > deadline:
                 return None
@@ -72,7 +73,7 @@ class Lock:
             os.close(file)
             return not isinstance(error, BlockingIOError)  # some network file systems have no locks
         self._file = file
-        _held.add(self)
+        _mine.held.add(self)
         return True
 
     def drop(self) -> None:
@@ -82,11 +83,18 @@ class Lock:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
             self._file = None
-            _held.discard(self)
+            _mine.held.discard(self)
 
 
-_held: set[Lock] = set()
-_others_first = False
+class _Mine(threading.local):
+    """What one thread is about: ranks may be threads of a process, and each goes its own way."""
+
+    def __init__(self) -> None:
+        self.held: set[Lock] = set()
+        self.others_first = False
+
+
+_mine = _Mine()
 
 
 def in_turns(calls: Sequence[Callable[[], object]]) -> None:
@@ -97,10 +105,9 @@ def in_turns(calls: Sequence[Callable[[], object]]) -> None:
     Raises:
         KernelBusyError: within another `in_turns`, if a call is left.
     """
-    global _others_first
-    nested, later = _others_first, []
+    nested, later = _mine.others_first, []
     try:
-        _others_first = True
+        _mine.others_first = True
         for call in calls:
             try:
                 call()
@@ -108,11 +115,11 @@ def in_turns(calls: Sequence[Callable[[], object]]) -> None:
                 later.append(call)
         if nested and later:
             raise KernelBusyError
-        _others_first = False
+        _mine.others_first = False
         for call in later:
             call()
     finally:
-        _others_first = nested
+        _mine.others_first = nested
         if not nested:
-            for lock in list(_held):
+            for lock in list(_mine.held):
                 lock.drop()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -197,6 +198,27 @@ def test_a_process_that_hangs_holds_nobody_up(held, monkeypatch) -> None:
     start = time.monotonic()
     assert turns.Lock().take_or_wait(path, lambda: None) is None
     assert time.monotonic() - start >= 0.3
+
+
+def test_threads_take_turns_each_for_itself(tmp_path: Path) -> None:
+    """Ranks may be threads: one that begins within another's turn and ends after it leaves nothing behind."""
+    begun, ended = threading.Event(), threading.Event()
+    lock, path = turns.Lock(), tmp_path / "kernel.lock"
+
+    def first() -> None:
+        turns.in_turns([lambda: lock.take_or_wait(path, lambda: None), begun.set, lambda: ended.wait(60)])
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert begun.wait(60)
+    turns.in_turns([lambda: None])
+    looks = iter([None] * 3 + ["loaded"])
+    assert turns.Lock().take_or_wait(path, lambda: next(looks)) == "loaded", (
+        "the first one has its lock still"
+    )
+    ended.set()
+    thread.join(60)
+    assert turns.Lock().take_or_wait(path, lambda: None) is None, "the lock is free, and nobody is in a turn"
 
 
 def test_an_error_frees_the_locks(tmp_path: Path) -> None:
