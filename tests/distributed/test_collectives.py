@@ -7,18 +7,18 @@ does are tested on real ranks in the other files, which take these jobs too.
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
-from oracle import Net, expected, plan_for, run_here
-from test_contracts import PLACES, VALUES
+from oracle import run_here
+from test_contracts import PLACES, VALUES, check_poisoned
 from test_ddp import check
 from test_hierarchical import check_near_the_mean, check_share, check_two_nodes, hierarchical_jobs
 from test_mixed_collectives import check_mixed
 from test_powersgd import JOBS as LOW_RANK_JOBS
 from test_sparse import JOBS as SPARSE_JOBS
 from test_sparse import SPEC as TOPK
+from test_sparse import check_owners
 from test_wire_bytes import BYTES, CountingNetwork, check_bytes, one_step_of
 
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
@@ -47,16 +47,7 @@ def test_top_k(job: str) -> None:
 
 
 def test_top_k_from_5_ranks_on_owners_average_and_the_rest_stays_direct() -> None:
-    results = run_here(5, {"spec": TOPK, "ddp": {"bucket_cap_mb": 0.02}, "steps": 3})
-    plan = {
-        name: (info, replace(entry, collective="two_phase" if entry.feedback1 else "direct"))
-        for name, (info, entry) in plan_for(Net(), TOPK).items()
-    }
-    want = expected([put_in for put_in, _, _ in results], plan, two_phase=False)
-    for _, came_out, _ in results:
-        for step, reduced in enumerate(came_out):
-            for name, gradient in reduced.items():
-                assert name.startswith("branch") or torch.equal(gradient, want[step][name]), (step, name)
+    check_owners(run_here(5, {"spec": TOPK, "ddp": {"bucket_cap_mb": 0.02}, "steps": 3}))
 
 
 @pytest.mark.parametrize("job", LOW_RANK_JOBS)
@@ -193,20 +184,4 @@ def poison(group: InProcessGroup, spec: str, collective: str, culprit: int):
 @pytest.mark.parametrize("collective", ["direct", "two_phase"])
 @pytest.mark.parametrize("spec", ["int8", "int4+int4", "topk(percent=5,block_size=256)"])
 def test_non_finite_is_seen_everywhere_and_never_remembered(spec: str, collective: str) -> None:
-    results = run_in_process(poison, 3, spec, collective, 1)
-    for rank, outcomes in enumerate(results):
-        cases = [(*place, value) for place in PLACES for value in VALUES]
-        for number, (target, element, value) in enumerate(cases):
-            where = f"{value} at {target}[{element}], rank {rank}"
-            before, poisoned, during, after = outcomes[number]
-            assert not torch.isfinite(poisoned[target]).all(), f"{where}: the rank does not see it"
-            for name, gradient in poisoned.items():
-                assert name == target or torch.isfinite(gradient).all(), f"{where}: {name} was poisoned"
-            assert before.keys() == during.keys()
-            assert len(before) == (2 if collective == "direct" else 4)
-            for name, residual in before.items():
-                assert torch.equal(residual, during[name]), f"{where}: the residual {name} changed"
-                assert torch.isfinite(residual).all()
-            for name, gradient in after.items():
-                assert torch.isfinite(gradient).all(), where
-                assert torch.equal(gradient, results[0][number][3][name]), where
+    check_poisoned(run_in_process(poison, 3, spec, collective, 1), collective)

@@ -91,10 +91,8 @@ def poison(rank: int, spec: str, collective: str, culprit: int):
     return outcomes
 
 
-@pytest.mark.parametrize(("spec", "collective"), [("int8", "direct"), ("int4+int4", "two_phase")])
-def test_non_finite_is_seen_everywhere_and_never_remembered(spec: str, collective: str) -> None:
-    """More codecs and collectives are in test_collectives.py."""
-    results = run_ranks(poison, 3, spec, collective, 1)
+def check_poisoned(results: list[Any], collective: str) -> None:
+    """What `poison` saw on all ranks: a bad value reaches everyone, in its parameter, and no residual."""
     for rank, outcomes in enumerate(results):
         cases = [(*place, value) for place in PLACES for value in VALUES]
         for number, (target, element, value) in enumerate(cases):
@@ -111,6 +109,12 @@ def test_non_finite_is_seen_everywhere_and_never_remembered(spec: str, collectiv
             for name, gradient in after.items():
                 assert torch.isfinite(gradient).all(), where
                 assert torch.equal(gradient, results[0][number][3][name]), where
+
+
+@pytest.mark.parametrize(("spec", "collective"), [("int8", "direct"), ("int4+int4", "two_phase")])
+def test_non_finite_is_seen_everywhere_and_never_remembered(spec: str, collective: str) -> None:
+    """More codecs and collectives are in test_collectives.py."""
+    check_poisoned(run_ranks(poison, 3, spec, collective, 1), collective)
 
 
 def scaled_training(rank: int, tell: bool):
