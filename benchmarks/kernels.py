@@ -26,10 +26,13 @@ from llvmlite import binding
 from torch import Tensor
 
 from gradq.bench.records import environment, write_record
-from gradq.kernels import cpu, cpu_low_rank, cpu_rotated, cpu_topk
-from gradq.kernels.rotated import payload_bytes as rotated_bytes
-from gradq.kernels.topk import TopK
-from gradq.kernels.topk import payload_bytes as topk_bytes
+from gradq.codecs.rotated import cpu as cpu_rotated
+from gradq.codecs.rotated.format import payload_bytes as rotated_bytes
+from gradq.codecs.topk import cpu as cpu_topk
+from gradq.codecs.topk.format import TopK
+from gradq.codecs.topk.format import payload_bytes as topk_bytes
+from gradq.codecs.uniform import cpu
+from gradq.collectives.low_rank import cpu as cpu_low_rank
 
 SCALE_DTYPE = torch.bfloat16
 MAX_ROWS = 8

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from gradq.bench.records import write_record
+from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync.gradient_sync import GradientSync
 from gradq.testing import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent

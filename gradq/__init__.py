@@ -4,7 +4,7 @@
     handle = gradq.compress(model, "int4")
 
 The main path, in reading order: `hooks/ddp.py`, `sync.py`, `collectives/direct.py`,
-`collectives/two_phase.py`, `codecs/uniform.py`, `kernels/reference.py`.
+`collectives/two_phase.py`, `codecs/uniform/codec.py`, `codecs/uniform/reference.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gradq.errors import (
     WireError,
 )
 from gradq.hooks.ddp import HookState, compress, hook
-from gradq.hooks.local_sgd import DiLoCo, LocalSGD
+from gradq.local_steps.local_sgd import DiLoCo, LocalSGD
 from gradq.metrics import Event, ParameterStats, Stats
 from gradq.policy import (
     Assignment,

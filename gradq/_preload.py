@@ -6,7 +6,7 @@ import torch
 import torch._dynamo  # DistributedDataParallel's constructor imports it
 
 import gradq  # noqa: F401
-from gradq.kernels.ops import kernels_for
+from gradq.codecs.uniform.format import kernels_for
 
 __all__: list[str] = []
 

@@ -177,7 +177,7 @@ def _table_rows(num_bits: int, block_size: int, setting: Setting) -> int:
     sys.path.insert(0, str(TESTS))
     import test_kernels as cases
 
-    from gradq.kernels import cuda
+    from gradq.codecs.exact import cuda
 
     draw, count = random.Random(block_size + num_bits), 0
     for n in cases.LENGTHS[-1:] if setting.dry_run else cases.LENGTHS:

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gpu_parts.ranks import Contender, gpt, group_on_device, on_the_cuda_way, tokens
 from gpu_parts.setting import Setting
 from gpu_parts.trace import read_trace, waits_inside
-from gradq.collectives.streams import StagedChannel
 from gradq.testing import run_ranks
+from gradq.transport.streams import StagedChannel
 
 __all__ = ["waits"]
 

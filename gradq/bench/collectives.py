@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from gradq import wire
 from gradq.bench.scenario import PLAIN
+from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync.gradient_sync import GradientSync
 
 __all__ = ["measure_collectives"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradq.checkpoint.state import to_row
 from gradq.errors import CheckpointError
-from gradq.sync import GradientSync
+from gradq.sync.gradient_sync import GradientSync
 
 __all__ = ["Folder", "open_state"]
 

@@ -12,7 +12,7 @@ from gradq.checkpoint.files import Folder, open_state
 from gradq.checkpoint.parse import Saved, mapping, parse
 from gradq.checkpoint.restore import restore, together
 from gradq.errors import CheckpointError, UnsupportedError
-from gradq.sync import GradientSync
+from gradq.sync.gradient_sync import GradientSync
 
 __all__ = ["HasSync", "load_checkpoint", "load_state_dict", "load_sync", "read_sync"]
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from gradq.checkpoint.files import Folder
 from gradq.checkpoint.restore import together
 from gradq.errors import CheckpointError
-from gradq.handshake import gather
+from gradq.transport.handshake import gather
 
 __all__ = ["check_files", "load_newest", "save_checkpoint"]
 

@@ -17,9 +17,9 @@ from gradq.checkpoint.packing import Piece, digest, pack
 from gradq.checkpoint.rows import Rows, check_tensor
 from gradq.checkpoint.state import FORMAT, bases_shapes, head_digest, residual_shapes
 from gradq.errors import CheckpointError
-from gradq.finite import WINDOW
 from gradq.policy import canonical_name
-from gradq.sync import GradientSync
+from gradq.sync.finite import WINDOW
+from gradq.sync.gradient_sync import GradientSync
 
 __all__ = ["Saved", "check_fit", "integer", "mapping", "parse"]
 

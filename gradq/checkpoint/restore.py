@@ -11,8 +11,8 @@ import torch.distributed as dist
 from gradq.checkpoint.parse import Saved
 from gradq.checkpoint.state import bases_shapes, residual_shapes
 from gradq.errors import CheckpointError, GradqError
-from gradq.handshake import gather
-from gradq.sync import GradientSync
+from gradq.sync.gradient_sync import GradientSync
+from gradq.transport.handshake import gather
 
 __all__ = ["restore", "together"]
 

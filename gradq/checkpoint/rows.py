@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradq.errors import CheckpointError
-from gradq.sync import GradientSync
+from gradq.sync.gradient_sync import GradientSync
 
 __all__ = ["Rows", "check_tensor", "own_row"]
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from gradq.checkpoint.packing import FLAT_NUMEL, digest, flats, pack
 from gradq.collectives import basis_numel
 from gradq.errors import CheckpointError
-from gradq.feedback import Residuals
-from gradq.handshake import by_all_ranks
-from gradq.sync import GradientSync
+from gradq.sync.feedback import Residuals
+from gradq.sync.gradient_sync import GradientSync
+from gradq.transport.handshake import by_all_ranks
 
 __all__ = [
     "FORMAT",
@@ -63,7 +63,8 @@ def state_dict(sync: GradientSync) -> dict[str, Any]:
         `gradq.checkpoint.packing`), each a row-sharded DTensor [W, n], fp32; shard residuals are padded to
         the longest piece of any rank. "bases": flats [n], equal on all ranks. With an adaptive policy
         "policy": its plan, and what each rank measured since, row-sharded fp64 [W, n]. "norms": by which
-        outliers are told, row-sharded fp64 [W, n] (see `gradq.finite`). "rank" [W, 1] and "digests" [W, n],
+        outliers are told, row-sharded fp64 [W, n] (see
+        `gradq.sync.finite`). "rank" [W, 1] and "digests" [W, n],
         int64: whose rows, and CRC-32 of everything.
 
         At world size 1 the rows are plain tensors [1, n], in a plain dictionary. Otherwise the state refuses

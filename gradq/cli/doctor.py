@@ -19,8 +19,9 @@ import torch.distributed as dist
 import gradq
 from gradq import codecs
 from gradq.bench.records import cpu_name
+from gradq.codecs.uniform.format import kernels_for
 from gradq.errors import GradqError
-from gradq.kernels.ops import backend_name, kernels_for
+from gradq.kernels.loader import backend_name
 
 __all__ = ["doctor"]
 

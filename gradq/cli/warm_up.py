@@ -8,10 +8,10 @@ from typing import Annotated
 import torch
 import typer
 
-from gradq.kernels.ops import backend_name
-from gradq.layout import Ways
+from gradq.kernels.loader import backend_name
+from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync_config import SyncConfig
+from gradq.sync.layout import Ways
 
 __all__ = ["warm_up"]
 

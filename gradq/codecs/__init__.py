@@ -10,23 +10,24 @@ True
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import re
+from importlib.metadata import entry_points
 
 from gradq.codecs.base import Codec
-from gradq.codecs.exact import ExactCodec
-from gradq.codecs.rotated import RotatedCodec
+from gradq.codecs.exact.codec import ExactCodec
+from gradq.codecs.rotated.codec import RotatedCodec
+from gradq.codecs.rotated.trellis import TrellisCodec
 from gradq.codecs.suggest import shown, suggestion
-from gradq.codecs.table import TABLE_NAMES, TableCodec
-from gradq.codecs.topk import TopKCodec
-from gradq.codecs.trellis import TrellisCodec
-from gradq.codecs.uniform import UniformCodec
+from gradq.codecs.topk.codec import TopKCodec
+from gradq.codecs.uniform.codec import UniformCodec
 from gradq.errors import ConfigError, SpecError
 
 __all__ = [
     "Codec",
     "ExactCodec",
     "RotatedCodec",
-    "TableCodec",
     "TopKCodec",
     "TrellisCodec",
     "UniformCodec",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _REGISTRY: dict[str, type[Codec]] = {}
+_CONTRIB = "gradq.contrib"  # registers the baselines when a name is first looked up
 _SPEC = re.compile(r"(?P<name>[\w.]+)(?P<options>.*)", re.DOTALL)
 
 
@@ -51,8 +53,20 @@ def register(codec: type[Codec], *codec_names: str) -> None:
         _REGISTRY[name] = codec
 
 
+@functools.cache
+def _load_plugins() -> None:
+    """Let the baselines and other packages register their codecs.
+
+    An entry point of the group "gradq.codecs" names a function without arguments that calls `register`.
+    """
+    importlib.import_module(_CONTRIB)
+    for plugin in entry_points(group="gradq.codecs"):
+        plugin.load()()
+
+
 def names() -> list[str]:
-    """The names of all codecs, sorted."""
+    """The names of all codecs, sorted: gradq's, the baselines of `gradq.contrib`, and other packages'."""
+    _load_plugins()
     return sorted(_REGISTRY)
 
 
@@ -63,6 +77,7 @@ def from_spec(spec: str) -> Codec:
         SpecError: an unknown name or option, or text that is not a spec.
         ConfigError: an option outside its range.
     """
+    _load_plugins()
     match = _SPEC.fullmatch(spec.strip())
     name, options = (match["name"], match["options"].strip()) if match is not None else ("", "")
     if name not in _REGISTRY or not _in_parentheses(options):
@@ -132,5 +147,4 @@ register(ExactCodec, "fp32", "bf16", "fp16", "fp64")
 register(UniformCodec, *(f"int{bits}" for bits in range(2, 9)))
 register(RotatedCodec, *(f"rot{bits}" for bits in range(1, 7)))
 register(TrellisCodec, *(f"trellis{bits}" for bits in range(1, 5)))
-register(TableCodec, *TABLE_NAMES)
 register(TopKCodec, "topk")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gradq import rng
+from gradq.codecs.uniform.format import Kernels, kernels_for
 from gradq.errors import ConfigError
-from gradq.kernels.ops import Kernels, kernels_for
 from gradq.kernels.turns import in_turns
 from gradq.rng import EncodeContext
 

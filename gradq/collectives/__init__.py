@@ -7,14 +7,10 @@ from collections.abc import Callable
 from gradq.collectives import dense
 from gradq.collectives.all_gather import AllGather
 from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
-from gradq.collectives.bucket import Bucket
-from gradq.collectives.connect import executor_on, open_channels
 from gradq.collectives.direct import Direct
-from gradq.collectives.executor import Executor
 from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
 from gradq.collectives.joined import Joined
-from gradq.collectives.low_rank import LowRank, basis_numel
-from gradq.collectives.parts import parts_of
+from gradq.collectives.low_rank.collective import LowRank, basis_numel
 from gradq.collectives.reduce_scatter import ReduceScatter, ShardSegment
 from gradq.collectives.sparse import sparse
 from gradq.collectives.two_phase import TwoPhase
@@ -24,9 +20,7 @@ __all__ = [
     "COLLECTIVES",
     "PER_PARAMETER",
     "AllGather",
-    "Bucket",
     "Collective",
-    "Executor",
     "Hierarchical",
     "Joined",
     "LowRank",
@@ -39,9 +33,6 @@ __all__ = [
     "basis_numel",
     "choose",
     "dense",
-    "executor_on",
-    "open_channels",
-    "parts_of",
     "ranks_per_node",
 ]
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gradq import rng, wire
-from gradq.collectives.base import Collective, Pending, Scratch, Setting, Step
+from gradq.collectives.base import Collective, Scratch, Setting, Step
 from gradq.collectives.reduce_scatter import ShardSegment
+from gradq.transport.contract import Pending
 
 __all__ = ["AllGather"]
 

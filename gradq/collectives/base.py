@@ -20,17 +20,17 @@ from torch import Tensor
 
 from gradq import rng, wire
 from gradq.metrics import Event, Metrics
+from gradq.transport.contract import Channel, Pending
 
 __all__ = [
-    "Channel",
     "Collective",
-    "Pending",
     "Residuals",
     "Scratch",
     "Segment",
     "SegmentCodec",
     "Setting",
     "Step",
+    "Way",
 ]
 
 
@@ -67,32 +67,12 @@ class SegmentCodec(Protocol):
 
 
 class Residuals(Protocol):
-    """The part of `gradq.feedback.Residuals` that a collective needs."""
+    """The part of `gradq.sync.feedback.Residuals` that a collective needs."""
 
     def piece(
         self, name: str, numel: int, start: int, stop: int
     ) -> AbstractContextManager[tuple[Tensor, Tensor]]:
         """Old and new residual of elements [start, stop)."""
-
-
-class Pending(Protocol):
-    """An exchange under way."""
-
-    def wait(self) -> None:
-        """Return when everything has arrived; raise if it cannot."""
-
-
-class Channel(Protocol):
-    """A way to reach all peers that one stage has for itself."""
-
-    def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> Pending:
-        """Start to send send[r] to every rank r and to receive receive[r] from it; own entries are unused.
-
-        Args:
-            send: W messages, uint8; the header is written into their first bytes. An empty one is not sent.
-            receive: W buffers of the expected sizes; empty where the peer's message is.
-            header: this rank's header; a received one must equal it but for the sender.
-        """
 
 
 @dataclass(frozen=True)
@@ -341,3 +321,6 @@ class Collective(ABC):
         }
         for kind, energy in energies.items():
             self.setting.metrics.record(Event(kind, energy, step.index, step.bucket, 1, segment.name))
+
+
+Way = tuple[type[Collective], Segment]  # how one parameter, or a part of it, travels

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives.base import Channel, Collective, Pending, Segment, Setting, Step
+from gradq.collectives.base import Collective, Segment, Setting, Step
 from gradq.collectives.direct import Direct
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
+from gradq.transport.contract import Channel, Pending
 
 __all__ = ["Hierarchical", "ranks_per_node"]
 

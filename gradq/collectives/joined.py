@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gradq.collectives.base import Collective, Pending, Segment, Setting, Step
-from gradq.collectives.parts import Way
+from gradq.collectives.base import Collective, Segment, Setting, Step, Way
+from gradq.transport.contract import Pending
 
 __all__ = ["Joined", "join"]
 

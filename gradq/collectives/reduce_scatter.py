@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives.base import Collective, Pending, Scratch, Segment, Setting, Step
+from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
+from gradq.transport.contract import Pending
 
 __all__ = ["ReduceScatter", "ShardSegment"]
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives.base import Collective, Pending, Segment, Setting, Step
+from gradq.collectives.base import Collective, Segment, Setting, Step
 from gradq.collectives.runs import Place, Run, runs_of
+from gradq.transport.contract import Pending
 
 __all__ = ["TwoPhase"]
 

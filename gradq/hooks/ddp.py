@@ -18,7 +18,6 @@ from gradq import checkpoint
 from gradq.codecs import Codec
 from gradq.collectives import ranks_per_node
 from gradq.errors import ConfigError, UnsupportedError
-from gradq.handshake import meeting, telling
 from gradq.hooks import averaged
 from gradq.hooks._ddp_reducer import (
     Trainer,
@@ -31,9 +30,10 @@ from gradq.hooks._ddp_reducer import (
 from gradq.hooks._fsdp_torch import is_fully_sharded
 from gradq.hooks.copied import CopiedHandle
 from gradq.metrics import Event, Stats
+from gradq.options import SyncConfig, Timeout, as_timedelta, scale_of
 from gradq.policy import Asked, ExactRule, ParameterInfo, Policy, Spec, label, resolve, sends_all_as_it_is
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig, Timeout, as_timedelta, scale_of
+from gradq.sync.gradient_sync import GradientSync
+from gradq.transport.handshake import meeting, telling
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -23,14 +23,13 @@ from torch._C._distributed_c10d import GradBucket
 from gradq import checkpoint
 from gradq.codecs import Codec, ExactCodec
 from gradq.errors import ConfigError, UnsupportedError
-from gradq.handshake import meeting, tell
 from gradq.hooks import _fsdp_torch
 from gradq.hooks._backward import OutermostBackward
 from gradq.hooks._fsdp_torch import Shard, Unit
 from gradq.hooks.averaged import DTYPES
 from gradq.hooks.ddp import HookState
-from gradq.hooks.sharded import ShardedSync
 from gradq.metrics import Event, Stats
+from gradq.options import SyncConfig, Timeout, as_timedelta, scale_of
 from gradq.policy import (
     AdaptivePolicy,
     ExactRule,
@@ -42,8 +41,9 @@ from gradq.policy import (
     Spec,
     label,
 )
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig, Timeout, as_timedelta, scale_of
+from gradq.sync.gradient_sync import GradientSync
+from gradq.sync.sharded_sync import ShardedSync
+from gradq.transport.handshake import meeting, tell
 
 __all__ = ["ShardedHookState"]
 

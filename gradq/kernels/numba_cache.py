@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.resources
+import itertools
 import logging
 import os
 import shutil
@@ -41,6 +42,7 @@ __all__ = ["KernelCache", "digest", "folders"]
 
 config = cast(Any, _config)
 _PREFIX = "gradq-kernels-"
+_FOLDERS = ("kernels", "codecs", "collectives/low_rank", "contrib")  # where kernels are, or what they use
 _KEPT_SECONDS = 30 * 24 * 3600
 _log = logging.getLogger(__name__)
 
@@ -52,7 +54,9 @@ _log = logging.getLogger(__name__)
 def digest() -> str:
     """Of the sources of all kernels, and of what compiles them."""
     total = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for name, source in sorted(_sources(importlib.resources.files("gradq.kernels"))):
+    root = importlib.resources.files(__name__.split(".")[0])
+    found = (_sources(root.joinpath(folder), f"{folder}/") for folder in _FOLDERS)
+    for name, source in sorted(itertools.chain.from_iterable(found)):
         total.update(f"{name} {len(source)} ".encode() + source)
     return total.hexdigest()[:16]
 

@@ -196,7 +196,7 @@ class Policy(Protocol):
 
 @runtime_checkable
 class AdaptivePolicy(Policy, Protocol):
-    """A policy that learns. One object for one model; `gradq.adaptive` says who calls it, when.
+    """A policy that learns. One object for one model; `gradq.sync.learner` says who calls it, when.
 
     Whatever decides a plan must be equal on all ranks: the arguments (compared by `label`), the step, and
     what `learn` is given. What a rank measures itself may enter a plan through `learn` only.

@@ -23,12 +23,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.futures import Future
 
-from gradq.collectives.base import Channel
 from gradq.errors import PeerError, UnsupportedError
-from gradq.handshake import reason
 from gradq.metrics import Metrics
 from gradq.testing.network import Network
 from gradq.testing.ranks import RankError
+from gradq.transport.contract import Channel
+from gradq.transport.handshake import reason
 
 __all__ = ["InProcessGroup", "run_in_process"]
 
@@ -43,8 +43,7 @@ def run_in_process(
     """Run function(group, *args) in world_size threads of this process; `group.rank()` tells them apart.
 
     Args:
-        function: a function that may construct `gradq.sync.GradientSync`, and anything below it, with the
-            group.
+        function: a function that may construct a `GradientSync`, and anything below it, with the group.
         world_size: number of ranks.
         *args: further arguments; every rank gets the same objects.
         network: what carries the messages; a plain `Network` by default.

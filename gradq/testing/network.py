@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives.base import Channel, Pending
 from gradq.errors import PeerError, WireError
-from gradq.handshake import reason
 from gradq.metrics import Event, Metrics
+from gradq.transport.contract import Channel, Pending
+from gradq.transport.handshake import reason
 
 __all__ = ["Exchange", "Network", "Route"]
 

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradq
 from gradq import rng, wire
-from gradq.kernels.low_rank import low_rank_kernels
+from gradq.collectives.low_rank.format import low_rank_kernels
+from gradq.options import SyncConfig
 from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Policy, Spec, label, resolve
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync.gradient_sync import GradientSync
 from gradq.testing import InProcessGroup, Network, run_in_process
 
 Gradients = list[dict[str, Tensor]]  # by step, then by parameter; flat, in memory order

@@ -21,9 +21,9 @@ from test_sparse import SPEC as TOPK
 from test_sparse import check_owners
 from test_wire_bytes import BYTES, CountingNetwork, check_bytes, one_step_of
 
+from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync.gradient_sync import GradientSync
 from gradq.testing import InProcessGroup, Network, run_in_process
 
 SPECS = ["fp32", "bf16", "fp16", "int8", "int4", "int3", "int4+int4", "int2+int8", "int8(block_size=64)"]

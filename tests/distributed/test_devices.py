@@ -18,16 +18,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import gradq
-import gradq.sync as sync_module
+import gradq.sync.gradient_sync as sync_module
 from gradq import wire
-from gradq.collectives import open_channels
-from gradq.collectives.streams import StagedChannel, StreamChannel, StreamExecutor
 from gradq.errors import UnsupportedError, WireError
-from gradq.finite import StepCheck
 from gradq.hooks import _fsdp_torch
 from gradq.metrics import Metrics
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
+from gradq.sync.finite import StepCheck
 from gradq.testing import run_ranks
+from gradq.transport.connect import open_channels
+from gradq.transport.streams import StagedChannel, StreamChannel, StreamExecutor
 
 SHAPES = ((70, 60), (4500,), (33,))
 SPECS = {"cpu": ("int4", "fp32"), "cuda": ("int4", "rot4+int8", "fp32")}

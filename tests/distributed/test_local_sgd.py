@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradq
-from gradq.hooks.fragments import cut
+from gradq.local_steps.fragments import cut
 from gradq.testing import run_ranks
 
 EVERY = 6

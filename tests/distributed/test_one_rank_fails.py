@@ -50,9 +50,9 @@ class OneRankFails:
             os.environ["GRADQ_KERNELS"] = "numpy"
             self.undo = lambda: os.environ.pop("GRADQ_KERNELS")
         elif self.how == "no kernels":
-            kept = sys.modules.pop("gradq.kernels.cpu", None)
-            sys.modules["gradq.kernels.cpu"] = None
-            self.undo = lambda: sys.modules.update({"gradq.kernels.cpu": kept}) if kept else None
+            kept = sys.modules.pop("gradq.codecs.uniform.cpu", None)
+            sys.modules["gradq.codecs.uniform.cpu"] = None
+            self.undo = lambda: sys.modules.update({"gradq.codecs.uniform.cpu": kept}) if kept else None
         elif self.how == "full disk":
             kept_method = UniformCodec.warm_up
 
@@ -64,8 +64,8 @@ class OneRankFails:
 
     def __exit__(self, *unused):
         self.undo()
-        if sys.modules.get("gradq.kernels.cpu", 0) is None:
-            del sys.modules["gradq.kernels.cpu"]
+        if sys.modules.get("gradq.codecs.uniform.cpu", 0) is None:
+            del sys.modules["gradq.codecs.uniform.cpu"]
 
 
 STARTS = {

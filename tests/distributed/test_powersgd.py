@@ -16,9 +16,9 @@ from test_wire_bytes import Counting
 
 import gradq
 from gradq import wire
+from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync.gradient_sync import GradientSync
 from gradq.testing import run_ranks
 
 DDP = {"find_unused_parameters": True, "bucket_cap_mb": 0.02}

@@ -10,9 +10,9 @@ import torch
 from oracle import expected
 from torch import Tensor
 
+from gradq.options import SyncConfig
 from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync.gradient_sync import GradientSync
 from gradq.testing import run_ranks
 
 SPECS = ["int8", "int4", "int4+int4", "int3+int8", "int5", "int6+int2", "bf16", "fp32", "int4(block_size=64)"]

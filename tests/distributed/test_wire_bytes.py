@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync.gradient_sync import GradientSync
 from gradq.testing import Exchange, Network, run_ranks
 
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from gradq import codecs, rng
-from gradq.codecs.table import TABLE_NAMES
+from gradq.codecs.uniform import reference
+from gradq.contrib.table.codec import TABLE_NAMES
 from gradq.errors import KernelError
-from gradq.kernels import reference
 from gradq.rng import EncodeContext
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -32,7 +32,8 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 if INTERPRETED or torch.cuda.is_available():
-    from gradq.kernels import cuda, cuda_rotated
+    from gradq.codecs.exact import cuda
+    from gradq.codecs.rotated import cuda as cuda_rotated
 elif "-m" in sys.argv and "gpu" in sys.argv:
     pytest.skip("no CUDA device", allow_module_level=True)
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradq.kernels import cpu
+from gradq.codecs.uniform import cpu
 from gradq.rng import dither_key, dither_shift
 
 # |mean of errors| stays below Z standard deviations with probability 1 - 1e-6 (two-sided normal). The drawn

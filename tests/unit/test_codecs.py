@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from gradq import codecs
 from gradq.codecs import Codec, ExactCodec, UniformCodec
-from gradq.codecs.table import TABLE_NAMES
 from gradq.conformance import CHECKS
+from gradq.contrib.table.codec import TABLE_NAMES
 from gradq.errors import ConfigError, SpecError
 from gradq.rng import EncodeContext
 

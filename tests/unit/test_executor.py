@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from gradq.collectives import Executor
+from gradq.transport.executor import Executor
 
 
 class Ready:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gradq.errors import ConfigError
-from gradq.feedback import Feedback, Residuals
+from gradq.sync.feedback import Feedback, Residuals
 
 
 def write(residuals, name, value, numel=4, start=0, stop=None):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from gradq.finite import LIMIT, WINDOW, StepCheck
+from gradq.sync.finite import LIMIT, WINDOW, StepCheck
 
 CPU = torch.device("cpu")
 

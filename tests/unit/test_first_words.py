@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradq
 from gradq.codecs import from_spec
+from gradq.options import SyncConfig, as_timedelta, scale_of
 from gradq.policy import Spec
-from gradq.sync_config import SyncConfig, as_timedelta, scale_of
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gradq import handshake
 from gradq.errors import MismatchError
+from gradq.transport import handshake
 
 
 @pytest.fixture

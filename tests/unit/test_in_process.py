@@ -13,11 +13,11 @@ from gradq import wire
 from gradq.codecs import from_spec
 from gradq.collectives import Collective, Direct, Hierarchical, Segment, Setting, Step, TwoPhase
 from gradq.errors import MismatchError, PeerError, WireError
-from gradq.feedback import Feedback
 from gradq.metrics import Metrics
+from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync import GradientSync
-from gradq.sync_config import SyncConfig
+from gradq.sync.feedback import Feedback
+from gradq.sync.gradient_sync import GradientSync
 from gradq.testing import InProcessGroup, Network, RankError, Route, run_in_process
 
 NUMELS = (700, 3, 256, 1025)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradq.collectives.low_rank import LowRank
+from gradq.codecs.topk.format import topk_kernels
+from gradq.collectives.low_rank.collective import LowRank
+from gradq.collectives.low_rank.format import low_rank_kernels
 from gradq.errors import KernelError
-from gradq.kernels.low_rank import low_rank_kernels
-from gradq.kernels.topk import topk_kernels
 
 
 @pytest.mark.parametrize(

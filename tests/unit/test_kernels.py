@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from gradq.codecs import from_spec
+from gradq.codecs.uniform import cpu, reference
+from gradq.codecs.uniform.format import kernels_for
 from gradq.errors import KernelError
-from gradq.kernels import cpu, reference
-from gradq.kernels.ops import backend_name, kernels_for
+from gradq.kernels.loader import backend_name
 from gradq.rng import EncodeContext
 
 BITS = range(2, 9)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradq import rng
-from gradq.kernels import cpu_low_rank, reference_low_rank
+from gradq.collectives.low_rank import cpu as cpu_low_rank
+from gradq.collectives.low_rank import reference as reference_low_rank
 
 BOTH = (cpu_low_rank, reference_low_rank)
 KEY = rng.dither_key(1, 2, 3, 3)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from gradq import rng
 from gradq.codecs import from_spec
-from gradq.collectives import Direct, Hierarchical, LowRank, Segment, TwoPhase, parts_of
+from gradq.collectives import Direct, Hierarchical, LowRank, Segment, TwoPhase
+from gradq.sync.parts import parts_of
 
 CODEC = from_spec("int4(block_size=64)")
 

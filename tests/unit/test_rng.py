@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradq import rng
-from gradq.kernels import reference
+from gradq.codecs.uniform import reference
 
 words = st.integers(0, (1 << 64) - 1)
 

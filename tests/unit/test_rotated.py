@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from gradq import codecs, rng
-from gradq.codecs.table import TABLE_NAMES
+from gradq.codecs.rotated import cpu as cpu_rotated
+from gradq.codecs.rotated import reference as reference_rotated
+from gradq.codecs.rotated.format import POLYNOMIALS, mix32, payload_bytes
+from gradq.contrib.table.codec import TABLE_NAMES
 from gradq.errors import ConfigError
-from gradq.kernels import cpu_rotated, reference_rotated
-from gradq.kernels.rotated import POLYNOMIALS, mix32, payload_bytes
 from gradq.rng import EncodeContext
 
 SIZES = (1, 15, 16, 17, 255, 257, 1000, 4095, 4096, 4097, 9001)

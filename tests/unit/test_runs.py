@@ -7,8 +7,8 @@ import torch
 
 from gradq.codecs import from_spec
 from gradq.collectives import Direct, Segment, Setting, Step, TwoPhase
-from gradq.feedback import Feedback
 from gradq.metrics import Metrics
+from gradq.sync.feedback import Feedback
 
 WORLD_SIZE = 3
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradq import wire
 from gradq.collectives import COLLECTIVES, Collective, LowRank, Segment, Setting, Step
-from gradq.feedback import Feedback
 from gradq.metrics import Metrics
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
+from gradq.sync.feedback import Feedback
 
 WORLD_SIZE = 3
 

@@ -7,11 +7,12 @@ import threading
 import pytest
 import torch
 
-from gradq.collectives import Executor, executor_on
-from gradq.collectives.streams import StreamExecutor, done
 from gradq.errors import ConfigError, UnsupportedError
-from gradq.feedback import Feedback
-from gradq.finite import StepCheck
+from gradq.sync.feedback import Feedback
+from gradq.sync.finite import StepCheck
+from gradq.transport.connect import executor_on
+from gradq.transport.executor import Executor
+from gradq.transport.streams import StreamExecutor, done
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradq.codecs import TableCodec
-from gradq.codecs.table import TABLE_NAMES, _table
-from gradq.kernels import cpu_table, reference_table
-from gradq.kernels.cpu_float_levels import mantissa_bits
-from gradq.kernels.tables import Table, payload_bytes
+from gradq.contrib import TableCodec
+from gradq.contrib.table import cpu as cpu_table
+from gradq.contrib.table import reference as reference_table
+from gradq.contrib.table.codec import TABLE_NAMES, _table
+from gradq.contrib.table.cpu_float_levels import mantissa_bits
+from gradq.contrib.table.format import Table, payload_bytes
 
 ROUNDINGS = {"sign": ("nearest",), "qsgd4": ("stochastic",), "qsgd8": ("stochastic",)}
 CASES = [(name, how) for name in TABLE_NAMES for how in ROUNDINGS.get(name, ("stochastic", "nearest"))]

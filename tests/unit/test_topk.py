@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradq.codecs import TopKCodec, from_spec
+from gradq.codecs.topk import cpu as cpu_topk
+from gradq.codecs.topk import reference as reference_topk
+from gradq.codecs.topk.format import TopK, payload_bytes
 from gradq.errors import ConfigError
-from gradq.kernels import cpu_topk, reference_topk
-from gradq.kernels.topk import TopK, payload_bytes
 
 
 def both(x, topk, residual=None, loss_scale=1.0):

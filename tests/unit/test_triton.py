@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradq.codecs.uniform.format import kernels_for
 from gradq.errors import KernelError
-from gradq.kernels.ops import backend_name, kernels_for
+from gradq.kernels.loader import backend_name
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 CASES = Path(__file__).parents[1] / "gpu" / "test_triton_kernels.py"
@@ -65,7 +66,7 @@ SUMS = 2 * 2 * 32
 
 
 def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
-    from gradq.kernels import cuda_uniform
+    from gradq.codecs.uniform import cuda as cuda_uniform
 
     text = ptx(cuda_uniform._decode_mean, 80, **UNIFORM, EXACT_RECIPROCAL=False)
     assert_rounds_as_ieee(text, num_fused=SUMS)
@@ -76,8 +77,10 @@ def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_and_rounds_as_the_reference(capability):
-    from gradq.kernels import cuda, cuda_rotated, cuda_uniform
-    from gradq.kernels.cuda_rotated_tools import constants
+    from gradq.codecs.exact import cuda
+    from gradq.codecs.rotated import cuda as cuda_rotated
+    from gradq.codecs.rotated.cuda_rotation import constants
+    from gradq.codecs.uniform import cuda as cuda_uniform
 
     feedback = {"READ": True, "WRITE": True}
     for num_bits, kind, stochastic in ((2, 0, False), (7, 2, True), (8, 1, True)):
@@ -122,7 +125,7 @@ def test_on_the_cpu_triton_needs_its_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
         kernels_for(torch.device("cpu"))
-    from gradq.kernels import cuda
+    from gradq.codecs.exact import cuda
 
     payload = torch.zeros(64, dtype=torch.uint8)
     with pytest.raises(KernelError, match="take CUDA tensors"):
@@ -131,7 +134,7 @@ def test_on_the_cpu_triton_needs_its_interpreter(monkeypatch):
 
 def test_a_missing_triton_names_its_install_command(monkeypatch):
     monkeypatch.delenv("GRADQ_KERNELS", raising=False)
-    for name in [name for name in sys.modules if name.startswith("gradq.kernels.cuda")]:
+    for name in [name for name in sys.modules if name.startswith("gradq.codecs.exact.cuda")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(KernelError, match=r"pip install 'gradq\[gpu\]'"):

@@ -26,10 +26,10 @@ import pytest
 import torch
 
 from gradq import codecs, rng, wire
-from gradq.codecs.table import TABLE_NAMES
 from gradq.collectives import Direct, Segment, Setting, Step
-from gradq.feedback import Feedback
+from gradq.contrib.table.codec import TABLE_NAMES
 from gradq.metrics import Metrics
+from gradq.sync.feedback import Feedback
 
 FILE = Path(__file__).parent.parent / "fixtures" / f"wire_v{wire.VERSION}.json"
 WRITE = os.environ.get("GRADQ_WRITE_WIRE_FIXTURES") == "1"

@@ -1,0 +1,1 @@
+"""Top-k: the largest elements of every block, with their places."""

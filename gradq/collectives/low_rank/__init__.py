@@ -1,0 +1,1 @@
+"""Low rank (PowerSGD): matrices travel as products of two thin ones."""

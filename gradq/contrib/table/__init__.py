@@ -1,0 +1,1 @@
+"""Table codecs: small floats, signs and other levels that are looked up."""

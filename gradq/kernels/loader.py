@@ -1,0 +1,73 @@
+"""Which kernel backend serves a device.
+
+Every algorithm has a module for each backend: `reference` (plain torch) is the truth, `cpu` (Numba) and
+`cuda` (Triton) equal it byte for byte.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+
+import torch
+
+from gradq.errors import KernelError
+
+__all__ = ["backend_for", "backend_name"]
+
+_INSTALL = {"reference": "torch", "numba": "numba", "triton": "gradq[gpu]"}
+
+
+def backend_name(device: torch.device) -> str:
+    """The backend that serves a device; the environment variable GRADQ_KERNELS overrides it for CPU tensors.
+
+    Raises:
+        KernelError: no backend for the device, GRADQ_KERNELS names an unknown one or one that does not serve
+            the device.
+    """
+    chosen = os.environ.get("GRADQ_KERNELS", "")
+    if chosen and chosen not in _INSTALL:
+        raise KernelError(f"GRADQ_KERNELS={chosen!r} is not a kernel backend; choose from {sorted(_INSTALL)}")
+    if device.type == "cuda":
+        if chosen not in ("", "triton"):
+            raise KernelError(
+                f"GRADQ_KERNELS={chosen!r} serves CPU tensors, and this one is on {device}; unset it"
+            )
+        return "triton"
+    if device.type != "cpu":
+        raise KernelError(f"gradq has no kernels for {device.type} tensors; it runs on CPU and CUDA tensors")
+    if chosen == "triton" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        raise KernelError(
+            "GRADQ_KERNELS='triton' serves CUDA tensors; for CPU tensors it needs Triton's interpreter "
+            "(slow, for tests): start Python with TRITON_INTERPRET=1, or unset GRADQ_KERNELS"
+        )
+    return chosen or "numba"
+
+
+def backend_for(device: torch.device, modules: Mapping[str, str], what: str) -> object:
+    """The module that serves a device.
+
+    Args:
+        device: of the tensors.
+        modules: names of modules by backend.
+        what: the modules are for, for error messages.
+
+    Raises:
+        KernelError: as `backend_name`; the backend does not have it; or the backend's package is missing.
+    """
+    name = backend_name(device)
+    if name not in modules:
+        raise KernelError(
+            f"gradq has no {name} kernels for {what}, so it cannot be used with {device.type} tensors; "
+            "choose a codec that has: int2 to int8, rot3 to rot6, rot1(levels=scalar), rot2(levels=scalar), "
+            "fp32, bf16, fp16, fp64"
+        )
+    try:
+        return importlib.import_module(modules[name])
+    except ImportError as error:
+        hint = "" if name == "triton" else " or set GRADQ_KERNELS=reference to run the slow plain-torch ones"
+        raise KernelError(
+            f"the {name!r} kernels cannot be imported ({error}); install them with "
+            f"`pip install '{_INSTALL[name]}'`{hint}"
+        ) from error

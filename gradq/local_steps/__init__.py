@@ -1,0 +1,1 @@
+"""Local steps: models that are averaged now and then instead of in every step (`LocalSGD`, `DiLoCo`)."""
