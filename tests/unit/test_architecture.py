@@ -229,7 +229,7 @@ def test_the_import_test_sees(module, source, complaint):
     [
         ("gradq.codecs.base", "from gradq.kernels.loader import Kernels\nfrom gradq import rng"),
         ("gradq.codecs.exact.codec", "from gradq.codecs.base import Codec"),
-        ("gradq.quant.modules", "from gradq.kernels import reference\nimport torch"),
+        ("gradq.quant.modules", "from gradq.kernels import loader\nimport torch"),
         ("gradq.export.onnx", "from gradq.quant import modules"),
         ("gradq.conformance", "from gradq import codecs, wire"),
     ],

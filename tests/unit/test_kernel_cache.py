@@ -39,7 +39,7 @@ def python(code: str, *, cwd: Path | None = None, **variables: str) -> str:
 # the smallest kernel there is: compiled in about a second
 MEAN = """
     import torch
-    from gradq.kernels import cpu
+    from gradq.codecs.uniform import cpu
     rows = torch.arange(24.0).reshape(2, 12)
     out = torch.zeros(12)
     cpu.exact_decode_mean(rows.view(torch.uint8), out, wire_dtype=torch.float32)
@@ -240,7 +240,7 @@ def test_ranks_share_the_work(tmp_path: Path) -> None:
     """Every kernel is compiled by one of two processes that start together."""
     code = textwrap.dedent("""
         from gradq.codecs import from_spec
-        from gradq.kernels import cpu
+        from gradq.codecs.uniform import cpu
         from_spec("int8").warm_up()
         kernels = [cpu._encoder(8, True, False, 256), cpu._decoder(8, 256)]
         print(sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels))

@@ -295,7 +295,7 @@ def test_a_second_process_loads_the_kernels_from_the_cache():
     """Ranks start together; without the cache each would compile for seconds, every time."""
     cpu.warm_up()
     code = (
-        "from gradq.kernels import cpu; cpu.warm_up()\n"
+        "from gradq.codecs.uniform import cpu; cpu.warm_up()\n"
         "for f in (cpu._encoder(8, True, False, 256), cpu._decoder(8, 256), cpu._exact_mean):\n"
         "    assert f.stats.cache_hits and not f.stats.cache_misses, f.stats\n"
         "    assert len(f.signatures) == 1, f.signatures\n"
