@@ -150,6 +150,7 @@ def float_onnx(
     float_model: nn.Module | None = None,
     example_inputs: Any = None,
     dynamic_batch: bool = True,
+    dynamic_axes: dict[str, dict[int, str]] | None = None,
     opset: int = 20,
 ) -> int:
     """Write the float model as given to `prepare`, batch norm folded: the baseline of every comparison.
@@ -162,6 +163,7 @@ def float_onnx(
         float_model: the float model, if `prepare` was told not to keep it.
         example_inputs: as for `onnx`.
         dynamic_batch: as for `onnx`.
+        dynamic_axes: as for `onnx`.
         opset: version of the default operator set.
 
     Returns:
@@ -184,8 +186,8 @@ def float_onnx(
             plain = float_model or kept  # type: ignore[assignment]
     with atomic(path) as temporary:
         captured = capture(
-            plain, example_inputs, opset=opset, dynamic_batch=dynamic_batch, dynamic_axes=None,
-            quantized=False,
+            plain, example_inputs, opset=opset, dynamic_batch=dynamic_batch,
+            dynamic_axes=dynamic_axes, quantized=False,
         )  # fmt: skip
         return _save(lower(captured).proto, temporary, {"gradq.version": _version("gradq")})
 

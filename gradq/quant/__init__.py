@@ -20,6 +20,7 @@ from gradq.quant.reference import IntegerReference, integer_reference
 from gradq.quant.refine import correct_bias, round_weights
 from gradq.quant.second_order import gptq
 from gradq.quant.sensitivity import SensitivityReport, divergence, sensitivity
+from gradq.quant.smoothing import ScalingReport, awq, smooth
 from gradq.quant.training import RangeSchedule, param_groups
 
 __all__ = [
@@ -37,11 +38,13 @@ __all__ = [
     "QuantLinear",
     "QuantMultiheadAttention",
     "RangeSchedule",
+    "ScalingReport",
     "SensitivityReport",
     "SwapInfo",
     "WeightQuant",
     "assign_bits",
     "average_bits",
+    "awq",
     "calibrate",
     "choose_bits",
     "correct_bias",
@@ -61,6 +64,7 @@ __all__ = [
     "restore",
     "round_weights",
     "sensitivity",
+    "smooth",
     "swap",
     "swap_info",
 ]

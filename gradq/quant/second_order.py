@@ -32,7 +32,7 @@ def gptq(
 
     GPTQ (Frantar et al. 2023, arXiv:2210.17323): inputs are rounded in the order of their energy, and the
     error of each is spread over those that follow by the inverse of the inputs' second moments. Scales stay
-    as they were fitted. One layer is looked at after another, each with what the layers before it now give
+    as they were fitted. One input is looked at after another, each with what the layers before it now give
     it, so that only one layer's (I, I) moments are held at a time. The codes become the weights. For uniform
     formats; layers with other formats, layers whose weight is an embedding, too, and layers that are not
     linear are left as they are, and so is a layer for which the nearest codes are better on these batches.
@@ -59,16 +59,22 @@ def gptq(
     if not batches:
         raise CalibrationError("the loader yielded no batch; give at least one")
     with evaluating(model):
-        layers = _in_order(model, batches[0], to_inputs)
-        for layer in progress(layers, "rounding by second moments", show=show_progress):
-            moments = _moments(model, layer, batches, to_inputs)
-            layer.weight.copy_(_rounded(layer.weight.detach(), layer.weight_quant, moments, damping))
+        groups = _in_order(model, batches[0], to_inputs)
+        for layers in progress(groups, "rounding by second moments", show=show_progress):
+            moments = _moments(model, layers[0], batches, to_inputs)
+            for layer in layers:
+                layer.weight.copy_(_rounded(layer.weight.detach(), layer.weight_quant, moments, damping))
     return model
 
 
-def _in_order(model: nn.Module, batch: Any, to_inputs: ToInputs | None) -> list[QuantLinear]:
-    """The linear layers that run, in the order in which they first run; weights of several layers once."""
-    order: dict[int, QuantLinear] = {}
+def _in_order(model: nn.Module, batch: Any, to_inputs: ToInputs | None) -> list[list[QuantLinear]]:
+    """The linear layers that run, in the order in which they first run; weights of several layers once.
+
+    Layers that read the same tensor one after another stand together: they share its moments.
+    """
+    order: list[list[QuantLinear]] = []
+    seen: set[int] = set()
+    last: list[Any] = [None, None]
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     found = [
         m
@@ -78,7 +84,14 @@ def _in_order(model: nn.Module, batch: Any, to_inputs: ToInputs | None) -> list[
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         assert isinstance(module, QuantLinear)
-        order.setdefault(id(module.weight), module)
+        if id(module.weight) in seen:
+            return
+        seen.add(id(module.weight))
+        if order and last[0] is inputs[0] and last[1] is module.input_quant:
+            order[-1].append(module)
+        else:
+            order.append([module])
+        last[:] = inputs[0], module.input_quant
 
     hooks = [m.register_forward_hook(note) for m in found]
     try:
@@ -86,7 +99,7 @@ def _in_order(model: nn.Module, batch: Any, to_inputs: ToInputs | None) -> list[
     finally:
         for hook in hooks:
             hook.remove()
-    return list(order.values())
+    return order
 
 
 def _moments(model: nn.Module, layer: QuantLinear, batches: list[Any], to_inputs: ToInputs | None) -> Tensor:
