@@ -75,7 +75,7 @@ class Stats:
         encode_ms: time spent encoding (all phases, worker thread).
         exchange_ms: time between posting and completing exchanges; overlapping ones both count.
         decode_ms: time spent decoding and averaging.
-        nmse: ‖x - Q(x)‖² / ‖x‖² of phase 1 over the sampled steps (`sample_nmse`), None if none was.
+        nmse: ‖x - Q(x)‖² / ‖x‖² of phase 1 over the sampled steps (`measure_next_step`), None if none was.
         parameters: per parameter, by name; empty unless asked for.
     """
 

@@ -1,21 +1,197 @@
-"""SyncConfig: what stays the same for a run."""
+"""Options: what a user may choose beside the model and the spec. SyncConfig: what of that averaging needs."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, TypedDict
 
+import torch
+import torch.distributed as dist
+
+from gradq.codecs import Codec
+from gradq.collectives import choose
 from gradq.errors import ConfigError
+from gradq.policy import Asked, ExactRule, Spec, check_feedback, exact_patterns
 
-__all__ = ["SyncConfig", "Timeout", "as_timedelta", "scale_of"]
+__all__ = [
+    "RESIDUAL_DTYPES",
+    "OptionFields",
+    "Options",
+    "SyncConfig",
+    "Timeout",
+    "as_timedelta",
+    "asked_for",
+    "scale_of",
+]
 
-Timeout = timedelta | float | None  # of an exchange; a number is in seconds
+Timeout = timedelta | float | None
+"""The limit for one exchange; a number is in seconds."""
+
+RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _SEEDS = (-(1 << 63), 1 << 64)
 _LONGEST_S = 1e9
+
+# What is said to a trainer's user who gives an option that the trainer does not have.
+_REFUSALS = {
+    "DDP": "replicate_group=, shard_spec= and gather_spec= are for FSDP2 models",
+    "FSDP2": "group= and local_world_size= are for DistributedDataParallel; FSDP2 knows its mesh",
+    "local steps": "local_world_size= is for DistributedDataParallel; replicate_group=, shard_spec= and "
+    "gather_spec= are for FSDP2 models; local steps have none of them",
+}
+
+
+def _only(*trainers: str) -> dict[str, tuple[str, ...]]:
+    """The metadata of a field that only some trainers have."""
+    return {"trainers": trainers}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Options:
+    """How gradients are averaged, beside the spec. All ranks give the same ones.
+
+    `gradq.compress(model, "int4", gradq.Options(seed=1, timeout=30))` is the same as
+    `gradq.compress(model, "int4", seed=1, timeout=30)`: every field is a keyword argument too, which replaces
+    that of the object. So it is for `gradq.HookState`, `gradq.LocalSGD` and `gradq.DiLoCo`.
+
+    Attributes:
+        feedback: error feedback: "auto" (at 4 bits and below, top-k and low rank; not for unbiased rotated
+            codecs, which learn better without), True or False. It keeps two fp32 copies of the compressed
+            gradients. Top-k and low rank do not converge without it, so False is an error there. FSDP2
+            without replicas has it only if it is True: its residual is as large as the *unsharded* gradient.
+        exact: the rule that says which parameters travel exact, in their own dtype. A predicate over
+            `gradq.ParameterInfo` is the whole rule. Names and shell patterns are short for "those with fewer
+            than 1024 elements or one dimension (the default, `gradq.policy.small_or_1d`), and these". See
+            `gradq.FixedPolicy` for casts such as "bf16".
+        seed: the seed of the stochastic rounding, an integer of 64 bits. Same seed, same bytes.
+        collective: how ranks exchange: "auto" (direct at two ranks, and at any number where all that a rank
+            sends is at most 64 KiB; else two_phase; sparse for top-k), "direct", "two_phase" or
+            "hierarchical" (exact inside a node, compressed between nodes; see
+            `gradq.collectives.hierarchical`; not for local steps). Low rank averages its factors by it. A
+            policy may choose for each parameter (`gradq.Assignment`). FSDP2 has a choice between replicas
+            only.
+        residual_dtype: the dtype of residuals: "fp32", or "bf16" for half the memory at an unrecovered
+            rounding of 2**-9.
+        grad_scaler: the `torch.amp.GradScaler` in use: residuals are then kept in unscaled units. For local
+            steps the one that steps the inner optimizer: a step that it skips on one rank counts too, so that
+            all ranks average at the same iterations.
+        timeout: the limit for one exchange, in seconds or as a timedelta; None takes the process group's.
+        group: the process group to average over. DDP: found out where it is not given, from the model or
+            from the DDP model around it; if there is none yet, the default group, and an error in the first
+            step if DDP then averages over another. Local steps: the default group if None. Not for FSDP2.
+        local_world_size: the number of ranks on a node, for collective="hierarchical"; the environment
+            variable LOCAL_WORLD_SIZE by default. DDP only.
+        replicate_group: the ranks that hold the same shard, if the mesh has one dimension and the replicas
+            are yours to average. Not with a mesh of two dimensions, which knows them. FSDP2 only.
+        shard_spec: with replicas, how gradients travel in the reduce-scatter, in any form of a spec; "none"
+            leaves it to FSDP. FSDP2 only.
+        gather_spec: how parameters travel when FSDP gathers them: "none", or an unbiased codec such as
+            "int8". Shards and optimizer stay exact. FSDP2 only.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names it and what can.
+    """
+
+    feedback: bool | str = "auto"
+    exact: ExactRule = ()
+    seed: int = 0
+    collective: str = "auto"
+    residual_dtype: str = "fp32"
+    grad_scaler: torch.amp.GradScaler | None = None
+    timeout: Timeout = None
+    group: dist.ProcessGroup | None = field(default=None, metadata=_only("DDP", "local steps"))
+    local_world_size: int | None = field(default=None, metadata=_only("DDP"))
+    replicate_group: dist.ProcessGroup | None = field(default=None, metadata=_only("FSDP2"))
+    shard_spec: Asked = field(default="none", metadata=_only("FSDP2"))
+    gather_spec: str | Codec | Spec = field(default="none", metadata=_only("FSDP2"))
+
+    def __post_init__(self) -> None:
+        check_feedback(self.feedback)
+        if not callable(self.exact):
+            exact_patterns(self.exact)
+        if not isinstance(self.replicate_group, dist.ProcessGroup | None):
+            raise ConfigError(f"replicate_group={self.replicate_group!r:.200}: it is a process group or None")
+        config = self.config()
+        object.__setattr__(self, "seed", config.seed)
+
+    @classmethod
+    def of(cls, trainer: str, options: Options | None, overrides: Mapping[str, Any]) -> Options:
+        """The options of a call, checked.
+
+        Args:
+            trainer: who asks: "DDP", "FSDP2" or "local steps".
+            options: the object that was given, if any.
+            overrides: the keyword arguments that were given beside it.
+
+        Raises:
+            ConfigError: an unknown name, an option that this trainer does not have, or a value that cannot
+                work.
+        """
+        if not isinstance(options, cls | None):
+            raise ConfigError(
+                f"options={options!r:.200}: it is a gradq.Options, such as gradq.Options(seed=1), or None"
+            )
+        known = {each.name: each for each in dataclasses.fields(cls)}
+        for name in overrides:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}=?" if close else f"there are: {', '.join(known)}"
+                raise ConfigError(f"{name}= is not an option; {hint}")
+        found = dataclasses.replace(options or cls(), **overrides)
+        if any(trainer not in known[name].metadata.get("trainers", (trainer,)) for name in found.changed()):
+            raise ConfigError(_REFUSALS[trainer])
+        return found
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from the default."""
+        values = {each.name: (getattr(self, each.name), each.default) for each in dataclasses.fields(self)}
+        return {n: value for n, (value, default) in values.items() if value is not default != value}
+
+    def config(self, local_world_size: int = 1) -> SyncConfig:
+        """What averaging needs of the options.
+
+        Args:
+            local_world_size: the number of ranks on a node for "hierarchical", else 1.
+        """
+        return SyncConfig(
+            seed=self.seed,
+            collective=self.collective,
+            local_world_size=local_world_size,
+            residual_dtype=self.residual_dtype,
+            timeout=as_timedelta(self.timeout),
+            loss_scale=scale_of(self.grad_scaler),
+        )
+
+    def __repr__(self) -> str:
+        return f"Options({', '.join(f'{name}={value!r}' for name, value in self.changed().items())})"
+
+
+class OptionFields(TypedDict, total=False):
+    """The fields of `Options` as keyword arguments, for completion and type checkers."""
+
+    feedback: bool | str
+    exact: ExactRule
+    seed: int
+    collective: str
+    residual_dtype: str
+    grad_scaler: torch.amp.GradScaler | None
+    timeout: Timeout
+    group: dist.ProcessGroup | None
+    local_world_size: int | None
+    replicate_group: dist.ProcessGroup | None
+    shard_spec: Asked
+    gather_spec: str | Codec | Spec
+
+
+def asked_for(name: str, options: object, overrides: Mapping[str, Any]) -> Any:
+    """One option as it was given, unchecked: who hears of a wrong one depends on the group."""
+    return overrides.get(name, getattr(options, name, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +199,17 @@ class SyncConfig:
     """What stays the same for a run.
 
     Attributes:
-        seed: of the random rounding; an integer of 64 bits.
+        seed: the seed of the random rounding, an integer of 64 bits.
         collective: "auto", "direct", "two_phase" or "hierarchical".
-        local_world_size: ranks a node for "hierarchical", else 1.
+        local_world_size: the number of ranks on a node for "hierarchical", else 1.
         residual_dtype: "fp32" or "bf16".
-        timeout: limit for one exchange; None takes the process group's. See `as_timedelta`.
-        loss_scale: asked at the start of every step.
+        timeout: the limit for one exchange; None takes the process group's. See `as_timedelta`.
+        loss_scale: a function that is asked for the loss scale at the start of every step.
         piece_numel: on the CPU a bucket travels in parts of as many elements for each rank; see
             `collectives.parts`.
 
     Raises:
-        ConfigError: a seed or collective of the wrong kind.
+        ConfigError: a seed, collective or dtype of the wrong kind.
     """
 
     seed: int = 0
@@ -50,6 +226,10 @@ class SyncConfig:
             raise ConfigError(
                 f"collective={self.collective!r:.200}: it is a name, such as 'auto', 'direct' or 'two_phase'"
             )
+        choose(self.collective, world_size=2)
+        if not isinstance(self.residual_dtype, str) or self.residual_dtype not in RESIDUAL_DTYPES:
+            known = ", ".join(RESIDUAL_DTYPES)
+            raise ConfigError(f"residual_dtype={self.residual_dtype!r:.200}: choose from {known}")
 
 
 def as_timedelta(timeout: Timeout) -> timedelta | None:
@@ -87,7 +267,8 @@ def scale_of(grad_scaler: object) -> Callable[[], float]:
     get_scale = getattr(grad_scaler, "get_scale", None)
     if not callable(get_scale):
         raise ConfigError(
-            f"grad_scaler={grad_scaler!r:.200}: it takes the torch.amp.GradScaler in use, or None"
+            f"grad_scaler={grad_scaler!r:.200}: it takes the torch.amp.GradScaler in use, or None, not a "
+            f"{type(grad_scaler).__name__}"
         )
 
     def scale() -> float:

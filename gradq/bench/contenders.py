@@ -20,6 +20,7 @@ from gradq.bench.models import Task, load_function
 from gradq.bench.scenario import COMPUTE, PLAIN, Scenario
 from gradq.codecs import Codec
 from gradq.errors import UnsupportedError
+from gradq.hooks.handle import GradientHandle
 from gradq.policy import FixedPolicy, ParameterInfo, Plan, Policy, Spec
 
 __all__ = ["Contender", "FreePolicy", "open_contender"]
@@ -135,7 +136,7 @@ class Contender:
     sent: Callable[[], float | None]
     communicates: bool = True
     learns: bool = True
-    handle: gradq.HookState | None = None
+    handle: GradientHandle | None = None
     close: Callable[[], None] = field(default=lambda: None)
     steps: int = 0
 

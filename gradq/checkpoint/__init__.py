@@ -28,7 +28,7 @@ folders), `restore` (making it current), `load`, and `newest` (whole checkpoints
 from __future__ import annotations
 
 from gradq.checkpoint.files import Folder
-from gradq.checkpoint.load import HasSync, load_checkpoint, load_state_dict, load_sync, read_sync
+from gradq.checkpoint.load import Resumable, load_checkpoint, load_state_dict, load_sync, read_sync
 from gradq.checkpoint.newest import load_newest, save_checkpoint
 from gradq.checkpoint.parse import Saved, parse
 from gradq.checkpoint.restore import restore, together
@@ -37,7 +37,7 @@ from gradq.checkpoint.state import RowsState, gather_rows, state_dict, to_row
 
 __all__ = [
     "Folder",
-    "HasSync",
+    "Resumable",
     "Rows",
     "RowsState",
     "Saved",

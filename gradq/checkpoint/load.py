@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -14,13 +14,15 @@ from gradq.checkpoint.restore import restore, together
 from gradq.errors import CheckpointError, UnsupportedError
 from gradq.sync.gradient_sync import GradientSync
 
-__all__ = ["HasSync", "load_checkpoint", "load_state_dict", "load_sync", "read_sync"]
+__all__ = ["Resumable", "load_checkpoint", "load_state_dict", "load_sync", "read_sync"]
 
 
-class HasSync(Protocol):
-    """What `load_checkpoint` needs of a handle."""
+class Resumable(ABC):
+    """What `gradq.load_checkpoint` takes: a handle."""
 
-    sync: GradientSync
+    @abstractmethod
+    def load_checkpoint(self, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
+        """Continue from a checkpoint saved by any number of ranks. Collective."""
 
 
 def load_state_dict(
@@ -52,33 +54,27 @@ def load_state_dict(
     restore(sync, saved)
 
 
-def load_checkpoint(handle: HasSync, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
+def load_checkpoint(handle: Resumable, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
     """Load what `dcp.save({key: handle.state_dict(), ...})` wrote, on any number of ranks. Collective.
 
     Args:
-        handle: from `gradq.compress`, or a `gradq.LocalSGD` or `gradq.DiLoCo`.
+        handle: the handle from `gradq.compress`, or a `gradq.LocalSGD` or `gradq.DiLoCo`.
         checkpoint_id: the checkpoint's folder.
-        key: where the state stands in the saved dictionary.
+        key: the key under which the state stands in the saved dictionary.
 
     Raises:
         UnsupportedError: the first argument is no handle.
         CheckpointError: there is no such checkpoint or key, it is torn or damaged, or the model differs.
             Nothing is changed on any rank.
     """
-    sync = getattr(handle, "sync", None)
-    if not isinstance(sync, GradientSync):
+    if not isinstance(handle, Resumable):
         raise UnsupportedError(
             "gradq.load_checkpoint(handle, folder) takes the handle that gradq.compress returned (or a "
             f"gradq.LocalSGD or gradq.DiLoCo) first, got {type(handle).__name__}"
         )
     if not isinstance(key, str):
         raise CheckpointError(f"key must be the name of the state in the checkpoint, got {key!r}")
-    if hasattr(handle, "load_checkpoint"):  # it has more to load than its sync
-        handle.load_checkpoint(checkpoint_id, key)
-        return
-    # FSDP2 with replicas: the shard's own
-    path: Any = ".".join([key, *getattr(handle, "checkpoint_path", ())])
-    load_sync(sync, checkpoint_id, path, getattr(handle, "checkpoint_groups", None))
+    handle.load_checkpoint(checkpoint_id, key)
 
 
 def load_sync(

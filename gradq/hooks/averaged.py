@@ -22,6 +22,7 @@ __all__ = [
     "describe",
     "device_of",
     "find_wrapper",
+    "kind",
     "unsupported",
 ]
 
@@ -183,3 +184,10 @@ def unsupported(module: nn.Module, names: Mapping[Tensor, str]) -> UnsupportedEr
 def device_of(names: Mapping[Tensor, str]) -> torch.device:
     """The device of the parameters; of the first, if only a plain all-reduce is to average them."""
     return next(iter(names)).device
+
+
+def kind(thing: object) -> str:
+    """What something that is no model is, for a message."""
+    return (
+        f"the class {thing.__name__}" if isinstance(thing, type) else f"an object of {type(thing).__name__}"
+    )

@@ -13,44 +13,37 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket
 
-from gradq import checkpoint
 from gradq.codecs import Codec, ExactCodec
 from gradq.errors import ConfigError, UnsupportedError
 from gradq.hooks import _fsdp_torch
 from gradq.hooks._backward import OutermostBackward
 from gradq.hooks._fsdp_torch import Shard, Unit
 from gradq.hooks.averaged import DTYPES
-from gradq.hooks.ddp import HookState
+from gradq.hooks.handle import GradientHandle
 from gradq.metrics import Event, Stats
-from gradq.options import SyncConfig, Timeout, as_timedelta, scale_of
-from gradq.policy import (
-    AdaptivePolicy,
-    ExactRule,
-    FixedPolicy,
-    ParameterInfo,
-    Plan,
-    Policy,
-    Rules,
-    Spec,
-    label,
-)
+from gradq.options import Options, SyncConfig, asked_for
+from gradq.policy import AdaptivePolicy, Asked, FixedPolicy, ParameterInfo, Plan, Policy, Spec, label, resolve
 from gradq.sync.gradient_sync import GradientSync
 from gradq.sync.sharded_sync import ShardedSync
-from gradq.transport.handshake import meeting, tell
+from gradq.transport.handshake import tell
 
-__all__ = ["ShardedHookState"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from gradq.options import OptionFields
+
+__all__ = ["ShardedHandle"]
 
 _log = logging.getLogger("gradq")
 
 
-class ShardedHookState(HookState):
+class ShardedHandle(GradientHandle):
     """The handle that `compress` returns for a model sharded by `fully_shard`.
 
     Constructing it is a collective call over all ranks of the model's mesh. A step is one backward that
@@ -66,18 +59,8 @@ class ShardedHookState(HookState):
     Args:
         model: a module with `fully_shard` applied to it, its parts, or both; or FSDP2's `replicate`.
         spec: how gradients travel, see `HookState`. With replicas: between the replicas.
-        feedback: error feedback: "auto" (off; with replicas at 4 bits and below), True or False.
-        exact: see `HookState`; sizes are those of whole parameters.
-        seed: of the stochastic rounding.
-        collective: between replicas; see `HookState`. Without replicas there is nothing to choose.
-        residual_dtype: see `HookState`.
-        grad_scaler: see `HookState`.
-        timeout: of an exchange; the group's by default.
-        replicate_group: the ranks that hold the same shard, if the mesh has one dimension and the replicas
-            are yours to average. Not with a mesh of two dimensions, which knows them.
-        shard_spec: with replicas: how gradients travel in the reduce-scatter; "none" leaves it to FSDP.
-        gather_spec: how parameters travel when FSDP gathers them: "none", or an unbiased codec such as
-            "int8". Shards and optimizer stay exact.
+        options: the options of the run, see `gradq.Options`; sizes in `exact` are those of whole parameters.
+        **overrides: any field of `gradq.Options`, which replaces that of options.
 
     Raises:
         UnsupportedError: a set-up that cannot be compressed, or a torch without the hooks.
@@ -87,18 +70,9 @@ class ShardedHookState(HookState):
     def __init__(
         self,
         model: nn.Module,
-        spec: str | Codec | Spec | Policy | Rules = "int8",
-        *,
-        feedback: bool | str = "auto",
-        exact: ExactRule = (),
-        seed: int = 0,
-        collective: str = "auto",
-        residual_dtype: str = "fp32",
-        grad_scaler: torch.amp.GradScaler | None = None,
-        timeout: Timeout = None,
-        replicate_group: dist.ProcessGroup | None = None,
-        shard_spec: str | Codec | Spec | Policy | Rules = "none",
-        gather_spec: str | Codec | Spec = "none",
+        spec: Asked = "int8",
+        options: Options | None = None,
+        **overrides: Unpack[OptionFields],
     ) -> None:
         self._units = _fsdp_torch.find_units(model)
         if not self._units:
@@ -107,36 +81,31 @@ class ShardedHookState(HookState):
         if shard_group is None:  # `replicate`: a rank holds everything, as if it were the only shard
             shard_group = self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         native = _same_group(self._units, "replicate_group")
-        if native is not None and replicate_group is not None:
-            raise ConfigError("replicate_group= was given, but the model's mesh already has replicas")
-        self._own_replicas = replicate_group is not None
-        replicate_group = native or replicate_group
+        asked_group = asked_for("replicate_group", options, overrides)
+        self._own_replicas = native is None and isinstance(asked_group, dist.ProcessGroup)
+        replicate_group: dist.ProcessGroup | None = asked_group if self._own_replicas else native
         if replicate_group is not None and replicate_group.size() == 1 and self._alone is None:
             replicate_group, self._own_replicas = None, False  # a mesh of 1 x S is plain FSDP
-        self._exact = exact
-        self._feedback = False if feedback == "auto" and replicate_group is None else feedback
+        self._has_replicas = replicate_group is not None
         self._partial: dict[int, Tensor] = {}
         self._backward = OutermostBackward(self._begin_step, self._end_step, self._abandon_step)
-        config = SyncConfig(
-            seed=seed,
-            collective=collective if replicate_group is not None else "auto",
-            residual_dtype=residual_dtype,
-            timeout=as_timedelta(timeout),
-            loss_scale=scale_of(grad_scaler),
-        )
         problem: BaseException | None = None
         try:
-            if replicate_group is None and collective != "auto":
-                raise ConfigError(f"collective={collective!r}: FSDP2 without replicas has only one")
-            if replicate_group is None and shard_spec != "none":
+            self._options = chosen = Options.of("FSDP2", options, overrides)
+            config = chosen.config()
+            if native is not None and asked_group is not None:
+                raise ConfigError("replicate_group= was given, but the model's mesh already has replicas")
+            if not self._has_replicas and chosen.collective != "auto":
+                raise ConfigError(f"collective={chosen.collective!r}: FSDP2 without replicas has only one")
+            if not self._has_replicas and chosen.shard_spec != "none":
                 raise ConfigError(
                     "shard_spec= is for models with replicas; spec is the reduce-scatter's here"
                 )
             self._check(model)
-            self.spec, policy = self._policy(spec)
+            self.spec, policy = self._resolve(spec)
             shard_label, shard_policy = (label(self.spec), policy)
-            if replicate_group is not None:
-                asked, shard_policy = self._policy(shard_spec, feedback=False)
+            if self._has_replicas:
+                asked, shard_policy = resolve(chosen.shard_spec, exact=chosen.exact, feedback=False)
                 shard_label = label(asked)
             self._shards = ShardedSync(
                 [_info(shard, index, shard.reduce_dtype) for index, shard in enumerate(self._all())],
@@ -145,7 +114,7 @@ class ShardedHookState(HookState):
                 shard_label,
                 shard_group,
                 dataclasses.replace(config, collective="auto"),
-                self._gather_plan(gather_spec),
+                self._gather_plan(chosen.gather_spec),
                 self._units[0].device,
             )
         except BaseException as error:
@@ -165,11 +134,34 @@ class ShardedHookState(HookState):
         try:
             self._check_feedback(self._shards.plan)
             self._check_device(self.sync.plan)
-            self._install(has_replicas=replicate_group is not None)
+            self._install(has_replicas=self._has_replicas)
         except BaseException:
             self.close()
             raise
         self._say_what_it_costs()
+
+    def _resolve(self, spec: Asked) -> tuple[Spec | Policy, Policy | None]:
+        """What was asked for, and the policy it stands for."""
+        feedback = self._options.feedback
+        if feedback == "auto" and not self._has_replicas:
+            feedback = False
+        return resolve(spec, exact=self._options.exact, feedback=feedback)
+
+    def choose(self, spec: Asked) -> tuple[Spec | Policy, Policy | None, str]:
+        """What was asked for, and the policy for shards that it stands for; there is nothing to remark.
+
+        Raises:
+            SpecError, ConfigError: see `policy.resolve`; UnsupportedError: FSDP2 cannot do it.
+        """
+        asked, policy = self._resolve(spec)
+        if self.sync is not self._shards:
+            policy = self._for_shards(policy)
+        if policy is not None:
+            plan = policy.plan(list(self.sync.parameters.values()))
+            self._check_device(plan)
+            if self.sync is self._shards:
+                self._check_feedback(plan)
+        return asked, policy, ""
 
     def _all(self) -> list[Shard]:
         return [shard for unit in self._units for shard in unit.shards]
@@ -227,7 +219,7 @@ class ShardedHookState(HookState):
                     "reshard_after_forward to be True or False"
                 )
         infos = [_info(shard, index, shard.gather_dtype) for index, shard in enumerate(self._all())]
-        return FixedPolicy(spec=parsed, exact=self._exact, feedback=False).plan(infos)
+        return FixedPolicy(spec=parsed, exact=self._options.exact, feedback=False).plan(infos)
 
     def _replicas(self, policy: Policy | None, group: dist.ProcessGroup, config: SyncConfig) -> GradientSync:
         """What averages this rank's shards over the replicas."""
@@ -317,31 +309,9 @@ class ShardedHookState(HookState):
 
     # --- the handle -------------------------------------------------------------------------------------
 
-    def average(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Not for FSDP2, which has no buckets.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("this handle is of an FSDP2 model; gradq.hook is for DistributedDataParallel")
-
     def discard_step(self) -> None:
-        """See `HookState.discard_step`."""
+        """See `GradientHandle.discard_step`."""
         self._shards.discard_step()
-
-    def set_spec(self, spec: str | Codec | Spec | Policy | Rules) -> None:
-        """Use another spec from the next step on; see `HookState.set_spec`."""
-        with meeting(self.sync.group, "change its spec"):
-            asked, policy = self._policy(spec)
-            if self.sync is not self._shards:
-                policy = self._for_shards(policy)
-            if policy is not None:
-                plan = policy.plan(list(self.sync.parameters.values()))
-                self._check_device(plan)
-                if self.sync is self._shards:
-                    self._check_feedback(plan)
-        self.sync.set_policy(policy, label(asked))
-        self.spec = asked
 
     @property
     def failure(self) -> BaseException | None:
@@ -374,15 +344,8 @@ class ShardedHookState(HookState):
         """The ranks that load a checkpoint together: replicas of a shard, then the shards of a replica."""
         return list(dict.fromkeys((self.sync.group, self._shards.group)))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Step and residuals; see `HookState.state_dict`. With replicas, under the name of the shard."""
-        state = checkpoint.state_dict(self.sync)
-        for name in reversed(self.checkpoint_path):
-            state = {name: state}
-        return state
-
     def gathered_state_dict(self) -> dict[str, Any]:
-        """See `HookState.gathered_state_dict`. With replicas: the parts of all shards, by their names."""
+        """See `GradientHandle.gathered_state_dict`. With replicas: the parts of all shards, by name."""
         gathered = super().gathered_state_dict()
         if self.sync is self._shards:
             return gathered
@@ -394,10 +357,6 @@ class ShardedHookState(HookState):
         )
         return {name: state for part in everyone for name, state in part.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; see `gradq.checkpoint.load_state_dict`."""
-        checkpoint.load_state_dict(self.sync, state, self.checkpoint_path, self.checkpoint_groups)
-
     def close(self) -> None:
         """End gradq's threads and process groups. FSDP's own reduction goes on. Idempotent.
 
@@ -405,8 +364,7 @@ class ShardedHookState(HookState):
         """
         for unit in self._units:
             unit.restore(keep_replica_hook=self._own_replicas)
-        if self.sync is not self._shards:
-            self.sync.close()
+        super().close()
         self._shards.close()
         if self._alone is not None:
             dist.destroy_process_group(self._alone)
@@ -437,7 +395,7 @@ class _ForWhole:
 class _ReduceScatterComm:
     """FSDP's interface of a reduction."""
 
-    def __init__(self, state: ShardedHookState, unit: Unit) -> None:
+    def __init__(self, state: ShardedHandle, unit: Unit) -> None:
         self._state, self._unit = state, unit
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -472,7 +430,7 @@ class _AllGatherComm(_ReduceScatterComm):
         self._shards.all_gather(output_tensor, names, index=self._unit.index)
 
 
-def _replica_hook(state: ShardedHookState, unit: Unit) -> Any:
+def _replica_hook(state: ShardedHandle, unit: Unit) -> Any:
     def hook(reduced: Tensor) -> None:
         state.average_replicas(unit, reduced)
 

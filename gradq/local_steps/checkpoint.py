@@ -21,26 +21,25 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradq import checkpoint
 from gradq.errors import CheckpointError
 from gradq.local_steps import membership
 from gradq.local_steps.inner_optimizer import stateful
-
-if TYPE_CHECKING:
-    from gradq.local_steps.local_sgd import LocalSGD
+from gradq.local_steps.steps import LocalSteps
 
 __all__ = ["load_checkpoint", "load_state_dict", "state_dict"]
 
 _log = logging.getLogger("gradq")
 
 
-def state_dict(local: LocalSGD) -> dict[str, Any]:
+def state_dict(local: LocalSteps) -> dict[str, Any]:
     """All that training needs to continue. All ranks call it after the same inner step.
 
     Returns:
@@ -68,7 +67,7 @@ def state_dict(local: LocalSGD) -> dict[str, Any]:
     }
 
 
-def load_state_dict(local: LocalSGD, state: dict[str, Any]) -> None:
+def load_state_dict(local: LocalSteps, state: dict[str, Any]) -> None:
     """Continue from a state. All ranks call it together.
 
     Args:
@@ -86,7 +85,7 @@ def load_state_dict(local: LocalSGD, state: dict[str, Any]) -> None:
     _restore(local, state)
 
 
-def load_checkpoint(local: LocalSGD, checkpoint_id: str | Path, key: str) -> None:
+def load_checkpoint(local: LocalSteps, checkpoint_id: str | os.PathLike[str], key: str) -> None:
     """Load what `dcp.save({key: local.state_dict()})` wrote, on any number of ranks. Collective.
 
     Raises:
@@ -109,7 +108,7 @@ def load_checkpoint(local: LocalSGD, checkpoint_id: str | Path, key: str) -> Non
 
 
 def _template(
-    local: LocalSGD, folder: checkpoint.Folder, key: str
+    local: LocalSteps, folder: checkpoint.Folder, key: str
 ) -> tuple[dict[str, Any], dict[str, tuple[torch.Size, torch.dtype]]]:
     """Empty tensors like those of a checkpoint, and the rows of another world size, which are left out."""
     sync = local.sync
@@ -132,7 +131,7 @@ def _template(
     return state, others
 
 
-def _shared(local: LocalSGD) -> dict[str, Tensor]:
+def _shared(local: LocalSteps) -> dict[str, Tensor]:
     """What is the same on all ranks, by name; views."""
     shared: dict[str, Tensor] = {}
     for bucket in local.buckets():
@@ -142,14 +141,14 @@ def _shared(local: LocalSGD) -> dict[str, Tensor]:
     return shared | _under_way(local, "mean")
 
 
-def _frozen(local: LocalSGD) -> dict[str, Tensor]:
+def _frozen(local: LocalSteps) -> dict[str, Tensor]:
     """Parameters that are neither averaged nor about to be, by name: equal on all ranks."""
     members = local.parameters()
     parameters = {n: p for n, p in membership.named(local.model).items() if n not in members and p.numel()}
     return {f"frozen.{name}": p for name, p in parameters.items() if not p.requires_grad}
 
 
-def _own(local: LocalSGD) -> dict[str, Tensor]:
+def _own(local: LocalSteps) -> dict[str, Tensor]:
     """What differs between ranks, by name; the optimizer's state aside."""
     unfrozen = {n: p for n, p in membership.named(local.model).items() if p.requires_grad and p.numel()}
     own = {f"parameter.{name}": p for name, p in (unfrozen | local.parameters()).items()}
@@ -157,7 +156,7 @@ def _own(local: LocalSGD) -> dict[str, Tensor]:
     return own | _under_way(local, "sent")
 
 
-def _under_way(local: LocalSGD, kind: str) -> dict[str, Tensor]:
+def _under_way(local: LocalSteps, kind: str) -> dict[str, Tensor]:
     pending = local.pending
     if pending is None:
         return {}
@@ -169,7 +168,7 @@ def _under_way(local: LocalSGD, kind: str) -> dict[str, Tensor]:
     return views
 
 
-def _optimizer_state(local: LocalSGD) -> tuple[str, dict[str, Tensor]]:
+def _optimizer_state(local: LocalSteps) -> tuple[str, dict[str, Tensor]]:
     """The inner optimizer's settings and plain numbers as JSON, and its tensors by name."""
     if local.inner_optimizer is None:
         return "", {}
@@ -193,7 +192,7 @@ def _optimizer_state(local: LocalSGD) -> tuple[str, dict[str, Tensor]]:
         raise CheckpointError(f"the inner optimizer's settings cannot be saved: {error}") from error
 
 
-def _check(local: LocalSGD, state: dict[str, Any]) -> None:
+def _check(local: LocalSteps, state: dict[str, Any]) -> None:
     """Whether the state has just what this model needs.
 
     Raises:
@@ -248,7 +247,7 @@ def _shape(shape: torch.Size | None) -> object:
     return "nothing" if shape is None else tuple(shape)
 
 
-def _restore(local: LocalSGD, state: dict[str, Any]) -> None:
+def _restore(local: LocalSteps, state: dict[str, Any]) -> None:
     sync = local.sync
     rows = {
         name: checkpoint.own_row(rows, sync, same=rows.shape[0] == sync.world_size)
@@ -270,7 +269,7 @@ def _restore(local: LocalSGD, state: dict[str, Any]) -> None:
 
 
 def _restore_tensor(
-    local: LocalSGD, name: str, tensor: Tensor, shared: dict[str, Tensor], rows: dict[str, Tensor]
+    local: LocalSteps, name: str, tensor: Tensor, shared: dict[str, Tensor], rows: dict[str, Tensor]
 ) -> None:
     """Fill what this rank has for itself, or what is frozen; collective."""
     plain = _plain(name)
@@ -285,7 +284,7 @@ def _restore_tensor(
         _log.warning("resumed: no value of %r was saved, which is frozen; it stays rank 0's", plain)
 
 
-def _restore_shared(local: LocalSGD, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
+def _restore_shared(local: LocalSteps, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
     """Fill anchors, momentum and what is under way; collective."""
     for name, tensor in _shared(local).items():
         kind, plain = name.split(".", 1)
@@ -300,7 +299,7 @@ def _restore_shared(local: LocalSGD, shared: dict[str, Tensor], rows: dict[str, 
             membership.mean_over_ranks(tensor, local.sync.group)
 
 
-def _restore_optimizer(local: LocalSGD, text: str, rows: dict[str, Tensor]) -> None:
+def _restore_optimizer(local: LocalSteps, text: str, rows: dict[str, Tensor]) -> None:
     if not text:
         raise CheckpointError(
             "the saved state has no inner optimizer: it was saved by a run that calls step() itself"
@@ -329,7 +328,7 @@ def _restore_optimizer(local: LocalSGD, text: str, rows: dict[str, Tensor]) -> N
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _places(local: LocalSGD, optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> dict[int, int]:
+def _places(local: LocalSteps, optimizer: Optimizer, saved: list[dict[str, Any]]) -> dict[int, int]:
     """Where each saved parameter of the optimizer stands now: by name, or by its place if that is all.
 
     Raises:

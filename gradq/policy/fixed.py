@@ -15,7 +15,15 @@ from gradq.policy.base import Assignment, ParameterInfo
 from gradq.policy.names import canonical_name
 from gradq.policy.spec import Spec
 
-__all__ = ["EXACT_BELOW_NUMEL", "ExactRule", "FixedPolicy", "as_it_is", "small_or_1d"]
+__all__ = [
+    "EXACT_BELOW_NUMEL",
+    "ExactRule",
+    "FixedPolicy",
+    "as_it_is",
+    "check_feedback",
+    "exact_patterns",
+    "small_or_1d",
+]
 
 EXACT_BELOW_NUMEL = 1024
 
@@ -35,11 +43,11 @@ class FixedPolicy:
 
     Attributes:
         spec: must not be "none".
-        exact: names or shell patterns of parameters to add to the default rule, or a predicate over
-            `ParameterInfo` that replaces it. The default is `small_or_1d` for specs that quantize, and
-            nothing for casts such as "bf16", which send all parameters in that dtype. Exact parameters
-            travel in their own dtype. With low rank the default rule and the patterns keep parameters out
-            of it too.
+        exact: the rule that says which parameters travel exact, in their own dtype. A predicate over
+            `ParameterInfo` is the whole rule. Names and shell patterns are short for "what the default rule
+            selects, and these". The default rule is `small_or_1d` for specs that quantize, and nothing for
+            casts such as "bf16", which send all parameters in that dtype. With low rank the default rule and
+            the patterns keep parameters out of it too.
         feedback: "auto" (what the codec wants, see `Codec.wants_feedback`, and for low rank), True or False.
     """
 
@@ -48,8 +56,7 @@ class FixedPolicy:
     feedback: bool | str = "auto"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.feedback, bool | str) or self.feedback not in ("auto", True, False):
-            raise ConfigError(f"feedback={self.feedback!r}: choose 'auto', True or False")
+        check_feedback(self.feedback)
         if self.spec.low_rank and self.feedback is False:
             raise ConfigError(
                 f"feedback=False with {self.spec}: what the low rank leaves out would be lost in every "
@@ -107,7 +114,7 @@ class FixedPolicy:
     ) -> Callable[[ParameterInfo], bool]:
         if callable(self.exact):
             return self.exact
-        patterns = [canonical_name(pattern) for pattern in self._patterns()]
+        patterns = [canonical_name(pattern) for pattern in exact_patterns(self.exact)]
         names = [parameter.name for parameter in parameters]
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
@@ -117,17 +124,27 @@ class FixedPolicy:
         chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
         return lambda parameter: parameter.name in chosen or default(parameter)
 
-    def _patterns(self) -> tuple[str, ...]:
-        """The names and patterns in `exact`, if it is no predicate."""
-        assert not callable(self.exact)
-        given = (self.exact,) if isinstance(self.exact, str) else self.exact
-        patterns = tuple(given) if isinstance(given, Iterable) else (given,)
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise ConfigError(
-                f"exact={self.exact!r:.200}: it takes names or shell patterns such as 'wte.weight' or "
-                "['head.*', '*.gate'], or a predicate over ParameterInfo"
-            )
-        return patterns
+
+def check_feedback(feedback: object) -> None:
+    """Raise ConfigError unless feedback is one of the choices of `FixedPolicy.feedback`."""
+    if not isinstance(feedback, bool | str) or feedback not in ("auto", True, False):
+        raise ConfigError(f"feedback={feedback!r:.200}: choose 'auto', True or False")
+
+
+def exact_patterns(exact: str | Sequence[str]) -> tuple[str, ...]:
+    """The names and patterns in `FixedPolicy.exact`, if it is no predicate.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    given = (exact,) if isinstance(exact, str) else exact
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(
+            f"exact={exact!r:.200}: it takes names or shell patterns such as 'wte.weight' or "
+            "['head.*', '*.gate'], or a predicate over ParameterInfo"
+        )
+    return patterns
 
 
 def as_it_is(parameter: ParameterInfo) -> Assignment:

@@ -28,10 +28,9 @@ import torch
 from torch import Tensor
 
 from gradq.errors import ConfigError
+from gradq.options import RESIDUAL_DTYPES
 
-__all__ = ["DTYPES", "Feedback", "Residuals"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+__all__ = ["Feedback", "Residuals"]
 
 
 @dataclass
@@ -66,9 +65,9 @@ class Residuals:
 
     def __init__(self, dtype: str = "fp32") -> None:
         self.device = torch.device("cpu")
-        if dtype not in DTYPES:
-            raise ConfigError(f"residual dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-        self._dtype = DTYPES[dtype]
+        if dtype not in RESIDUAL_DTYPES:
+            raise ConfigError(f"residual dtype {dtype!r}: choose from {', '.join(RESIDUAL_DTYPES)}")
+        self._dtype = RESIDUAL_DTYPES[dtype]
         self._pairs: dict[str, _Pair] = {}
         self._scratch: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 

@@ -515,7 +515,7 @@ def measured(rank: int):
     handle.add_sink(events.append)
     backward(model, rank, 0)
     unsampled = handle.stats()
-    handle.sample_nmse()
+    handle.measure_next_step()
     backward(model, rank, 1)
     backward(model, rank, 2)
     stats = handle.stats(parameters=True)

@@ -698,7 +698,7 @@ def switching(rank: int):
         before = handle.stats().wire_bytes
         backward(model, rank, step, {})
         sizes.append(handle.stats().wire_bytes - before)
-    handle.sample_nmse()
+    handle.measure_next_step()
     handle.set_spec("int8")
     backward(model, rank, 9, {})
     stats = handle.stats(parameters=True)

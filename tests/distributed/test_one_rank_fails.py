@@ -75,6 +75,8 @@ STARTS = {
     "predicate": "ZeroDivisionError: by a user",
     "interrupt": "KeyboardInterrupt",
     "unknown spec": "no codec is called 'int99'",
+    "misspelt keyword": "sed= is not an option; did you mean seed=?",
+    "no options": "options={'seed': 1}: it is a gradq.Options",
 }
 
 
@@ -95,6 +97,10 @@ def start(rank, how, kind):
         options["exact"] = predicate(ZeroDivisionError("by a user"))
     elif how == "interrupt":
         options["exact"] = predicate(KeyboardInterrupt())
+    elif how == "misspelt keyword" and rank == FAILING:
+        options["sed"] = 1
+    elif how == "no options" and rank == FAILING:
+        options["options"] = {"seed": 1}
     spec = "int99" if how == "unknown spec" and rank == FAILING else "int4"
     with OneRankFails(how):
         if kind == "ddp":
@@ -249,6 +255,8 @@ WRONG = {
     "seed": ({"seed": "x"}, "seed='x'"),
     "timeout": ({"timeout": "x"}, "timeout='x'"),
     "every": ({"every": "4"}, "every='4'"),
+    "group": ({"group": 5}, "group=5"),
+    "only for others": ({"gather_spec": "int8"}, "local steps have none of them"),
     "outer_lr": ({"outer_lr": "x"}, "outer_lr='x'"),
 }
 

@@ -242,7 +242,7 @@ def switching(rank: int):
     handle.set_spec("powersgd:3")
     nmse = []
     for _ in range(12):
-        handle.sample_nmse()
+        handle.measure_next_step()
         backward(model, rank, step := step + 1)
     nmse = handle.stats(parameters=True)
     final = gradients(model)

@@ -304,7 +304,20 @@ def test_everything_raised_is_a_gradq_error():
 
     for name in errors.__all__:
         assert issubclass(getattr(errors, name), errors.GradqError)
-        assert getattr(gradq, name) is getattr(errors, name), f"{name} is not public"
+        assert getattr(gradq, name) is getattr(errors, name), f"{name} cannot be reached"
+
+
+def test_what_was_public_can_be_reached():
+    """Names that `gradq.__all__` had in version 0.1 and that scripts may use."""
+    from gradq import metrics, policy
+
+    assert len(gradq.__all__) < 16
+    for name in ("Assignment", "FixedPolicy", "GradientStatistics", "ParameterInfo", "allocate_bits"):
+        assert getattr(gradq, name) is getattr(policy, name)
+    for name in ("Event", "ParameterStats"):
+        assert getattr(gradq, name) is getattr(metrics, name)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        gradq.Nothing  # noqa: B018
 
 
 # --- size ----------------------------------------------------------------------------------------------

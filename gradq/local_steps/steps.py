@@ -1,0 +1,467 @@
+"""What `LocalSGD` and `DiLoCo` have in common: fragments, the average under way, and who takes part."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.optim import Optimizer
+
+from gradq import wire
+from gradq.errors import ConfigError, MismatchError, PeerError, UnsupportedError
+from gradq.hooks import averaged
+from gradq.hooks.handle import Handle
+from gradq.local_steps import inner_optimizer as inner
+from gradq.local_steps import membership
+from gradq.local_steps.fragments import WORK_DTYPES, Bucket, Fragment, fragments_of
+from gradq.metrics import Event, Stats
+from gradq.options import Options, asked_for
+from gradq.policy import AdaptivePolicy, Asked, ParameterInfo, Policy, label, resolve
+from gradq.sync.gradient_sync import GradientSync
+from gradq.transport.handshake import agree, telling
+
+__all__ = ["LocalSteps", "Pending", "Schedule"]
+
+_log = logging.getLogger("gradq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When fragments are averaged, in inner steps.
+
+    Attributes:
+        every: steps between two averages of a parameter.
+        fragments: the number of parts of the model, averaged one after another.
+        delay: steps that an average may take.
+        alpha: the share of a rank's own parameters that stays when an average is applied; None adds what was
+            learned meanwhile.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+
+    every: int
+    fragments: int
+    delay: int
+    alpha: float | None
+
+    def __post_init__(self) -> None:
+        for name in ("every", "fragments", "delay"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r:.200}: it is a number of inner steps, an integer"
+                )
+        if self.every < 1:
+            raise ConfigError(f"every={self.every}: ranks average after 1 inner step or more")
+        if not 1 <= self.fragments <= self.every:
+            raise ConfigError(
+                f"fragments={self.fragments}: choose from 1 to every={self.every}, one a step at most"
+            )
+        if not 0 <= self.delay <= self.every // self.fragments:
+            raise ConfigError(
+                f"delay={self.delay}: choose from 0 to every // fragments = {self.every // self.fragments}, "
+                "so that one average is applied before the next one starts"
+            )
+        if self.alpha is not None and not (self.delay and 0 <= self.alpha <= 1):
+            raise ConfigError(
+                f"fragment_update_alpha={self.alpha}: choose from 0 to 1, together with a delay of 1 or "
+                "more: without one there are no steps of the rank's own to mix in"
+            )
+
+    def __str__(self) -> str:
+        mixing = "" if self.alpha is None else f", alpha={self.alpha}"
+        return f"every={self.every}, fragments={self.fragments}, delay={self.delay}{mixing}"
+
+
+@dataclass
+class Pending:
+    """An average under way.
+
+    Attributes:
+        fragment: the index of the fragment.
+        due: the inner step at which to apply it.
+        means: pseudo-gradients, flat, a bucket each; their means when the futures are done.
+        sent: the parameters as they were when it started, a bucket each; empty without a delay.
+        futures: the futures of the means.
+    """
+
+    fragment: int
+    due: int
+    means: list[Tensor]
+    sent: list[Tensor]
+    futures: list[Future[Tensor]] = field(default_factory=list)
+
+
+class LocalSteps(Handle):
+    """Ranks train alone, and average how far each has come; what an outer step is, subclasses say.
+
+    Args:
+        model: a plain module, the same on all ranks.
+        inner_optimizer: the optimizer whose steps are counted, or None.
+        spec: how pseudo-gradients travel.
+        schedule: a function that makes the `Schedule`; what it raises is told to the other ranks.
+        options: the options of the run, if an object was given.
+        overrides: the fields of `gradq.Options` that were given by name.
+
+    Raises:
+        ConfigError, UnsupportedError, MismatchError: see `gradq.LocalSGD`.
+
+    Attributes:
+        inner_step: the number of inner steps so far, those before a checkpoint too.
+        pending: the average under way, if there is one.
+        fragments: what is averaged, in parts.
+    """
+
+    has_momentum = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_optimizer: Optimizer | None,
+        spec: Asked,
+        schedule: Callable[[], Schedule],
+        options: Options | None,
+        overrides: Mapping[str, Any],
+    ) -> None:
+        group = asked_for("group", options, overrides)
+        with telling(None if group is dist.GroupMember.NON_GROUP_MEMBER else dist.group.WORLD):
+            group = averaged.check_group(dist.group.WORLD if group is None else group)
+        self.model, self.inner_optimizer = model, inner_optimizer
+        self.inner_step = self._steps_here = self._dense_so_far = 0
+        self.pending: Pending | None = None
+        self._sinks: list[Callable[[Event], None]] = []
+        self._before = Stats()  # of what was averaged with other members
+        with telling(group):
+            chosen = Options.of("local steps", options, overrides)
+            self._config = replace(chosen, grad_scaler=None).config()  # pseudo-gradients are not scaled
+            self._notes = membership.Notes(group, self._config.timeout)
+            self.schedule = schedule()
+            parameters = membership.trained(model)
+            if not parameters:
+                raise UnsupportedError(
+                    "no parameter of the model requires a gradient; there is nothing to average"
+                )
+            inner.check(inner_optimizer, chosen.grad_scaler, model.parameters())
+            self.fragments = self._cut(parameters)
+            self._policy, self._spec_label = _policy(spec, chosen)
+            agree(
+                {
+                    "local steps": self.settings(),
+                    "trained parameters": membership.describe(parameters.items()),
+                    "frozen parameters": membership.describe(membership.frozen(model).items()),
+                    "buffers": membership.describe(membership.buffers(model).items()),
+                },
+                group,
+            )
+            self.sync = self._make_sync(parameters, group)
+        self._count_dense_bytes(parameters)
+        self._start_together()
+        self._counter: inner.StepCounter | None = None
+        if inner_optimizer is not None:
+            self._counter = inner.StepCounter(inner_optimizer, chosen.grad_scaler, self.step)
+
+    @property
+    def label(self) -> str:
+        """The name of the class."""
+        return type(self).__name__
+
+    def settings(self) -> str:
+        """What all ranks must have in common, besides what `GradientSync` compares.
+
+        Raises:
+            ConfigError: something of it cannot work.
+        """
+        return f"{self.label}, {self.schedule}"
+
+    @abstractmethod
+    def outer_step(self, anchor: Tensor, mean: Tensor, momentum: Tensor | None) -> None:
+        """Move the common starting point.
+
+        Args:
+            anchor: the starting point, flat.
+            mean: the mean pseudo-gradient; scratch afterwards.
+            momentum: what the last outer step left, if the class has momentum.
+        """
+
+    def _cut(self, parameters: dict[str, Tensor]) -> list[Fragment]:
+        self._members = self._asked = membership.digest(parameters)
+        schedule = self.schedule
+        return fragments_of(parameters, schedule.fragments, schedule.every, self.has_momentum)
+
+    def _make_sync(self, parameters: dict[str, Tensor], group: dist.ProcessGroup) -> GradientSync:
+        return GradientSync(_describe(parameters), self._policy, self._spec_label, group, self._config)
+
+    def _count_dense_bytes(self, parameters: dict[str, Tensor]) -> None:
+        nbytes = sum(parameter.nbytes for parameter in parameters.values())
+        self._dense_bytes = wire.ring_bytes(nbytes, self.sync.world_size)
+
+    @torch.no_grad()
+    def _start_together(self) -> None:
+        """Give rank 0's parameters and buffers to all, frozen ones too."""
+        membership.give_from_first([*self.model.parameters(), *self.model.buffers()], self.sync.group)
+        for bucket in self.buckets():
+            bucket.read(bucket.anchor)
+
+    def buckets(self) -> list[Bucket]:
+        """The buckets of all fragments, in order."""
+        return [bucket for fragment in self.fragments for bucket in fragment.buckets]
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What is averaged, by name, in the order of the buckets."""
+        return {name: p for bucket in self.buckets() for name, p in bucket.parameters.items()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Count one inner step, and start and apply what falls due. The inner optimizer's `step` calls it.
+
+        Raises:
+            PeerError, WireError: the average failed.
+        """
+        self.inner_step += 1
+        self._steps_here += 1
+        self._dense_so_far += self._dense_bytes
+        if self.pending is not None and self.inner_step >= self.pending.due:
+            self._apply()
+        for index, fragment in enumerate(self.fragments):
+            if self.inner_step % self.schedule.every == fragment.offset:
+                self._start(index, self.inner_step + self.schedule.delay)
+                if not self.schedule.delay:
+                    self._apply()
+                    break  # the fragments may be others now
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Replace the parameters by their mean over ranks now: afterwards they are the same on all ranks.
+
+        For the end of training. All ranks call it after the same step. What is under way is applied first.
+        The mean is a plain one, also in `DiLoCo`: this is no outer step. After a step that has averaged the
+        whole model it does nothing.
+        """
+        if self.pending is not None:
+            self._apply()
+        self._post_note(final=True)
+        self._check_notes()
+        self._follow_model()
+        whole = len(self.fragments) == 1 and not self.schedule.delay
+        if whole and self.inner_step % self.schedule.every == 0:
+            return
+        for index in range(len(self.fragments)):
+            self._start(index, self.inner_step, final=True)
+            self._apply(plain=True)
+
+    def _start(self, index: int, due: int, final: bool = False) -> None:
+        """Start to average a fragment; what the rank learns meanwhile can be kept on top of the outcome."""
+        self._post_note(final)
+        buckets = self.fragments[index].buckets
+        pending = Pending(index, due, [], [])
+        for place, bucket in enumerate(buckets):
+            flat = torch.empty_like(bucket.anchor)
+            bucket.read(flat)
+            if self.schedule.delay and not final:
+                pending.sent.append(flat.clone())
+            torch.sub(bucket.anchor, flat, out=flat)
+            pending.means.append(flat)
+            future = self.sync.average(
+                flat,
+                list(bucket.parameters),
+                index=bucket.index,
+                first=place == 0,
+                last=place == len(buckets) - 1,
+            )
+            pending.futures.append(future)
+        self.pending = pending
+
+    def _apply(self, plain: bool = False) -> None:
+        """Wait for the average under way and take the outer step, or just the mean."""
+        pending = self.wait()
+        self.pending = None
+        for place, bucket in enumerate(self.fragments[pending.fragment].buckets):
+            if plain:
+                bucket.anchor.sub_(pending.means[place])
+            else:
+                self.outer_step(bucket.anchor, pending.means[place], bucket.momentum)
+            if not pending.sent:
+                bucket.write(bucket.anchor)
+                continue
+            flat, alpha = pending.means[place], self.schedule.alpha
+            bucket.read(flat)
+            if alpha is None:
+                flat.sub_(pending.sent[place]).add_(bucket.anchor)
+            else:
+                flat.mul_(alpha).add_(bucket.anchor, alpha=1 - alpha)
+            bucket.write(flat)
+        self._follow_model()
+
+    def _post_note(self, final: bool) -> None:
+        """Tell the other ranks where this one stands and what it trains."""
+        parameters = membership.trained(self.model)
+        for bucket in self.buckets():  # a parameter may have been replaced by another tensor of its kind
+            for name, member in bucket.parameters.items():
+                now = parameters.get(name, member)
+                if now.shape == member.shape and now.dtype == member.dtype:
+                    bucket.parameters[name] = now
+        self._asked = membership.digest(parameters) if parameters else self._members
+        self._notes.post(self.inner_step, final, self._asked)
+        sent = 8 * self._notes.NUMEL * (self.sync.world_size - 1)
+        self.sync.metrics.record(Event("wire_bytes", sent, self.sync.step))
+
+    def _check_notes(self) -> None:
+        """Compare the ranks' notes.
+
+        Raises:
+            MismatchError: they differ; PeerError: a rank is gone.
+        """
+        try:
+            self._notes.check()
+        except MismatchError:
+            raise
+        except RuntimeError as error:
+            raise PeerError(f"rank {self.sync.rank}: the other ranks did not answer: {error}") from error
+
+    def _follow_model(self) -> None:
+        """Average what is trained now: parameters unfrozen, frozen, added or removed before the last note.
+
+        Those that have become trained, or are no longer, get the plain mean of all ranks first, so that all
+        start together. Momentum starts at zero, the fragments are cut anew. Collective.
+        """
+        if self._asked == self._members:
+            return
+        now, old, group = membership.trained(self.model), self.sync, self.sync.group
+        kept = dict(self._anchors(now))
+        present = membership.named(self.model)
+        left = {n for bucket in self.buckets() for n in bucket.parameters if n in present and n not in now}
+        for name in sorted((now.keys() - kept.keys()) | left):
+            membership.mean_over_ranks(present[name], group)
+        self.fragments = self._cut(now)
+        for bucket in self.buckets():
+            bucket.read(bucket.anchor)
+            anchors = bucket.views(bucket.anchor)
+            momenta = {} if bucket.momentum is None else bucket.views(bucket.momentum)
+            for name in anchors.keys() & kept.keys():
+                anchor, momentum = kept[name]
+                anchors[name].copy_(anchor)
+                if momentum is not None:
+                    momenta[name].copy_(momentum)
+        self.sync = self._make_sync(now, group)
+        self.sync.step = old.step
+        _take_residuals(old, self.sync)
+        for sink in self._sinks:
+            self.sync.metrics.add_sink(sink)
+        self._before = _added(self._before, old.stats())
+        old.close()
+        self._count_dense_bytes(now)
+        _log.info("local steps average %d parameters from inner step %d on", len(now), self.inner_step)
+
+    def _anchors(self, now: dict[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor | None]]]:
+        """Anchor and momentum of each parameter that goes on being averaged, by name."""
+        for bucket in self.buckets():
+            momenta = {} if bucket.momentum is None else bucket.views(bucket.momentum)
+            for name, anchor in bucket.views(bucket.anchor).items():
+                new = now.get(name)
+                if new is not None and new.shape == anchor.shape and WORK_DTYPES[new.dtype] == anchor.dtype:
+                    yield name, (anchor, momenta.get(name))
+
+    def wait(self) -> Pending:
+        """Wait for the average under way.
+
+        Raises:
+            PeerError, WireError: it failed.
+            MismatchError: ranks are at different places; see `membership.Notes`.
+        """
+        assert self.pending is not None
+        gone: PeerError | None = None
+        try:
+            self._check_notes()
+        except PeerError as error:
+            gone = error  # the averages know which rank
+        for future in self.pending.futures:
+            try:
+                future.wait()
+            except RuntimeError:
+                if self.sync.failure is not None:
+                    raise self.sync.failure from None
+                raise
+        self.pending.futures.clear()
+        if gone is not None:
+            raise gone
+        return self.pending
+
+    def resume_pending(self, fragment: int, due: int, has_sent: bool) -> None:
+        """Make room for a finished average that a checkpoint brings; it is applied when it is due."""
+        buckets = self.fragments[fragment].buckets
+        means = [torch.empty_like(bucket.anchor) for bucket in buckets]
+        sent = [torch.empty_like(bucket.anchor) for bucket in buckets] if has_sent else []
+        self.pending = Pending(fragment, due, means, sent)
+
+    def stats(self, *, parameters: bool = False) -> Stats:
+        """Totals of this rank since this object was made.
+
+        `steps` are inner steps, and `dense_bytes` what a ring all-reduce of the gradients in every one of
+        them would have sent, in the parameters' own dtype: `ratio` compares with synchronous training.
+
+        Args:
+            parameters: whether to fill `Stats.parameters` too.
+        """
+        stats = _added(super().stats(parameters=parameters), self._before)
+        return replace(stats, steps=self._steps_here, dense_bytes=self._dense_so_far)
+
+    def add_sink(self, sink: Callable[[Event], None]) -> None:
+        """Call sink(event) for every measurement, from the thread that made it; it must be quick."""
+        self._sinks.append(sink)
+        super().add_sink(sink)
+
+    def close(self) -> None:
+        """Leave the inner optimizer alone and end gradq's threads and process groups. Idempotent."""
+        if self._counter is not None:
+            self._counter.close()
+            if not (self._steps_here or self.closed):
+                _log.warning("local steps ended without a step of the inner optimizer: nothing was averaged")
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"<gradq {self.settings()}, {self.stats()}>"
+
+
+def _describe(parameters: dict[str, Tensor]) -> list[ParameterInfo]:
+    """Pseudo-gradients have the work dtype."""
+    return [
+        ParameterInfo(name=name, shape=tuple(p.shape), dtype=WORK_DTYPES[p.dtype], index=index)
+        for index, (name, p) in enumerate(parameters.items())
+    ]
+
+
+def _policy(spec: Asked, options: Options) -> tuple[Policy | None, str]:
+    """The policy a spec stands for, and what to call it."""
+    if isinstance(spec, AdaptivePolicy):
+        raise UnsupportedError(
+            f"{type(spec).__name__} plans again at step boundaries, and fragments have none in common; "
+            "give local steps a fixed spec"
+        )
+    asked, policy = resolve(spec, exact=options.exact, feedback=options.feedback)
+    return policy, label(asked)
+
+
+def _take_residuals(old: GradientSync, new: GradientSync) -> None:
+    """Keep what is owed to parameters that go on; shard residuals where this rank still owns the piece."""
+    for name in old.feedback.local.names():
+        residual = old.feedback.local.current(name)
+        if name in new.plan and new.plan[name].feedback1 and new.parameters[name].numel == residual.numel():
+            new.feedback.local.replace(name, residual)
+    for name in old.feedback.shard.names():
+        if name in new.plan and new.plan[name].feedback2:
+            pieces = [sync.segment(name).piece(sync.world_size, sync.rank) for sync in (old, new)]
+            if pieces[0] == pieces[1]:
+                new.feedback.shard.replace(name, old.feedback.shard.current(name))
+
+
+def _added(stats: Stats, earlier: Stats) -> Stats:
+    """Bytes and times of both; the rest of the first."""
+    names = ("dense_bytes", "wire_bytes", "intra_node_bytes", "encode_ms", "exchange_ms", "decode_ms")
+    return replace(stats, **{name: getattr(stats, name) + getattr(earlier, name) for name in names})
