@@ -1,7 +1,7 @@
 """The frontier of the codecs on gradients of the example: `gradq bench codecs` with gradients of its GPT.
 
     python benchmarks/codecs.py        # all codecs: results/codecs.csv, .json and .png
-    python benchmarks/codecs.py --codecs rot4,trellis4 --no-speed --out /tmp/frontier
+    python benchmarks/codecs.py --codecs rot4,rot3 --no-speed --out /tmp/frontier
 
 The gradients: the GPT of examples/train_gpt.py (size 1m) after 60 steps of AdamW, then one batch of 16
 windows a rank; its weights of two dimensions, each encoded by itself. `gradq bench codecs --help` says what

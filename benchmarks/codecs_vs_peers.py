@@ -37,7 +37,7 @@ from gradq.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
 SIDE = 2560  # the buffer is a matrix for PowerSGD: 2560 x 2560, 26 MB
-OURS = ("int8", "int4", "rot4", "trellis4", "rot2", "fp8_e4m3", "nf4", "bf16")
+OURS = ("int8", "int4", "rot4", "rot4(levels=trellis)", "rot2", "fp8_e4m3", "nf4", "bf16")
 
 Encoded = Any
 

@@ -26,15 +26,19 @@ from llvmlite import binding
 from torch import Tensor
 
 from gradq.bench.records import environment, write_record
+from gradq.codecs.exact import cpu as cpu_exact
+from gradq.codecs.exact.format import ExactFormat
 from gradq.codecs.rotated import cpu as cpu_rotated
-from gradq.codecs.rotated.format import payload_bytes as rotated_bytes
+from gradq.codecs.rotated.format import RotatedFormat
 from gradq.codecs.topk import cpu as cpu_topk
-from gradq.codecs.topk.format import TopK
-from gradq.codecs.topk.format import payload_bytes as topk_bytes
+from gradq.codecs.topk.format import TopKFormat
 from gradq.codecs.uniform import cpu
+from gradq.codecs.uniform.format import UniformFormat
 from gradq.collectives.low_rank import cpu as cpu_low_rank
+from gradq.rng import EncodeContext
 
 SCALE_DTYPE = torch.bfloat16
+CONTEXT = EncodeContext(key=0x0123456789ABCDEF)
 MAX_ROWS = 8
 BLOCKS = {8: (256, 1024), 4: (256, 1024), 3: (64,), 2: (256,)}  # the default first
 CLOCKS = {"thread": time.thread_time, "wall": time.perf_counter}
@@ -96,27 +100,12 @@ def encode_rows(x: Tensor, payload: Tensor, residual: Tensor, new_residual: Tens
                         "block_size": block_size,
                     }
 
+                    form = UniformFormat(num_bits, block_size, SCALE_DTYPE, stochastic)
+
                     def call(
-                        num_bits: int = num_bits,
-                        block_size: int = block_size,
-                        stochastic: bool = stochastic,
-                        old: Tensor | None = old,
-                        new: Tensor | None = new,
+                        form: UniformFormat = form, old: Tensor | None = old, new: Tensor | None = new
                     ) -> None:
-                        cpu.uniform_encode(
-                            x,
-                            payload,
-                            num_bits=num_bits,
-                            block_size=block_size,
-                            scale_dtype=SCALE_DTYPE,
-                            stochastic=stochastic,
-                            key=0x0123456789ABCDEF,
-                            shift=0,
-                            first_block=0,
-                            residual=old,
-                            new_residual=new,
-                            loss_scale=1.0,
-                        )
+                        cpu.encode(x, payload, form, CONTEXT, old, new)
 
                     name = f"encode int{num_bits} {rounding}, {feedback}, block {block_size}"
                     rows.append((name, facts, call))
@@ -128,16 +117,15 @@ def decode_rows(x: Tensor, payloads: dict[int, Tensor], out: Tensor) -> list[Row
     rows: list[Row] = []
     for num_bits, payload in payloads.items():
         block_size = BLOCKS[num_bits][0]
-        form = {"num_bits": num_bits, "block_size": block_size, "scale_dtype": SCALE_DTYPE}
-        how = {"stochastic": True, "shift": 0, "first_block": 0, "loss_scale": 1.0}
+        form = UniformFormat(num_bits, block_size, SCALE_DTYPE)
         facts: dict[str, object] = {"num_bits": num_bits, "block_size": block_size}
         for rank in range(MAX_ROWS):
-            cpu.uniform_encode(x, payload[rank], **form, **how, key=rank, residual=None, new_residual=None)
+            cpu.encode(x, payload[rank], form, EncodeContext(key=rank))
         rows.append(
             (
                 f"decode int{num_bits}, block {block_size}",
                 facts | {"operation": "decode"},
-                lambda payload=payload, form=form: cpu.uniform_decode(payload[0], out, **form),
+                lambda payload=payload, form=form: cpu.decode(payload[0], out, form),
             )
         )
         for world_size in (2, 4, 8):
@@ -145,8 +133,8 @@ def decode_rows(x: Tensor, payloads: dict[int, Tensor], out: Tensor) -> list[Row
                 (
                     f"mean of {world_size} int{num_bits}, block {block_size}",
                     facts | {"operation": "mean", "world_size": world_size},
-                    lambda payload=payload, form=form, world_size=world_size: cpu.uniform_decode_mean(
-                        payload[:world_size], out, **form
+                    lambda payload=payload, form=form, world_size=world_size: cpu.decode_mean(
+                        payload[:world_size], out, form
                     ),
                 )
             )
@@ -158,14 +146,15 @@ def exact_rows(x: Tensor, out: Tensor) -> list[Row]:
     rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        payloads = torch.empty(4, x.numel() * dtype.itemsize, dtype=torch.uint8)
+        form = ExactFormat(dtype)
+        payloads = torch.empty(4, form.nbytes(x.numel()), dtype=torch.uint8)
         for row in payloads:
-            cpu.exact_encode(x, row, wire_dtype=dtype)
+            cpu_exact.encode(x, row, form, CONTEXT)
         calls: dict[str, Callable[[], object]] = {
-            "encode": lambda p=payloads, d=dtype: cpu.exact_encode(x, p[0], wire_dtype=d),
-            "decode": lambda p=payloads, d=dtype: cpu.exact_decode(p[0], out, wire_dtype=d),
-            "mean of 2": lambda p=payloads, d=dtype: cpu.exact_decode_mean(p[:2], out, wire_dtype=d),
-            "mean of 4": lambda p=payloads, d=dtype: cpu.exact_decode_mean(p, out, wire_dtype=d),
+            "encode": lambda p=payloads, f=form: cpu_exact.encode(x, p[0], f, CONTEXT),
+            "decode": lambda p=payloads, f=form: cpu_exact.decode(p[0], out, f),
+            "mean of 2": lambda p=payloads, f=form: cpu_exact.decode_mean(p[:2], out, f),
+            "mean of 4": lambda p=payloads, f=form: cpu_exact.decode_mean(p, out, f),
         }
         for operation, call in calls.items():
             facts = {"operation": operation, "wire_dtype": name}
@@ -177,16 +166,14 @@ def topk_rows(x: Tensor, residual: Tensor, new_residual: Tensor, out: Tensor) ->
     """Top-k at several densities."""
     rows: list[Row] = []
     for percent in (0.1, 1.0, 10.0):
-        form = TopK(percent, num_bits=4, block_size=4096)
-        payloads = torch.empty(4, topk_bytes(x.numel(), form), dtype=torch.uint8)
+        form = TopKFormat(percent, num_bits=4, block_size=4096)
+        payloads = torch.empty(4, form.nbytes(x.numel()), dtype=torch.uint8)
         for row in payloads:
-            cpu_topk.topk_encode(x, row, topk=form, residual=None, new_residual=None, loss_scale=1.0)
+            cpu_topk.encode(x, row, form, CONTEXT)
         calls: dict[str, Callable[[], object]] = {
-            "encode": lambda p=payloads, f=form: cpu_topk.topk_encode(
-                x, p[0], topk=f, residual=residual, new_residual=new_residual, loss_scale=1.0
-            ),
-            "decode": lambda p=payloads, f=form: cpu_topk.topk_decode(p[0], out, topk=f),
-            "mean of 4": lambda p=payloads, f=form: cpu_topk.topk_decode_mean(p, out, topk=f),
+            "encode": lambda p=payloads, f=form: cpu_topk.encode(x, p[0], f, CONTEXT, residual, new_residual),
+            "decode": lambda p=payloads, f=form: cpu_topk.decode(p[0], out, f),
+            "mean of 4": lambda p=payloads, f=form: cpu_topk.decode_mean(p, out, f),
         }
         for operation, call in calls.items():
             facts = {"operation": operation, "percent": percent}
@@ -199,31 +186,17 @@ def rotated_rows(x: Tensor, residual: Tensor, new_residual: Tensor, out: Tensor)
     """Rotated codecs: alone, unbiased; with feedback, with the scale of least error."""
     rows: list[Row] = []
     for num_bits in (4, 2):
-        payloads = torch.empty(4, rotated_bytes(x.numel(), num_bits), dtype=torch.uint8)
-
-        def encode(
-            feedback: bool, payload: Tensor = payloads[0], base: int = 1, num_bits: int = num_bits
-        ) -> None:
-            cpu_rotated.rotated_encode(
-                x,
-                payload,
-                num_bits=num_bits,
-                trellis=False,
-                unbiased=not feedback,
-                base=base,
-                residual=residual if feedback else None,
-                new_residual=new_residual if feedback else None,
-                loss_scale=1.0,
-            )
-
+        unbiased, mse = (RotatedFormat(num_bits, trellis=False, unbiased=how) for how in (True, False))
+        payloads = torch.empty(4, mse.nbytes(x.numel()), dtype=torch.uint8)
         for rank, payload in enumerate(payloads):
-            encode(False, payload, rank)
-        form = {"num_bits": num_bits, "trellis": False}
+            cpu_rotated.encode(x, payload, unbiased, EncodeContext(key=rank))
         calls: dict[str, Callable[[], object]] = {
-            "encode": lambda encode=encode: encode(False),
-            "encode, feedback": lambda encode=encode: encode(True),
-            "decode": lambda p=payloads, f=form: cpu_rotated.rotated_decode(p[0], out, **f),
-            "mean of 4": lambda p=payloads, f=form: cpu_rotated.rotated_decode_mean(p, out, **f),
+            "encode": lambda p=payloads, f=unbiased: cpu_rotated.encode(x, p[0], f, CONTEXT),
+            "encode, feedback": lambda p=payloads, f=mse: cpu_rotated.encode(
+                x, p[0], f, CONTEXT, residual, new_residual
+            ),
+            "decode": lambda p=payloads, f=mse: cpu_rotated.decode(p[0], out, f),
+            "mean of 4": lambda p=payloads, f=mse: cpu_rotated.decode_mean(p, out, f),
         }
         for operation, call in calls.items():
             rows.append((f"rot{num_bits} {operation}", {"operation": operation, "num_bits": num_bits}, call))

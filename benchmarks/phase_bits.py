@@ -34,7 +34,7 @@ from gradq.codecs import Codec
 
 PHASE1 = ("int4", "rot2", "int2", "int3", "rot4", "rot1", "int6", "int8")
 PHASE2 = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "bf16", "fp32")
-PHASE2_ROTATED = ("rot2", "rot4", "rot6", "trellis4")
+PHASE2_ROTATED = ("rot2", "rot4", "rot6", "rot4(levels=trellis)")
 STEPS, SETTLED = 5, 2
 LIMITS = (0.05, 0.1, 0.25, 0.5)
 Totals = dict[tuple[str, str], float]
@@ -101,7 +101,7 @@ def measure(
 ) -> None:
     """Add the energies of one stage to totals, by codec of phase 2; "" is phase 1 alone."""
     codec = codecs.from_spec(spec)
-    seconds = PHASE2 + (PHASE2_ROTATED if spec.startswith(("rot", "trellis")) else ())
+    seconds = PHASE2 + (PHASE2_ROTATED if spec.startswith("rot") else ())
     for index, name in enumerate(ranks[0]):
         pair = Pair(name, ranks[0][name].numel(), index, world_size, codec, feedback)
         for step in range(STEPS if feedback else 1):
@@ -124,7 +124,7 @@ def bits(spec: str) -> float:
 
 def cheapest(rows: list[dict[str, Any]], most: float) -> str:
     """The phase 2 with the fewest bits that adds at most `most`."""
-    fit = [row for row in rows if row["added"] <= most and not row["codec2"].startswith(("rot", "trellis"))]
+    fit = [row for row in rows if row["added"] <= most and not row["codec2"].startswith("rot")]
     return min(fit, key=lambda row: row["bits2"])["codec2"]
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-import torch._dynamo  # DistributedDataParallel's constructor imports it
-
-import gradq  # noqa: F401
-from gradq.codecs.uniform.format import kernels_for
+from gradq import codecs
 
 __all__: list[str] = []
 
-kernels_for(torch.device("cpu")).warm_up()
+for _spec in ("int8", "fp32"):
+    codecs.from_spec(_spec).warm_up()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import gradq
 from gradq import codecs
 from gradq.bench.records import cpu_name
-from gradq.codecs.uniform.format import kernels_for
+from gradq.codecs.uniform.format import BACKENDS
 from gradq.errors import GradqError
 from gradq.kernels.loader import backend_name
 
@@ -97,7 +97,7 @@ def _version(package: str) -> str | None:
 
 def _cpu_kernels() -> tuple[str, str]:
     try:
-        kernels_for(torch.device("cpu"))
+        BACKENDS.on(torch.device("cpu"))
     except GradqError as error:
         return "missing", str(error)
     return backend_name(torch.device("cpu")), ""

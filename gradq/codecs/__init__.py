@@ -18,7 +18,6 @@ from importlib.metadata import entry_points
 from gradq.codecs.base import Codec
 from gradq.codecs.exact.codec import ExactCodec
 from gradq.codecs.rotated.codec import RotatedCodec
-from gradq.codecs.rotated.trellis import TrellisCodec
 from gradq.codecs.suggest import shown, suggestion
 from gradq.codecs.topk.codec import TopKCodec
 from gradq.codecs.uniform.codec import UniformCodec
@@ -29,7 +28,6 @@ __all__ = [
     "ExactCodec",
     "RotatedCodec",
     "TopKCodec",
-    "TrellisCodec",
     "UniformCodec",
     "from_spec",
     "names",
@@ -146,5 +144,4 @@ def _boolean(text: str) -> bool:
 register(ExactCodec, "fp32", "bf16", "fp16", "fp64")
 register(UniformCodec, *(f"int{bits}" for bits in range(2, 9)))
 register(RotatedCodec, *(f"rot{bits}" for bits in range(1, 7)))
-register(TrellisCodec, *(f"trellis{bits}" for bits in range(1, 5)))
 register(TopKCodec, "topk")

@@ -10,17 +10,21 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradq import rng
-from gradq.codecs.uniform.format import Kernels, kernels_for
 from gradq.errors import ConfigError
+from gradq.kernels.loader import Backends
+from gradq.kernels.reference_tools import mean_of_rows
 from gradq.kernels.turns import in_turns
 from gradq.rng import EncodeContext
 
-__all__ = ["Codec"]
+__all__ = ["Codec", "Format", "KernelCodec", "Kernels"]
+
+_F = TypeVar("_F", contravariant=True)
 
 
 class Codec(ABC):
@@ -110,9 +114,9 @@ class Codec(ABC):
     def decode(self, payload: Tensor, out: Tensor) -> None:
         """Decode payload, uint8 [nbytes(n)], into out [n]."""
 
-    @abstractmethod
     def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
         """Decode payloads, uint8 [W, nbytes(n)], and write their mean to out [n]: summed in row order."""
+        mean_of_rows(self.decode, payloads, out)
 
     def warm_up(
         self, device: torch.device | None = None, num_rows: int = 1, feedback: bool | None = None
@@ -153,10 +157,6 @@ class Codec(ABC):
     def _run_once(self, x: Tensor, payload: Tensor, feedback: bool) -> None:
         residual = torch.zeros_like(x) if feedback else None
         self.encode(x, payload, context=EncodeContext(key=0), residual=residual, new_residual=residual)
-
-    def kernels(self, tensor: Tensor) -> Kernels:
-        """The kernels for a tensor's device."""
-        return kernels_for(tensor.device)
 
     def wire_bits_per_element(self, numel: int) -> float:
         """Bits on the wire for each of numel elements, scales and padding included."""
@@ -203,3 +203,66 @@ class Codec(ABC):
     @abstractmethod
     def from_name(cls, name: str) -> Codec:
         """The codec with default options for one of its names."""
+
+
+class Format(Protocol):
+    """The parameters of one algorithm, a frozen dataclass: what its kernels must know beside the tensors."""
+
+    def nbytes(self, numel: int) -> int:
+        """Payload bytes of a segment of numel elements."""
+
+
+class Kernels(Protocol[_F]):
+    """The functions of a backend's module; tensors and meanings as in `Codec`, whose methods they serve."""
+
+    def encode(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        form: _F,
+        context: EncodeContext,
+        residual: Tensor | None = None,
+        new_residual: Tensor | None = None,
+    ) -> None:
+        """Encode x + loss_scale * residual; what is lost, / loss_scale, goes to new_residual."""
+
+    def decode(self, payload: Tensor, out: Tensor, form: _F) -> None:
+        """Decode one payload."""
+
+    def decode_mean(self, payloads: Tensor, out: Tensor, form: _F) -> None:
+        """The mean over rows, added in row order, divided once."""
+
+
+class KernelCodec(Codec):
+    """A codec whose arithmetic is in kernels, with a backend for every kind of device."""
+
+    backends: ClassVar[Backends[Kernels[Any]]]
+
+    @property
+    @abstractmethod
+    def form(self) -> Format:
+        """What the kernels must know; a `functools.cached_property`, for it is read in every call."""
+
+    def nbytes(self, numel: int) -> int:
+        """See `Codec.nbytes`; the format has the one definition."""
+        return self.form.nbytes(numel)
+
+    def encode(
+        self,
+        x: Tensor,
+        payload: Tensor,
+        *,
+        context: EncodeContext,
+        residual: Tensor | None = None,
+        new_residual: Tensor | None = None,
+    ) -> None:
+        """See `Codec.encode`."""
+        self.backends.on(x.device).encode(x, payload, self.form, context, residual, new_residual)
+
+    def decode(self, payload: Tensor, out: Tensor) -> None:
+        """See `Codec.decode`."""
+        self.backends.on(out.device).decode(payload, out, self.form)
+
+    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
+        """See `Codec.decode_mean`."""
+        self.backends.on(out.device).decode_mean(payloads, out, self.form)

@@ -23,6 +23,10 @@ _ALIASES = {
     "topk": ("top", "dgc", "sparse", "sparsify", "sparsification", "deepgradientcompression", "randomk"),
     "powersgd:4": ("lowrank", "powersgd", "power"),
     "rot4": ("rot", "rotated", "hadamard", "rotation"),
+    "rot1": ("trellis1",),
+    "rot2": ("trellis2", "trellis"),
+    "rot3(levels=trellis)": ("trellis3",),
+    "rot4(levels=trellis)": ("trellis4",),
     "int4": ("4", "int"),
     "int8": ("8", "byte", "uint8", "quantized", "quantize"),
     "qsgd8": ("qsgd",),
@@ -60,8 +64,10 @@ def suggestion(text: str, known: Collection[str]) -> str | None:
 
 
 def _with(options: str, name: str | None, known: Collection[str]) -> str | None:
-    """A suggested name with the options that were written."""
-    return f"{name}({options.strip()}" if name in known else name
+    """A suggested name with the options that were written, after those that it has."""
+    if name is None or name.partition("(")[0] not in known:
+        return name
+    return f"{name[:-1]},{options.strip()}" if name.endswith(")") else f"{name}({options.strip()}"
 
 
 def _meant(text: str, known: Collection[str]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradq import codecs
-from gradq.contrib.table.codec import TABLE_NAMES, TableCodec
+from gradq.contrib.table import TABLE_NAMES, TableCodec
 
 __all__ = ["TABLE_NAMES", "TableCodec"]
 

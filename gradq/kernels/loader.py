@@ -1,21 +1,25 @@
 """Which kernel backend serves a device.
 
-Every algorithm has a module for each backend: `reference` (plain torch) is the truth, `cpu` (Numba) and
-`cuda` (Triton) equal it byte for byte.
+Every algorithm has a folder with a module for each backend: `reference` (plain torch) is the truth; `cpu`
+(Numba) and, where there is one, `cuda` (Triton) equal it byte for byte. Its `format.py` names the folder in a
+`Backends`.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import torch
 
 from gradq.errors import KernelError
 
-__all__ = ["backend_for", "backend_name"]
+__all__ = ["Backends", "backend_name"]
 
+_K = TypeVar("_K")
+_MODULES = {"reference": "reference", "numba": "cpu", "triton": "cuda"}
 _INSTALL = {"reference": "torch", "numba": "numba", "triton": "gradq[gpu]"}
 
 
@@ -45,29 +49,41 @@ def backend_name(device: torch.device) -> str:
     return chosen or "numba"
 
 
-def backend_for(device: torch.device, modules: Mapping[str, str], what: str) -> object:
-    """The module that serves a device.
+@dataclass(frozen=True)
+class Backends(Generic[_K]):
+    """The kernels of one algorithm.
 
-    Args:
-        device: of the tensors.
-        modules: names of modules by backend.
-        what: the modules are for, for error messages.
-
-    Raises:
-        KernelError: as `backend_name`; the backend does not have it; or the backend's package is missing.
+    Attributes:
+        package: dotted name of the folder with the modules `reference`, `cpu` and perhaps `cuda`.
+        what: what the kernels are for, as error messages say it.
+        names: the backends that there are.
     """
-    name = backend_name(device)
-    if name not in modules:
-        raise KernelError(
-            f"gradq has no {name} kernels for {what}, so it cannot be used with {device.type} tensors; "
-            "choose a codec that has: int2 to int8, rot3 to rot6, rot1(levels=scalar), rot2(levels=scalar), "
-            "fp32, bf16, fp16, fp64"
-        )
-    try:
-        return importlib.import_module(modules[name])
-    except ImportError as error:
-        hint = "" if name == "triton" else " or set GRADQ_KERNELS=reference to run the slow plain-torch ones"
-        raise KernelError(
-            f"the {name!r} kernels cannot be imported ({error}); install them with "
-            f"`pip install '{_INSTALL[name]}'`{hint}"
-        ) from error
+
+    package: str
+    what: str
+    names: tuple[str, ...] = ("reference", "numba")
+
+    def on(self, device: torch.device) -> _K:
+        """The module that serves tensors on a device.
+
+        Raises:
+            KernelError: as `backend_name`; this algorithm does not have the backend; or the backend's package
+                is missing.
+        """
+        name = backend_name(device)
+        if name not in self.names:
+            raise KernelError(
+                f"gradq has no {name} kernels for {self.what}, so it cannot be used with {device.type} "
+                "tensors; choose a codec that has: int2 to int8, rot3 to rot6, rot1(levels=scalar), "
+                "rot2(levels=scalar), fp32, bf16, fp16, fp64"
+            )
+        try:
+            return cast(_K, importlib.import_module(f"{self.package}.{_MODULES[name]}"))
+        except ImportError as error:
+            slow = (
+                "" if name == "triton" else " or set GRADQ_KERNELS=reference to run the slow plain-torch ones"
+            )
+            raise KernelError(
+                f"the {name!r} kernels cannot be imported ({error}); install them with "
+                f"`pip install '{_INSTALL[name]}'`{slow if name == 'numba' else ''}"
+            ) from error

@@ -42,7 +42,7 @@ __all__ = ["KernelCache", "digest", "folders"]
 
 config = cast(Any, _config)
 _PREFIX = "gradq-kernels-"
-_FOLDERS = ("kernels", "codecs", "collectives/low_rank", "contrib")  # where kernels are, or what they use
+_FOLDERS = ("kernels", "codecs", "collectives/low_rank")  # where kernels are, and what they use
 _KEPT_SECONDS = 30 * 24 * 3600
 _log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class KernelCache(cast(Any, _Cache)):  # type: ignore[misc]
 
     def __init__(self, function: Any, name: str = "") -> None:
         self._function = function
-        module = function.__module__.rpartition(".")[2]
+        module = function.__module__.partition(".")[2]  # several files are called cpu
         parts = [module, function.__qualname__.replace("<locals>.", ""), name]
         self._name = "-".join(part for part in parts if part)
         self._lock = Lock()

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 
 from gradq.codecs import Codec
-from gradq.codecs.uniform.format import kernels_for
+from gradq.codecs.uniform.format import BACKENDS
 from gradq.collectives import Collective, Segment, choose
 from gradq.kernels.turns import in_turns
 from gradq.metrics import ParameterStats
@@ -93,7 +93,7 @@ class Ways:
             KernelError: this machine has no kernels for the device.
         """
         if self.plan and self.world_size > 1:
-            kernels_for(device)
+            BACKENDS.on(device)
 
     def codecs(self) -> set[tuple[Codec, bool]]:
         """The codecs that the collectives use, each with or without a residual."""

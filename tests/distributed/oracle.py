@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradq
 from gradq import rng, wire
-from gradq.collectives.low_rank.format import low_rank_kernels
+from gradq.collectives.low_rank.format import BACKENDS
 from gradq.options import SyncConfig
 from gradq.policy import Assignment, FixedPolicy, ParameterInfo, Policy, Spec, label, resolve
 from gradq.sync.gradient_sync import GradientSync
@@ -236,7 +236,7 @@ def _low_rank(
     world_size, m, n = len(put_in), info.shape[0], info.numel // info.shape[0]
     r = min(entry.low_rank, m, n)
     residuals = [torch.zeros(m * n) for _ in range(world_size)]
-    kernels = low_rank_kernels(torch.device("cpu"))
+    kernels = BACKENDS.on(torch.device("cpu"))
     factor, left = torch.zeros(r, n), False
     for step, reduced in enumerate(outcome):
         basis = torch.empty_like(factor)

@@ -51,7 +51,7 @@ SHAPES = [
     (5, 0, 7),
 ]
 SPECS = ["none", "fp32", "bf16", "int8", "int4+int4", "topk", "powersgd:2", "powersgd:2+int8", "rot4", "nf4"]
-SPECS += ["sign", "trellis2", "mxfp4"]
+SPECS += ["sign", "rot2", "mxfp4"]
 
 
 class Shapes(nn.Module):

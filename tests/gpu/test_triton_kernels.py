@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from gradq import codecs, rng
-from gradq.codecs.uniform import reference
-from gradq.contrib.table.codec import TABLE_NAMES
+from gradq.codecs.exact import reference as reference_exact
+from gradq.codecs.exact.format import ExactFormat
+from gradq.codecs.rotated.format import RotatedFormat
+from gradq.contrib.table import TABLE_NAMES
 from gradq.errors import KernelError
 from gradq.rng import EncodeContext
 
@@ -32,8 +34,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 if INTERPRETED or torch.cuda.is_available():
-    from gradq.codecs.exact import cuda
+    from gradq.codecs.exact import cuda as cuda_exact
     from gradq.codecs.rotated import cuda as cuda_rotated
+    from gradq.codecs.uniform import cuda
 elif "-m" in sys.argv and "gpu" in sys.argv:
     pytest.skip("no CUDA device", allow_module_level=True)
 
@@ -145,7 +148,7 @@ def test_the_mean_of_rotated_payloads(num_rows, monkeypatch):
         codec.decode(row[: codec.nbytes(n)], out)
         expected = out if expected is None else expected + out
     out = torch.empty(n, device=DEVICE)
-    cuda_rotated.rotated_decode_mean(rows.to(DEVICE)[:, : codec.nbytes(n)], out, num_bits=4, trellis=False)
+    cuda_rotated.decode_mean(rows.to(DEVICE)[:, : codec.nbytes(n)], out, RotatedFormat(4, trellis=False))
     assert bool(out[:4096].isnan().all())
     assert torch.equal(out[4096:].cpu(), (expected / num_rows)[4096:])
 
@@ -156,22 +159,22 @@ def test_the_mean_of_rotated_payloads(num_rows, monkeypatch):
 @pytest.mark.parametrize(("dtype", "wire_dtype"), table.EXACT, ids=str)
 def test_exact_equals_the_reference(dtype, wire_dtype):
     """The mean of three is a quotient, not a product with a third."""
-    n, num_rows = 1500, 3
+    n, num_rows, form, context = 1500, 3, ExactFormat(wire_dtype), EncodeContext(key=0)
     size = n * wire_dtype.itemsize
     rows = torch.zeros(num_rows, size + 8, dtype=torch.uint8, device=DEVICE)
     x = torch.randn(num_rows, n, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[1, 5], x[2, 7] = torch.inf, torch.nan
     for row, value in zip(rows, x, strict=True):
         truth = torch.empty(size, dtype=torch.uint8)
-        cuda.exact_encode(value.to(DEVICE), row[:size], wire_dtype=wire_dtype)
-        reference.exact_encode(value, truth, wire_dtype=wire_dtype)
+        cuda_exact.encode(value.to(DEVICE), row[:size], form, context)
+        reference_exact.encode(value, truth, form, context)
         same = torch.equal(row[:size].cpu(), truth)
         assert same or DEVICE == "cuda", "bytes differ"  # there a NaN may have other bits
         assert torch.allclose(row[:size].cpu().view(wire_dtype), truth.view(wire_dtype), 0, 0, equal_nan=True)
     out, expected = torch.empty(n, dtype=dtype, device=DEVICE), torch.empty(n, dtype=dtype)
     for shown in (rows[:, :size], rows[:1, :size]):
-        cuda.exact_decode_mean(shown, out, wire_dtype=wire_dtype)
-        reference.exact_decode_mean(shown.cpu(), expected, wire_dtype=wire_dtype)
+        cuda_exact.decode_mean(shown, out, form)
+        reference_exact.decode_mean(shown.cpu(), expected, form)
         assert torch.allclose(out.cpu(), expected, 0, 0, equal_nan=True)
 
 
@@ -183,7 +186,7 @@ def on_the_device(monkeypatch):
     monkeypatch.setenv("GRADQ_KERNELS", "triton")
 
 
-@pytest.mark.parametrize("spec", [*TABLE_NAMES, "rot1", "rot2", "trellis3"])
+@pytest.mark.parametrize("spec", [*TABLE_NAMES, "rot1", "rot2", "rot3(levels=trellis)"])
 def test_codecs_without_kernels_are_refused_by_name(spec, on_the_device):
     codec = codecs.from_spec(spec)
     x, payload = torch.randn(64, device=DEVICE), torch.zeros(999, dtype=torch.uint8, device=DEVICE)

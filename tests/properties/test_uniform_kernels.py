@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradq.codecs.uniform import cpu
-from gradq.rng import dither_key, dither_shift
+from gradq.codecs.uniform.format import UniformFormat
+from gradq.rng import EncodeContext, dither_key, dither_shift
 
 # |mean of errors| stays below Z standard deviations with probability 1 - 1e-6 (two-sided normal). The drawn
 # keys are fixed by the tests, so a pass stays a pass.
@@ -41,16 +42,14 @@ def payload_for(n: int, num_bits: int, block_size: int, scale_dtype: torch.dtype
 
 def encode(x, shape, *, stochastic, key=0, shift=0, residual=None, new_residual=None, loss_scale=1.0):
     payload = payload_for(x.numel(), **shape)
-    cpu.uniform_encode(
-        x, payload, **shape, stochastic=stochastic, key=key, shift=shift, first_block=0,
-        residual=residual, new_residual=new_residual, loss_scale=loss_scale,
-    )  # fmt: skip
+    context = EncodeContext(key=key, shift=shift, loss_scale=loss_scale)
+    cpu.encode(x, payload, UniformFormat(**shape, stochastic=stochastic), context, residual, new_residual)
     return payload
 
 
 def decode(payload, n, shape):
     out = torch.empty(n)
-    cpu.uniform_decode(payload, out, **shape)
+    cpu.decode(payload, out, UniformFormat(**shape))
     return out
 
 
@@ -147,7 +146,7 @@ def mean_error(x, shape, world_size, shifts, keys):
     for key in keys:
         rows = [encode(x, shape, stochastic=True, key=key(r), shift=shifts[r]) for r in range(world_size)]
         out = torch.empty_like(x)
-        cpu.uniform_decode_mean(torch.stack(rows), out, **shape)
+        cpu.decode_mean(torch.stack(rows), out, UniformFormat(**shape))
         squared += (out - x).double().square().mean().item() / len(keys)
         bias += (out - x).double().mean().item() / len(keys)
     return squared, bias
@@ -176,7 +175,7 @@ def test_mean_is_the_sequential_fp32_sum_divided_once(shape, n, seed, world_size
     for row in rows[1:]:
         total += decode(row, n, shape)
     out = torch.empty(n)
-    cpu.uniform_decode_mean(torch.stack(rows), out, **shape)
+    cpu.decode_mean(torch.stack(rows), out, UniformFormat(**shape))
     assert torch.equal(out.view(torch.int32), (total / world_size).view(torch.int32))
 
 

@@ -49,14 +49,14 @@ VECTORS = ("gradq.kernels.vector.blocks", "gradq.kernels.vector.ir", "gradq.kern
 # Extra packages, and the modules that may import them at the top.
 HEAVY = {
     "numba": {
-        "gradq.codecs.uniform.cpu",
+        "gradq.kernels.numba_blocks",
         "gradq.kernels.numba_cache",
         "gradq.kernels.numba_compile",
         "gradq.kernels.numba_tools",
         *VECTORS,
     },
     "llvmlite": {
-        "gradq.codecs.uniform.cpu",
+        "gradq.kernels.numba_blocks",
         "gradq.kernels.numba_cache",
         "gradq.kernels.numba_tools",
         *VECTORS,
@@ -68,6 +68,9 @@ HEAVY = {
         "gradq.codecs.rotated.cuda_rotation",
         "gradq.kernels.triton_tools",
         "gradq.codecs.uniform.cuda",
+        "gradq.codecs.uniform.cuda_decode",
+        "gradq.codecs.uniform.cuda_encode",
+        "gradq.codecs.uniform.cuda_scales",
     },
     "mpi4py": set(),
     "ray": set(),

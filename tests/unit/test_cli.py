@@ -37,7 +37,7 @@ def test_an_error_of_gradq_ends_with_its_message(capsys, monkeypatch):
     from gradq.cli import doctor
 
     def raises():
-        doctor.kernels_for(doctor.torch.device("cpu"))
+        doctor.BACKENDS.on(doctor.torch.device("cpu"))
 
     monkeypatch.setattr(doctor, "_cpu_kernels", raises)
     assert run(["doctor"]) == 1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gradq import codecs
 from gradq.codecs import Codec, ExactCodec, UniformCodec
 from gradq.conformance import CHECKS
-from gradq.contrib.table.codec import TABLE_NAMES
+from gradq.contrib.table import TABLE_NAMES
 from gradq.errors import ConfigError, SpecError
 from gradq.rng import EncodeContext
 
@@ -38,8 +38,8 @@ SPECS = [
     "rot1(levels=scalar)",
     "rot2(scale=mse)",
     "rot4(scale=mse)",
-    *(f"trellis{bits}" for bits in range(1, 5)),
-    "trellis4(scale=mse)",
+    *(f"rot{bits}(levels=trellis)" for bits in (3, 4)),
+    "rot4(levels=trellis,scale=mse)",
     *TABLE_NAMES,
     *(f"{name}(rounding=nearest)" for name in TABLE_NAMES if not name.startswith(("qsgd", "sign"))),
     "topk",
@@ -87,7 +87,6 @@ def test_every_registered_codec_is_in_the_table():
         ("int2(rounding=nearest)", False, True, True),
         ("rot2", True, False, False),
         ("rot4(scale=mse)", False, True, True),
-        ("trellis2", True, False, False),
     ],
 )
 def test_claims(spec, unbiased, contractive, wants_feedback):
@@ -141,7 +140,6 @@ def test_means_travel_in_8_bits_unless_exact_where_the_number_of_ranks_is_unknow
         ("rot1", "66668"),
         ("rot2", "66888"),
         ("rot4", "88888"),
-        ("trellis2", "66888"),
         ("ternary", "66888"),
         ("nf4", "88888"),
     ],
@@ -221,7 +219,7 @@ def test_ranks_with_stratified_dither_cancel_their_errors():
 
 def test_names():
     uniform = [f"int{bits}" for bits in range(2, 9)]
-    rotated = [f"rot{bits}" for bits in range(1, 7)] + [f"trellis{bits}" for bits in range(1, 5)]
+    rotated = [f"rot{bits}" for bits in range(1, 7)]
     exact = ["bf16", "fp16", "fp32", "fp64"]
     assert codecs.names() == sorted([*exact, *uniform, *rotated, *TABLE_NAMES, "topk"])
 

@@ -39,10 +39,11 @@ def python(code: str, *, cwd: Path | None = None, **variables: str) -> str:
 # the smallest kernel there is: compiled in about a second
 MEAN = """
     import torch
-    from gradq.codecs.uniform import cpu
+    from gradq.codecs.exact import cpu
+    from gradq.codecs.exact.format import ExactFormat
     rows = torch.arange(24.0).reshape(2, 12)
     out = torch.zeros(12)
-    cpu.exact_decode_mean(rows.view(torch.uint8), out, wire_dtype=torch.float32)
+    cpu.decode_mean(rows.view(torch.uint8), out, ExactFormat(torch.float32))
     assert torch.equal(out, rows.mean(0)), out
     print("misses", sum(cpu._exact_mean.stats.cache_misses.values()))
 """
@@ -65,7 +66,7 @@ def test_kernels_of_other_sources_are_never_used(tmp_path: Path) -> None:
 
 
 def test_without_a_place_kernels_are_compiled_and_the_remedy_is_said_once() -> None:
-    code = MEAN + "    cpu.exact_decode_mean(rows.view(torch.uint8), out, wire_dtype=torch.bfloat16)\n"
+    code = MEAN + "    cpu.decode_mean(rows.view(torch.uint8), out, ExactFormat(torch.bfloat16))\n"
     said = python(code, NUMBA_CACHE_DIR="/proc/gradq")
     assert said.count("set NUMBA_CACHE_DIR to a folder that this user can write to") == 1
     assert "misses 1" in said

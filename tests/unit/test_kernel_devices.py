@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradq.codecs.topk.format import topk_kernels
+from gradq.codecs.topk.format import BACKENDS as TOPK
 from gradq.collectives.low_rank.collective import LowRank
-from gradq.collectives.low_rank.format import low_rank_kernels
+from gradq.collectives.low_rank.format import BACKENDS as LOW_RANK
 from gradq.errors import KernelError
 
 
 @pytest.mark.parametrize(
     ("ask", "name"),
     [
-        (topk_kernels, "the codec topk"),
-        (low_rank_kernels, r"the collective low_rank \(powersgd\)"),
+        (TOPK.on, "the codec topk"),
+        (LOW_RANK.on, r"the collective low_rank \(powersgd\)"),
         (LowRank.warm_up, r"the collective low_rank \(powersgd\)"),
     ],
 )

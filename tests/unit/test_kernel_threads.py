@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-SPECS = ["int8", "int4", "int3", "bf16", "rot4", "rot2", "trellis4", "nf4", "mxfp4", "sign"]
+SPECS = ["int8", "int4", "int3", "bf16", "rot4", "rot2", "rot4(levels=trellis)"]
 
 PROGRAM = textwrap.dedent("""
     import sys, threading

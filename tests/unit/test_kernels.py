@@ -14,10 +14,14 @@ import pytest
 import torch
 
 from gradq.codecs import from_spec
+from gradq.codecs.exact import cpu as cpu_exact
+from gradq.codecs.exact import reference as reference_exact
+from gradq.codecs.exact.format import ExactFormat
 from gradq.codecs.uniform import cpu, reference
-from gradq.codecs.uniform.format import kernels_for
+from gradq.codecs.uniform.format import BACKENDS, UniformFormat
 from gradq.errors import KernelError
 from gradq.kernels.loader import backend_name
+from gradq.kernels.reference_tools import fused
 from gradq.rng import EncodeContext
 
 BITS = range(2, 9)
@@ -72,9 +76,9 @@ def offset_copy(x: torch.Tensor, offset: int, device: str = "cpu") -> torch.Tens
     return torch.cat((torch.zeros(offset), x)).to(device)[offset:]
 
 
-def encode(kernels, x, residual_kind, residual, *, num_bits, block_size, scale_dtype, device="cpu", **how):
+def encode(kernels, x, residual_kind, residual, form, context, device="cpu"):
     """The payload with canaries around it, the residual read, the one written."""
-    size = nbytes(x.numel(), num_bits, block_size, scale_dtype)
+    size = nbytes(x.numel(), form.num_bits, form.block_size, form.scale_dtype)
     buffer = torch.full((size + 16,), CANARY, dtype=torch.uint8, device=device)
     x, residual = offset_copy(x, x.storage_offset() % 4, device), residual.to(device)
     old = None if residual_kind == "none" else residual.clone()
@@ -85,10 +89,7 @@ def encode(kernels, x, residual_kind, residual, *, num_bits, block_size, scale_d
         "separate": torch.full_like(x, 7.0),
         "unaligned": offset_copy(torch.full(x.shape, 7.0), 1, device),
     }[residual_kind]
-    kernels.uniform_encode(
-        x, buffer[8 : 8 + size], num_bits=num_bits, block_size=block_size, scale_dtype=scale_dtype,
-        residual=old, new_residual=new, **how,
-    )  # fmt: skip
+    kernels.encode(x, buffer[8 : 8 + size], form, context, old, new)
     return tuple(None if t is None else t.cpu() for t in (buffer, old, new))
 
 
@@ -114,22 +115,18 @@ def check_case(
     generator = torch.Generator().manual_seed(draw.getrandbits(31))
     x = offset_copy(values(content, n, generator), draw.choice([0, 1]))
     residual = values(draw.choice(["normal", "zeros", "tiny"]), n, generator)
-    how = {
-        "num_bits": num_bits,
-        "block_size": block_size,
-        "scale_dtype": scale_dtype,
-        "stochastic": stochastic,
-        "key": draw.getrandbits(64),
-        "shift": draw.randrange(1 << 16),
-        "first_block": draw.choice([0, 5, 2**32 - 1, 2**33 + 1]),
-        "loss_scale": draw.choice(LOSS_SCALES),
-    }
-    truth = encode(reference, x, residual_kind, residual, **how)
-    ours = encode(kernels, x, residual_kind, residual, **how, device=device)
+    form = UniformFormat(num_bits, block_size, scale_dtype, stochastic)
+    context = EncodeContext(
+        key=draw.getrandbits(64),
+        shift=draw.randrange(1 << 16),
+        first_block=draw.choice([0, 5, 2**32 - 1, 2**33 + 1]),
+        loss_scale=draw.choice(LOSS_SCALES),
+    )
+    truth = encode(reference, x, residual_kind, residual, form, context)
+    ours = encode(kernels, x, residual_kind, residual, form, context, device)
     for name, a, b in zip(("payload", "old residual", "new residual"), ours, truth, strict=True):
         assert_same(name, a, b, case)
 
-    form = {"num_bits": num_bits, "block_size": block_size, "scale_dtype": scale_dtype}
     num_rows = num_rows or draw.choice([1, 2, 3, 4, 5, 8])
     size = truth[0].numel() - 16
     scales = -(-n // block_size) * scale_dtype.itemsize
@@ -141,11 +138,11 @@ def check_case(
     rows_there = rows.to(device)
     for aligned in alignments:
         out, expected = offset_copy(torch.zeros(n), aligned, device), torch.zeros(n)
-        kernels.uniform_decode(rows_there[0, :size], out, **form)
-        reference.uniform_decode(rows[0, :size], expected, **form)
+        kernels.decode(rows_there[0, :size], out, form)
+        reference.decode(rows[0, :size], expected, form)
         assert_same("decoded", one_nan(out), expected, case)
-        kernels.uniform_decode_mean(rows_there[:, :size], out, **form)
-        reference.uniform_decode_mean(rows[:, :size], expected, **form)
+        kernels.decode_mean(rows_there[:, :size], out, form)
+        reference.decode_mean(rows[:, :size], expected, form)
         assert_same(f"mean of {num_rows}", one_nan(out), expected, case)
 
 
@@ -209,17 +206,16 @@ def test_scales_of_every_size_equal_the_reference():
     x = torch.zeros(magnitudes.numel(), 64)
     x[:, 3] = magnitudes
     x = x.reshape(-1)
-    how = {"stochastic": False, "key": 0, "shift": 0, "first_block": 0, "loss_scale": 1.0}
     for num_bits, scale_dtype in itertools.product((2, 8), SCALES):
-        form = {"num_bits": num_bits, "block_size": 64, "scale_dtype": scale_dtype}
+        form = UniformFormat(num_bits, 64, scale_dtype, stochastic=False)
         size = nbytes(x.numel(), num_bits, 64, scale_dtype)
         ours, truth = torch.zeros(2, size, dtype=torch.uint8)
-        cpu.uniform_encode(x, ours, **form, **how, residual=None, new_residual=None)
-        reference.uniform_encode(x, truth, **form, **how, residual=None, new_residual=None)
+        cpu.encode(x, ours, form, EncodeContext(key=0))
+        reference.encode(x, truth, form, EncodeContext(key=0))
         assert_same("payload", ours, truth, (num_bits, scale_dtype))
         out = torch.empty(2, x.numel())
-        cpu.uniform_decode(ours, out[0], **form)
-        reference.uniform_decode(truth, out[1], **form)
+        cpu.decode(ours, out[0], form)
+        reference.decode(truth, out[1], form)
         assert_same("decoded", out[0], out[1], (num_bits, scale_dtype))
 
 
@@ -231,11 +227,9 @@ def test_a_finite_gradient_never_leaves_an_infinite_residual(kernels, scale_dtyp
     residual, new_residual = torch.zeros(64), torch.empty(64)
     for num_bits in BITS:
         block_size = 64 if num_bits in OFTEN else 256
-        kernels.uniform_encode(
-            x, torch.empty(nbytes(64, num_bits, block_size, scale_dtype), dtype=torch.uint8),
-            num_bits=num_bits, block_size=block_size, scale_dtype=scale_dtype, stochastic=False, key=0,
-            shift=0, first_block=0, residual=residual, new_residual=new_residual, loss_scale=1.0,
-        )  # fmt: skip
+        form = UniformFormat(num_bits, block_size, scale_dtype, stochastic=False)
+        payload = torch.empty(nbytes(64, num_bits, block_size, scale_dtype), dtype=torch.uint8)
+        kernels.encode(x, payload, form, EncodeContext(key=0), residual, new_residual)
         assert new_residual.isfinite().all()
 
 
@@ -253,24 +247,24 @@ EXACT = [
 @pytest.mark.parametrize(("dtype", "wire_dtype"), EXACT, ids=str)
 @pytest.mark.parametrize("content", ["normal", "nan", "inf", "denormal", "huge"])
 def test_exact_equals_the_reference(dtype, wire_dtype, content):
-    generator = torch.Generator().manual_seed(0)
+    generator, form, context = torch.Generator().manual_seed(0), ExactFormat(wire_dtype), EncodeContext(key=0)
     for n, num_rows in itertools.product((0, 1, 7, 1023, 1024, 1025, 5000), (1, 2, 3, 4)):
         size = n * wire_dtype.itemsize
         rows = torch.full((num_rows, -(-size // 8) * 8 + 8), CANARY, dtype=torch.uint8)
         for row in rows:
             x = values(content, n, generator).to(dtype)
             truth = torch.empty(size, dtype=torch.uint8)
-            cpu.exact_encode(x, row[:size], wire_dtype=wire_dtype)
-            reference.exact_encode(x, truth, wire_dtype=wire_dtype)
+            cpu_exact.encode(x, row[:size], form, context)
+            reference_exact.encode(x, truth, form, context)
             assert_same("payload", row[:size], truth, n)
         for aligned in (0, 1):
             out = torch.zeros(n + 1, dtype=dtype)[aligned : n + aligned]
             expected = torch.zeros(n, dtype=dtype)
-            cpu.exact_decode(rows[0, :size], out, wire_dtype=wire_dtype)
-            reference.exact_decode(rows[0, :size], expected, wire_dtype=wire_dtype)
+            cpu_exact.decode(rows[0, :size], out, form)
+            reference_exact.decode(rows[0, :size], expected, form)
             assert_same("decoded", out, expected, n)
-            cpu.exact_decode_mean(rows[:, :size], out, wire_dtype=wire_dtype)
-            reference.exact_decode_mean(rows[:, :size], expected, wire_dtype=wire_dtype)
+            cpu_exact.decode_mean(rows[:, :size], out, form)
+            reference_exact.decode_mean(rows[:, :size], expected, form)
             assert_same("mean", out, expected, (n, num_rows))
 
 
@@ -280,30 +274,31 @@ def test_exact_equals_the_reference(dtype, wire_dtype, content):
 def test_numba_serves_cpu_tensors(monkeypatch):
     monkeypatch.delenv("GRADQ_KERNELS", raising=False)
     assert backend_name(torch.device("cpu")) == "numba"
-    assert kernels_for(torch.device("cpu")) is cpu
+    assert BACKENDS.on(torch.device("cpu")) is cpu
 
 
 def test_the_environment_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("GRADQ_KERNELS", "reference")
-    assert kernels_for(torch.device("cpu")) is reference
+    assert BACKENDS.on(torch.device("cpu")) is reference
     monkeypatch.setenv("GRADQ_KERNELS", "fast")
     with pytest.raises(KernelError, match="'fast' is not a kernel backend"):
-        kernels_for(torch.device("cpu"))
+        BACKENDS.on(torch.device("cpu"))
 
 
 def test_a_second_process_loads_the_kernels_from_the_cache():
     """Ranks start together; without the cache each would compile for seconds, every time."""
-    cpu.warm_up()
+    warm_up = "from gradq import codecs; [codecs.from_spec(spec).warm_up() for spec in ('int8', 'fp32')]\n"
+    exec(warm_up)
     code = (
-        "from gradq.codecs.uniform import cpu; cpu.warm_up()\n"
-        "for f in (cpu._encoder(8, True, False, 256), cpu._decoder(8, 256), cpu._exact_mean):\n"
+        warm_up + "from gradq.codecs.uniform import cpu\nfrom gradq.codecs.exact.cpu import _exact_mean\n"
+        "for f in (cpu._encoder(8, True, False, 256), cpu._decoder(8, 256), _exact_mean):\n"
         "    assert f.stats.cache_hits and not f.stats.cache_misses, f.stats\n"
         "    assert len(f.signatures) == 1, f.signatures\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4", "bf16", "rot4", "trellis3", "nf4"])
+@pytest.mark.parametrize("spec", ["int8", "int4", "bf16", "rot4", "rot3(levels=trellis)"])
 def test_memory_that_does_not_fit_is_refused(spec):
     check_refusals(spec, "cpu")
 
@@ -349,6 +344,6 @@ def test_fused_products_are_rounded_once():
     expected = torch.tensor(
         [fmaf(*values) for values in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
     )
-    assert torch.equal(bits(reference.fused(a, b, c)), bits(expected))
-    assert not torch.equal(reference.fused(a, b, c), a * b + c)
-    assert reference.fused(torch.tensor(math.nan), 1.0, 1.0).isnan()
+    assert torch.equal(bits(fused(a, b, c)), bits(expected))
+    assert not torch.equal(fused(a, b, c), a * b + c)
+    assert fused(torch.tensor(math.nan), 1.0, 1.0).isnan()

@@ -12,19 +12,20 @@ from hypothesis import strategies as st
 from gradq.codecs import TopKCodec, from_spec
 from gradq.codecs.topk import cpu as cpu_topk
 from gradq.codecs.topk import reference as reference_topk
-from gradq.codecs.topk.format import TopK, payload_bytes
+from gradq.codecs.topk.format import TopKFormat
 from gradq.errors import ConfigError
+from gradq.rng import EncodeContext
 
 
 def both(x, topk, residual=None, loss_scale=1.0):
     """Payload, decoded and new residual, by both kernels, and equal."""
     outcomes = []
     for kernels in (cpu_topk, reference_topk):
-        payload = torch.full((payload_bytes(x.numel(), topk),), 0xA5, dtype=torch.uint8)
+        payload = torch.full((topk.nbytes(x.numel()),), 0xA5, dtype=torch.uint8)
         out = torch.empty_like(x)
         new = None if residual is None else torch.empty_like(x)
-        kernels.topk_encode(x, payload, topk=topk, residual=residual, new_residual=new, loss_scale=loss_scale)
-        kernels.topk_decode(payload, out, topk=topk)
+        kernels.encode(x, payload, topk, EncodeContext(key=0, loss_scale=loss_scale), residual, new)
+        kernels.decode(payload, out, topk)
         outcomes.append((payload, out.nan_to_num(7e7), torch.empty(0) if new is None else new))
     for ours, truth in zip(*outcomes, strict=True):
         assert torch.equal(ours, truth)
@@ -64,7 +65,7 @@ KINDS = ["normal", "ties", "all equal", "few", "heavy tails", "denormals", "a Na
 def test_numba_equals_the_reference(kind, numel, percent, num_bits, power, seed):
     both(
         values(kind, numel, seed),
-        TopK(percent, num_bits, 1 << power),
+        TopKFormat(percent, num_bits, 1 << power),
         residual=1e-2 * values("normal", numel, seed + 1),
         loss_scale=4.0,
     )
@@ -72,13 +73,13 @@ def test_numba_equals_the_reference(kind, numel, percent, num_bits, power, seed)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_numba_equals_the_reference_at_the_usual_block_size(kind):
-    both(values(kind, 2 * 4096 + 777, 3), TopK(1.0, 4, 4096), residual=torch.zeros(2 * 4096 + 777))
+    both(values(kind, 2 * 4096 + 777, 3), TopKFormat(1.0, 4, 4096), residual=torch.zeros(2 * 4096 + 777))
 
 
 def test_the_largest_are_kept_and_the_rest_waits():
     x = values("heavy tails", 4096, 0)
     residual = torch.zeros(4096)
-    _, out, new = both(x, TopK(1.0, 8, 4096), residual)
+    _, out, new = both(x, TopKFormat(1.0, 8, 4096), residual)
     chosen = x.abs().topk(41).indices
     assert set(out.nonzero()[:, 0].tolist()) <= set(chosen.tolist())
     rest = torch.ones(4096, dtype=torch.bool)
@@ -91,7 +92,7 @@ def test_of_equal_magnitudes_the_first_are_kept():
     x = torch.ones(256)
     x[1::2] *= -1
     x[200] = 3.0
-    _, out, _ = both(x, TopK(2.0, 4, 256))  # 6 of them
+    _, out, _ = both(x, TopKFormat(2.0, 4, 256))  # 6 of them
     assert out.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 200]
 
 
@@ -99,25 +100,25 @@ def test_indices_at_both_ends():
     x = torch.zeros(4096)
     x[[0, 1, 4094, 4095]] = torch.tensor([7.0, -7.0, 7.0, -7.0])  # the scale is 1
     for percent in (0.08, 1.0, 50.0):
-        assert torch.equal(both(x, TopK(percent, 4, 4096))[1], x)
+        assert torch.equal(both(x, TopKFormat(percent, 4, 4096))[1], x)
 
 
 @given(data=st.binary(min_size=600, max_size=600), num_bits=st.integers(2, 8))
 def test_whatever_bytes_arrive_nothing_else_is_written(data, num_bits):
     """A message of the right size but with wrong contents decodes to something, inside `out`."""
-    topk = TopK(10.0, num_bits, 512)
+    topk = TopKFormat(10.0, num_bits, 512)
     numel = 1000
-    payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)[: payload_bytes(numel, topk)]
+    payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)[: topk.nbytes(numel)]
     payload[1::2][:2] &= 0x7F  # positive scales
     held = torch.full((numel + 128,), 5.0)
-    cpu_topk.topk_decode(payload.clone(), held[64 : 64 + numel], topk=topk)
+    cpu_topk.decode(payload.clone(), held[64 : 64 + numel], topk)
     assert (held[:64] == 5.0).all()
     assert (held[64 + numel :] == 5.0).all()
 
 
 @given(st.integers(1, 70000), st.sampled_from([0.01, 0.1, 1.0, 3.0, 10.0, 50.0]))
 def test_an_index_takes_at_most_three_bits_more_than_its_low_part(length, percent):
-    block = TopK(percent, 4, 1 << 17).block(length)
+    block = TopKFormat(percent, 4, 1 << 17).block(length)
     assert 1 <= block.kept <= length
     assert block.kept >= length * percent / 100 - 1e-3
     assert 1 << block.low_bits <= length / block.kept < 2 << block.low_bits

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradq.codecs.uniform.format import kernels_for
+from gradq.codecs.uniform.format import BACKENDS, UniformFormat
 from gradq.errors import KernelError
 from gradq.kernels.loader import backend_name
 
@@ -66,9 +66,9 @@ SUMS = 2 * 2 * 32
 
 
 def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
-    from gradq.codecs.uniform import cuda as cuda_uniform
+    from gradq.codecs.uniform.cuda_decode import decode_program
 
-    text = ptx(cuda_uniform._decode_mean, 80, **UNIFORM, EXACT_RECIPROCAL=False)
+    text = ptx(decode_program, 80, **UNIFORM, EXACT_RECIPROCAL=False)
     assert_rounds_as_ieee(text, num_fused=SUMS)
     assert "div.rn.f32" in text
     assert "st.global.v4" in text, "results are not written 16 bytes at a time"
@@ -80,15 +80,16 @@ def test_every_kernel_compiles_and_rounds_as_the_reference(capability):
     from gradq.codecs.exact import cuda
     from gradq.codecs.rotated import cuda as cuda_rotated
     from gradq.codecs.rotated.cuda_rotation import constants
-    from gradq.codecs.uniform import cuda as cuda_uniform
+    from gradq.codecs.uniform.cuda_decode import decode_program
+    from gradq.codecs.uniform.cuda_encode import encode_program
 
     feedback = {"READ": True, "WRITE": True}
     for num_bits, kind, stochastic in ((2, 0, False), (7, 2, True), (8, 1, True)):
         form = UNIFORM | {"BITS": num_bits, "KIND": kind}
-        text = ptx(cuda_uniform._encode, capability, **form, STOCHASTIC=stochastic, **feedback)
+        text = ptx(encode_program, capability, **form, STOCHASTIC=stochastic, **feedback)
         assert_rounds_as_ieee(text)
         assert "ld.global.v4" in text
-        text = ptx(cuda_uniform._decode_mean, capability, **form, EXACT_RECIPROCAL=True)
+        text = ptx(decode_program, capability, **form, EXACT_RECIPROCAL=True)
         assert_rounds_as_ieee(text, num_fused=SUMS if kind else 0)
     level, total = 3 * 16, 4 * 3  # fused products of a thread with 16 elements
     for num_bits, unbiased, last in ((4, True, 0), (4, False, 1), (3, True, 2)):
@@ -124,18 +125,18 @@ def test_on_the_cpu_triton_needs_its_interpreter(monkeypatch):
     monkeypatch.setenv("GRADQ_KERNELS", "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(KernelError, match="TRITON_INTERPRET=1"):
-        kernels_for(torch.device("cpu"))
-    from gradq.codecs.exact import cuda
+        BACKENDS.on(torch.device("cpu"))
+    from gradq.codecs.uniform import cuda
 
     payload = torch.zeros(64, dtype=torch.uint8)
     with pytest.raises(KernelError, match="take CUDA tensors"):
-        cuda.uniform_decode(payload, torch.zeros(8), num_bits=8, block_size=64, scale_dtype=torch.float32)
+        cuda.decode(payload, torch.zeros(8), UniformFormat(8, 64, torch.float32))
 
 
 def test_a_missing_triton_names_its_install_command(monkeypatch):
     monkeypatch.delenv("GRADQ_KERNELS", raising=False)
-    for name in [name for name in sys.modules if name.startswith("gradq.codecs.exact.cuda")]:
+    for name in [name for name in sys.modules if name.startswith("gradq.codecs.uniform.cuda")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(KernelError, match=r"pip install 'gradq\[gpu\]'"):
-        kernels_for(torch.device("cuda"))
+        BACKENDS.on(torch.device("cuda"))

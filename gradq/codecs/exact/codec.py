@@ -7,12 +7,16 @@ codec of the specs "fp32", "bf16" and "fp16".
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gradq.codecs.base import Codec
+from gradq.codecs.base import KernelCodec, Kernels
+from gradq.codecs.exact.format import BACKENDS, ExactFormat
 from gradq.errors import ConfigError
+from gradq.kernels.loader import Backends
 from gradq.rng import EncodeContext
 
 __all__ = ["ExactCodec"]
@@ -21,12 +25,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExactCodec(Codec):
+class ExactCodec(KernelCodec):
     """Cast to a dtype, round to nearest even.
 
     Attributes:
         dtype: "fp32", "bf16", "fp16" or "fp64". fp16 overflows above 65504 to Inf, as a cast does.
     """
+
+    backends: ClassVar[Backends[Kernels[Any]]] = BACKENDS
 
     dtype: str = "fp32"
 
@@ -69,9 +75,10 @@ class ExactCodec(Codec):
         """The size of the dtype on the wire."""
         return self.wire_dtype.itemsize
 
-    def nbytes(self, numel: int) -> int:
-        """Numel times the size of the dtype."""
-        return numel * self.wire_dtype.itemsize
+    @cached_property
+    def form(self) -> ExactFormat:
+        """See `KernelCodec.form`."""
+        return ExactFormat(self.wire_dtype)
 
     def encode(
         self,
@@ -91,15 +98,7 @@ class ExactCodec(Codec):
             raise ConfigError(
                 f"codec {self.name!r} has no error feedback; it loses nothing worth feeding back"
             )
-        self.kernels(x).exact_encode(x, payload, wire_dtype=self.wire_dtype)
-
-    def decode(self, payload: Tensor, out: Tensor) -> None:
-        """See `Codec.decode`."""
-        self.kernels(out).exact_decode(payload, out, wire_dtype=self.wire_dtype)
-
-    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
-        """See `Codec.decode_mean`."""
-        self.kernels(out).exact_decode_mean(payloads, out, wire_dtype=self.wire_dtype)
+        super().encode(x, payload, context=context)
 
     @classmethod
     def from_name(cls, name: str) -> ExactCodec:

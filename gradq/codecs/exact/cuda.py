@@ -1,8 +1,7 @@
-"""The kernels for CUDA tensors, in Triton: byte for byte what `gradq.codecs.uniform.reference` writes.
+"""The exact codecs on CUDA tensors: torch's casts, and the mean in Triton.
 
-Everything is enqueued on the current stream of the tensors' device: no synchronization with the host and,
-once compiled, no allocation. See `gradq.kernels.triton_tools` for what makes results equal. Exact casts are
-torch's: a NaN in bf16 or fp16 may have other bits than on the CPU.
+A NaN in bf16 or fp16 may have other bits than on the CPU. See `gradq.kernels.triton_tools` for what makes
+results equal.
 """
 
 from __future__ import annotations
@@ -14,24 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradq.codecs.uniform import reference
-from gradq.codecs.uniform.cuda import uniform_decode, uniform_decode_mean, uniform_encode
+from gradq.codecs.exact import reference
+from gradq.codecs.exact.format import ExactFormat
 from gradq.kernels.triton_tools import check, check_rows, jit, launch, quotient
 
-__all__ = [
-    "exact_decode",
-    "exact_decode_mean",
-    "exact_encode",
-    "uniform_decode",
-    "uniform_decode_mean",
-    "uniform_encode",
-    "warm_up",
-]
+__all__ = ["decode", "decode_mean", "encode"]
 
-_ELEMENTS = 1024  # of a program
+_ELEMENTS = 1024  # elements of a program
 
-exact_encode = reference.exact_encode  # torch's casts run at the speed of memory
-exact_decode = reference.exact_decode
+encode, decode = reference.encode, reference.decode  # torch's casts run at the speed of memory
 
 
 @jit
@@ -56,7 +46,7 @@ def _exact_mean(
     tl.store(out + at, mean, mask=inside)
 
 
-def exact_decode_mean(payloads: Tensor, out: Tensor, *, wire_dtype: torch.dtype) -> None:
+def decode_mean(payloads: Tensor, out: Tensor, form: ExactFormat) -> None:
     """Mean over the W rows of payloads in one pass, added in row order in out's dtype, divided once.
 
     torch would multiply by 1 / W on a GPU, which is another number than the quotient.
@@ -64,16 +54,11 @@ def exact_decode_mean(payloads: Tensor, out: Tensor, *, wire_dtype: torch.dtype)
     if (n := out.numel()) == 0:
         return
     check(out, out.dtype, n, out.device)
-    nbytes = n * wire_dtype.itemsize
+    nbytes, size = form.nbytes(n), form.wire_dtype.itemsize
     num_rows, stride = check_rows(payloads, nbytes, out.device)
-    if stride % wire_dtype.itemsize:  # not so in a message
+    if stride % size:  # not so in a message
         payloads = payloads[:, :nbytes].contiguous()
         stride = nbytes
-    numbers = payloads[0, :nbytes].view(wire_dtype)
+    numbers = payloads[0, :nbytes].view(form.wire_dtype)
     how: dict[str, Any] = {"ELEMENTS": _ELEMENTS, "DOUBLE": out.dtype == torch.float64}
-    programs = triton.cdiv(n, _ELEMENTS)
-    launch(_exact_mean, programs, out, numbers, out, n, num_rows, stride // wire_dtype.itemsize, **how)
-
-
-def warm_up() -> None:
-    """Nothing to compile without tensors: `Codec.warm_up` compiles what a codec needs."""
+    launch(_exact_mean, triton.cdiv(n, _ELEMENTS), out, numbers, out, n, num_rows, stride // size, **how)

@@ -19,16 +19,15 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
-from torch import Tensor
-
-from gradq.codecs.base import Codec
+from gradq.codecs.base import Codec, KernelCodec, Kernels
 from gradq.codecs.phase2 import phase2_bits
-from gradq.codecs.rotated.format import TILE, payload_bytes, rotated_kernels, rotation_base
+from gradq.codecs.rotated.format import BACKENDS, TILE, RotatedFormat
 from gradq.codecs.uniform.codec import UniformCodec
 from gradq.errors import ConfigError
-from gradq.rng import EncodeContext
+from gradq.kernels.loader import Backends
 
 __all__ = ["RotatedCodec"]
 
@@ -38,40 +37,40 @@ _MOST_TRELLIS_BITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotatedCodec(Codec):
+class RotatedCodec(KernelCodec):
     """Rotate tiles of 4096 elements in columns of 256, round to the nearest level.
 
     Attributes:
         num_bits: 1 to 6.
         scale: "unbiased" (over rotations), "mse" (least squares: contractive, less error), or "auto": mse
             with error feedback, unbiased without.
-        levels: "scalar" (each number by itself), "trellis" (less error, slower to encode; see
-            `gradq.codecs.rotated.trellis`), or "auto": trellis for 1 and 2 bits.
+        levels: "scalar" (each number by itself), "trellis" (a path through twice as many levels, of which
+            each code may take half: a third less error at 3 and 4 bits, four times the time to encode, no
+            CUDA kernels; see `gradq.codecs.rotated.reference_trellis`), or "auto": trellis for 1 and 2 bits.
 
     Example:
         >>> RotatedCodec(num_bits=4).wire_bits_per_element(1 << 20)
         4.062530517578125
     """
 
-    _most_bits: ClassVar[int] = 6
+    backends: ClassVar[Backends[Kernels[Any]]] = BACKENDS
 
     num_bits: int = 4
     scale: str = "auto"
     levels: str = "auto"
 
     def __post_init__(self) -> None:
-        kind, most = type(self).__name__, self._most_bits
-        if not (isinstance(self.num_bits, int) and 1 <= self.num_bits <= most):
+        if not (isinstance(self.num_bits, int) and 1 <= self.num_bits <= 6):
             raise ConfigError(
-                f"{kind}(num_bits={self.num_bits!r}): num_bits must be an integer from 1 to {most}"
+                f"RotatedCodec(num_bits={self.num_bits!r}): num_bits must be an integer from 1 to 6"
             )
         if self.scale not in _SCALES:
-            raise ConfigError(f"{kind}(scale={self.scale!r}): scale must be one of {_SCALES}")
+            raise ConfigError(f"RotatedCodec(scale={self.scale!r}): scale must be one of {_SCALES}")
         if self.levels not in _LEVELS:
-            raise ConfigError(f"{kind}(levels={self.levels!r}): levels must be one of {_LEVELS}")
+            raise ConfigError(f"RotatedCodec(levels={self.levels!r}): levels must be one of {_LEVELS}")
         if self.trellis and self.num_bits > _MOST_TRELLIS_BITS:
             raise ConfigError(
-                f"{kind}(num_bits={self.num_bits}): a trellis takes at most {_MOST_TRELLIS_BITS} bits"
+                f"RotatedCodec(num_bits={self.num_bits}): a trellis takes at most {_MOST_TRELLIS_BITS} bits"
             )
 
     @property
@@ -121,41 +120,10 @@ class RotatedCodec(Codec):
         """Uniform with 6 or 8 bits: the error of the mean is seen whole. See `gradq.codecs.phase2`."""
         return UniformCodec(num_bits=phase2_bits(self.num_bits + 1, world_size))
 
-    def nbytes(self, numel: int) -> int:
-        """Four bytes, a bf16 scale for every 256 elements, codes of whole rows of 16."""
-        return payload_bytes(numel, self.num_bits)
-
-    def encode(
-        self,
-        x: Tensor,
-        payload: Tensor,
-        *,
-        context: EncodeContext,
-        residual: Tensor | None = None,
-        new_residual: Tensor | None = None,
-    ) -> None:
-        """See `Codec.encode`. scale="auto" that was not decided is unbiased."""
-        rotated_kernels(x.device).rotated_encode(
-            x,
-            payload,
-            num_bits=self.num_bits,
-            trellis=self.trellis,
-            unbiased=self.scale != "mse",
-            base=rotation_base(context.key, context.shift, context.first_block),
-            residual=residual,
-            new_residual=new_residual,
-            loss_scale=context.loss_scale,
-        )
-
-    def decode(self, payload: Tensor, out: Tensor) -> None:
-        """See `Codec.decode`."""
-        rotated_kernels(out.device).rotated_decode(payload, out, num_bits=self.num_bits, trellis=self.trellis)
-
-    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
-        """See `Codec.decode_mean`."""
-        rotated_kernels(out.device).rotated_decode_mean(
-            payloads, out, num_bits=self.num_bits, trellis=self.trellis
-        )
+    @cached_property
+    def form(self) -> RotatedFormat:
+        """See `KernelCodec.form`. scale="auto" that was not decided is unbiased."""
+        return RotatedFormat(self.num_bits, self.trellis, self.scale != "mse")
 
     @classmethod
     def from_name(cls, name: str) -> RotatedCodec:

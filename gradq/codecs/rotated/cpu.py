@@ -1,7 +1,7 @@
 """The rotated codecs in Numba: byte for byte what `gradq.codecs.rotated.reference` writes.
 
 A tile (16 KiB) is worked on in scratch that stays close; memory is read and written once. Full tiles, all but
-the last of a segment, are in `cpu_rotated_tile`, what any tile needs in `cpu_rotated_rows`. R rows of 16
+the last of a segment, are in `cpu_tile`, what any tile needs in `cpu_rows`. R rows of 16
 columns, G groups; `_at` is an address, 0 for none, and `at` alone that of the scratch.
 """
 
@@ -50,8 +50,9 @@ from gradq.codecs.rotated.cpu_tile import (
     start_tile,
 )
 from gradq.codecs.rotated.cpu_trellis import store_trellis, trellis_encode, trellis_levels
-from gradq.codecs.rotated.format import POLYNOMIALS, TRELLIS_POLYNOMIALS, Polynomials, payload_bytes
+from gradq.codecs.rotated.format import RotatedFormat, rotation_base
 from gradq.kernels.numba_compile import called, inline_optimized, variant
+from gradq.kernels.numba_packing import packing
 from gradq.kernels.numba_tools import (
     address,
     aligned,
@@ -61,7 +62,6 @@ from gradq.kernels.numba_tools import (
     fence,
     keep,
     mix32,
-    packing,
     row_addresses,
     u8_at,
     u32_at,
@@ -80,19 +80,20 @@ from gradq.kernels.vector.operations import (
     store_halves,
     store_row,
 )
+from gradq.rng import EncodeContext
 
-__all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
+__all__ = ["decode", "decode_mean", "encode"]
 
 _LARGEST_DENORMAL = np.float32(2.0**-126 - 2.0**-149)
 _STREAM_FROM = 65536  # from this many elements outputs are written past the cache
 
 
-def _constants(polynomials: Polynomials, half: int) -> Any:
+@functools.cache
+def _constants(num_bits: int, trellis: bool) -> Any:
+    """What `store_quantizer` takes."""
+    polynomials = RotatedFormat(num_bits, trellis).polynomials
+    half = 1 << (num_bits if trellis else num_bits - 1)
     return np.array([polynomials.top, *polynomials.to_index, *polynomials.to_level, half], np.float32)
-
-
-_CONSTANTS = {(False, bits): _constants(p, 1 << (bits - 1)) for bits, p in POLYNOMIALS.items()}
-_CONSTANTS |= {(True, bits): _constants(p, 1 << bits) for bits, p in TRELLIS_POLYNOMIALS.items()}
 
 
 @functools.cache
@@ -476,47 +477,39 @@ def _decoder(num_bits: int, trellis: bool) -> Any:
     return decode_mean
 
 
-def rotated_encode(
+def encode(
     x: Tensor,
     payload: Tensor,
-    *,
-    num_bits: int,
-    trellis: bool,
-    unbiased: bool,
-    base: int,
-    residual: Tensor | None,
-    new_residual: Tensor | None,
-    loss_scale: float,
+    form: RotatedFormat,
+    context: EncodeContext,
+    residual: Tensor | None = None,
+    new_residual: Tensor | None = None,
 ) -> None:
     """Encode x + loss_scale * residual in one pass; the format is the reference's."""
     assert new_residual is None or residual is not None
     if (n := x.numel()) == 0:
         return
-    nbytes = payload_bytes(n, num_bits)
+    nbytes, scale = form.nbytes(n), float(context.loss_scale)
     x_at, payload_at = address(x, torch.float32, n), address(payload, torch.uint8, nbytes)
     residual_at = 0 if residual is None else address(residual, torch.float32, n)
     new_at = 0 if new_residual is None else address(new_residual, torch.float32, n)
-    where, scales = (x_at, n, payload_at, nbytes), (float(loss_scale), 1.0 / loss_scale)
-    kernel = _encoder(num_bits, bool(trellis))
-    kernel(*where, bool(unbiased), base, residual_at, new_at, *scales, _CONSTANTS[trellis, num_bits])
+    where, scales = (x_at, n, payload_at, nbytes), (scale, 1.0 / scale)
+    kernel, base = _encoder(form.num_bits, form.trellis), rotation_base(context)
+    kernel(*where, form.unbiased, base, residual_at, new_at, *scales, _constants(form.num_bits, form.trellis))
 
 
-def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
+def decode(payload: Tensor, out: Tensor, form: RotatedFormat) -> None:
     """Decode one segment into out."""
-    rotated_decode_mean(payload[None], out, num_bits=num_bits, trellis=trellis)
+    decode_mean(payload[None], out, form)
 
 
-def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
+def decode_mean(payloads: Tensor, out: Tensor, form: RotatedFormat) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
     n = out.numel()
     if n == 0:
         return
-    payloads_at, rows = row_addresses(payloads, payload_bytes(n, num_bits))
-    _decoder(num_bits, bool(trellis))(
-        payloads_at,
-        *rows,
-        payload_bytes(n, num_bits),
-        address(out, torch.float32, n),
-        n,
-        _CONSTANTS[trellis, num_bits],
-    )
+    nbytes = form.nbytes(n)
+    payloads_at, rows = row_addresses(payloads, nbytes)
+    constants = _constants(form.num_bits, form.trellis)
+    kernel = _decoder(form.num_bits, form.trellis)
+    kernel(payloads_at, *rows, nbytes, address(out, torch.float32, n), n, constants)

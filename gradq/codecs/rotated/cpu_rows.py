@@ -77,7 +77,7 @@ SUMS, _LARGEST, NORMS = 27648, 27648 + 256, 27648 + 256
 PARTIAL, PARTIAL_NORMS = CHOICES, CHOICES + 1024
 # 16 numbers each: energies, 1 / σ, scales, ones; then the constants of `store_quantizer` as rows.
 ENERGY, INVERSE, SCALE, ONES, QUANTIZER = 28160, 28224, 28288, 28352, 28416
-GROUP, COUNT = QUANTIZER + 14 * 64, QUANTIZER + 15 * 64  # of each column; see `cpu_rotated`
+GROUP, COUNT = QUANTIZER + 14 * 64, QUANTIZER + 15 * 64  # of each column; see `cpu`
 PADDED = QUANTIZER + 16 * 64  # the values of a last tile whose end is no whole row
 # What the trellis keeps between its passes, 64 bytes before a multiple of 4096: what is written there must
 # not look like the rows that are read next. Then its tables.
@@ -194,7 +194,7 @@ def _store_constant(at: Any, k: Any, value: Any) -> None:
 def store_quantizer(at: int, constants: Any) -> None:
     """Constants as rows: -top, top, `to_index`, half the codes; middle, `to_level`; table.
 
-    `quantizer_of` and `vector_blocks` read them.
+    `quantizer_of` and `vector.blocks` read them.
 
     Args:
         at: scratch.

@@ -8,7 +8,7 @@ with the 16 rows while they are near::
     quantize   distances 16 to 128 | codes, levels, sums | distances 16 to 128
     finish     distances 1 to 8 | times the scale, signs, what is lost
 
-Scratch is that of `cpu_rotated_rows`.
+Scratch is that of `cpu_rows`.
 """
 
 from __future__ import annotations

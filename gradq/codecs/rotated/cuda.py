@@ -1,6 +1,6 @@
 """The rotated codecs in Triton: byte for byte what `gradq.codecs.rotated.reference` writes.
 
-A program takes one tile of 256 rows of 16 columns; this module has those of 256 rows, `cuda_rotated_tail` a
+A program takes one tile of 256 rows of 16 columns; this module has those of 256 rows, `cuda_tail` a
 last one of fewer. With row 16 h + l, a tile is sixteen tensors [256] in one of two forms: one for each l, of
 the elements [h, column]; or one for each h, of [l, column]. In the first the low stages of the transform
 (distances 1, 2, 4, 8) are sums of whole tensors, in the second the high ones (16, 32, 64, 128) and the
@@ -42,7 +42,7 @@ from gradq.codecs.rotated.cuda_rotation import (
     transform,
 )
 from gradq.codecs.rotated.cuda_tail import encode_tail, unrotated_tail, window
-from gradq.codecs.rotated.format import COLUMNS, TILE, payload_bytes
+from gradq.codecs.rotated.format import COLUMNS, TILE, RotatedFormat, rotation_base
 from gradq.errors import KernelError
 from gradq.kernels.triton_tools import (
     aligned,
@@ -59,8 +59,9 @@ from gradq.kernels.triton_tools import (
     signed32,
     store_number,
 )
+from gradq.rng import EncodeContext
 
-__all__ = ["rotated_decode", "rotated_decode_mean", "rotated_encode"]
+__all__ = ["decode", "decode_mean", "encode"]
 
 _NUM_WARPS = 8  # a thread holds one element of [256], and has `swap` move the data once
 # registers of a thread: of one that encodes, by whether it writes a residual, and of one that decodes, by
@@ -415,66 +416,70 @@ def _decode(
     return values, scale
 
 
-def rotated_encode(
+def encode(
     x: Tensor,
     payload: Tensor,
-    *,
-    num_bits: int,
-    trellis: bool,
-    unbiased: bool,
-    base: int,
-    residual: Tensor | None,
-    new_residual: Tensor | None,
-    loss_scale: float,
+    form: RotatedFormat,
+    context: EncodeContext,
+    residual: Tensor | None = None,
+    new_residual: Tensor | None = None,
 ) -> None:
     """Encode x + loss_scale * residual in one pass; the format is the reference's.
 
     Raises:
-        KernelError: a trellis was asked for, or see `cuda_tools.check`.
+        KernelError: the format has a trellis, or see `triton_tools.check`.
     """
     assert new_residual is None or residual is not None
-    _refuse(num_bits, trellis)
+    _refuse(form)
     if (n := x.numel()) == 0:
         return
-    device = x.device
+    device, scale = x.device, float(context.loss_scale)
     check(x, torch.float32, n, device)
-    check(payload, torch.uint8, payload_bytes(n, num_bits), device)
+    check(payload, torch.uint8, form.nbytes(n), device)
     old = x if residual is None else check(residual, torch.float32, n, device)
     new = x if new_residual is None else check(new_residual, torch.float32, n, device)
     how: dict[str, Any] = {
-        "BITS": num_bits,
-        "LEVELS": constants(num_bits),
-        "UNBIASED": unbiased,
+        "BITS": form.num_bits,
+        "LEVELS": constants(form.num_bits),
+        "UNBIASED": form.unbiased,
         "READ": residual is not None,
         "WRITE": new_residual is not None,
+        "ALIGNED": aligned(x, old, new) and _codes_aligned(payload, 0, n, form),
+        "LAST": _last(n),
     }
-    can = aligned(x, old, new) and _codes_aligned(payload, 0, n)
-    form = {"ALIGNED": can, "num_warps": _NUM_WARPS, "maxnreg": _ENCODE_REGISTERS[new_residual is not None]}
-    args = (x, old, new, payload, signed32(base), _codes_at(n), float(loss_scale), 1.0 / loss_scale)
-    launch(_encode, -(-n // TILE), x, *args, n % TILE, *window(n), LAST=_last(n), **form, **how)
+    registers = _ENCODE_REGISTERS[new_residual is not None]
+    args = (x, old, new, payload, signed32(rotation_base(context)), form.codes_at(n), scale, 1.0 / scale)
+    launch(
+        _encode, -(-n // TILE), x, *args, n % TILE, *window(n), num_warps=_NUM_WARPS, maxnreg=registers, **how
+    )
 
 
-def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
-    """Decode one segment into out; see `rotated_encode`."""
-    rotated_decode_mean(payload[None], out, num_bits=num_bits, trellis=trellis)
+def decode(payload: Tensor, out: Tensor, form: RotatedFormat) -> None:
+    """Decode one segment into out; see `encode`."""
+    decode_mean(payload[None], out, form)
 
 
-def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
-    """Mean over the W rows of payloads, added in row order in fp32, divided once; see `rotated_encode`."""
-    _refuse(num_bits, trellis)
+def decode_mean(payloads: Tensor, out: Tensor, form: RotatedFormat) -> None:
+    """Mean over the W rows of payloads, added in row order in fp32, divided once; see `encode`."""
+    _refuse(form)
     if (n := out.numel()) == 0:
         return
     check(out, torch.float32, n, out.device)
-    num_rows, stride = check_rows(payloads, payload_bytes(n, num_bits), out.device)
+    num_rows, stride = check_rows(payloads, form.nbytes(n), out.device)
     how: dict[str, Any] = {
-        "BITS": num_bits,
-        "LEVELS": constants(num_bits),
+        "BITS": form.num_bits,
+        "LEVELS": constants(form.num_bits),
         "EXACT_RECIPROCAL": num_rows & (num_rows - 1) == 0,
+        "SINGLE": num_rows == 1,
+        "ALIGNED": aligned(out) and _codes_aligned(payloads, stride, n, form),
+        "LAST": _last(n),
     }
-    single, can = num_rows == 1, aligned(out) and _codes_aligned(payloads, stride, n)
-    form = {"SINGLE": single, "ALIGNED": can, "num_warps": _NUM_WARPS, "maxnreg": _DECODE_REGISTERS[single]}
-    args = (payloads, out, _codes_at(n), num_rows, stride, 1.0 / num_rows)
-    launch(_decode_mean, -(-n // TILE), out, *args, n % TILE, *window(n), LAST=_last(n), **form, **how)
+    registers = _DECODE_REGISTERS[num_rows == 1]
+    args = (payloads, out, form.codes_at(n), num_rows, stride, 1.0 / num_rows)
+    launch(
+        _decode_mean, -(-n // TILE), out, *args, n % TILE, *window(n),
+        num_warps=_NUM_WARPS, maxnreg=registers, **how,
+    )  # fmt: skip
 
 
 def _last(n: int) -> int:
@@ -484,19 +489,14 @@ def _last(n: int) -> int:
     return int((_SHORT if n % TILE > TILE - COLUMNS else _TAIL).value)
 
 
-def _codes_at(n: int) -> int:
-    """Where the codes of a segment start."""
-    return payload_bytes(n, 1) - 2 * -(-n // 16)
-
-
-def _codes_aligned(payload: Tensor, stride: int, n: int) -> bool:
+def _codes_aligned(payload: Tensor, stride: int, n: int, form: RotatedFormat) -> bool:
     """Whether the codes of every row start at a multiple of 4."""
-    return (payload.data_ptr() + _codes_at(n)) % 4 == 0 and stride % 4 == 0
+    return (payload.data_ptr() + form.codes_at(n)) % 4 == 0 and stride % 4 == 0
 
 
-def _refuse(num_bits: int, trellis: bool) -> None:
-    if trellis:
+def _refuse(form: RotatedFormat) -> None:
+    if form.trellis:
         raise KernelError(
-            f"gradq has no CUDA kernels for a trellis (the codecs rot1, rot2 and trellis1 to trellis4): use "
-            f"'rot{num_bits}(levels=scalar)' on CUDA tensors instead"
+            "gradq has no CUDA kernels for a trellis (levels=trellis, the default of rot1 and rot2): use "
+            f"'rot{form.num_bits}(levels=scalar)' on CUDA tensors instead"
         )

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the rotated codecs share; for the forms of a tile see `cuda_rotated`."""
+"""What the Triton kernels of the rotated codecs share; for the forms of a tile see `cuda`."""
 
 # Triton unrolls loops over tuples, and a tuple grows by a sum.
 # ruff: noqa: RUF005

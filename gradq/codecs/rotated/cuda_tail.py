@@ -1,6 +1,6 @@
 """The last tile of a segment in Triton: R < 256 rows, any number of them, by one program a segment.
 
-A tile has the forms that `cuda_rotated` describes. `size` is the largest power of two up to R and `factor`
+A tile has the forms that `cuda` describes. `size` is the largest power of two up to R and `factor`
 its root's inverse; if R is no power of two the transform takes the first `size` rows and then the last, as in
 `gradq.codecs.rotated.reference`. The last are moved `ahead` = R - size rows, to the front and back again: by
 whole tensors in each form, so that `swap` is all that goes through shared memory.
@@ -280,7 +280,7 @@ def encode_tail(
     UNBIASED: tl.constexpr,
     READ: tl.constexpr,
 ) -> None:
-    """As `cuda_rotated._encode_tile`; last: its number of elements, and what `window` gives."""
+    """As `cuda._encode_tile`; last: its number of elements, and what `window` gives."""
     left, rows, size, factor = last
     groups = (left + 255) // 256
     gain = tl.where(size == rows, rows, 1).to(tl.float32)

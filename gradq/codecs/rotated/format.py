@@ -1,4 +1,4 @@
-"""Rotated: what the kernels of the rotated codecs share: the tile, the polynomials, the way to a backend.
+"""Rotated: the parameters and sizes that its kernels share: the tile, the polynomials, the base of the signs.
 
 A tile is 4096 consecutive elements seen as 256 rows of 16 columns. Each column is rotated by itself, so the
 transform runs down the rows with whole rows as vectors, and each column of a full tile has its own scale.
@@ -17,14 +17,13 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
 
-import torch
-from torch import Tensor
-
-from gradq.kernels.loader import backend_for
+from gradq.codecs.base import Kernels
+from gradq.kernels.loader import Backends
+from gradq.rng import EncodeContext
 
 __all__ = [
+    "BACKENDS",
     "COLUMNS",
     "GROUP",
     "HEADER_BYTES",
@@ -33,10 +32,8 @@ __all__ = [
     "TILE_ROWS",
     "TRELLIS_POLYNOMIALS",
     "Polynomials",
-    "RotatedKernels",
+    "RotatedFormat",
     "mix32",
-    "payload_bytes",
-    "rotated_kernels",
     "rotation_base",
 ]
 
@@ -46,11 +43,6 @@ TILE = COLUMNS * TILE_ROWS
 GROUP = 256  # elements to a scale
 HEADER_BYTES = 4
 _MASK32 = 0xFFFFFFFF
-_MODULES = {
-    "reference": "gradq.codecs.rotated.reference",
-    "numba": "gradq.codecs.rotated.cpu",
-    "triton": "gradq.codecs.rotated.cuda",
-}
 
 
 @dataclass(frozen=True)
@@ -113,46 +105,50 @@ TRELLIS_POLYNOMIALS = {
 }
 
 
-class RotatedKernels(Protocol):
-    """The operations; `gradq.codecs.rotated.reference` documents the format they write."""
+@dataclass(frozen=True)
+class RotatedFormat:
+    """Levels of Lloyd and Max after a rotation.
 
-    def rotated_encode(
-        self,
-        x: Tensor,
-        payload: Tensor,
-        *,
-        num_bits: int,
-        trellis: bool,
-        unbiased: bool,
-        base: int,
-        residual: Tensor | None,
-        new_residual: Tensor | None,
-        loss_scale: float,
-    ) -> None:
-        """Encode x + loss_scale * residual and write what was lost, / loss_scale, to new_residual."""
-
-    def rotated_decode(self, payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
-        """Decode a payload of `rotated_encode` into out."""
-
-    def rotated_decode_mean(self, payloads: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
-        """Mean over the W decoded payloads into out."""
-
-
-def rotated_kernels(device: torch.device) -> RotatedKernels:
-    """The kernels that serve a device.
-
-    Raises:
-        KernelError: no backend for the device, or its package is missing.
+    Attributes:
+        num_bits: bits of a code, 1 to 6.
+        trellis: whether codes are chosen by a trellis, up to 4 bits.
+        unbiased: whether the scale is unbiased over rotations, or that of least squares; decoding does not
+            depend on it.
     """
-    return cast(RotatedKernels, backend_for(device, _MODULES, "rotated codecs"))
+
+    num_bits: int
+    trellis: bool
+    unbiased: bool = True
+
+    @property
+    def polynomials(self) -> Polynomials:
+        """The levels."""
+        return (TRELLIS_POLYNOMIALS if self.trellis else POLYNOMIALS)[self.num_bits]
+
+    def codes_at(self, numel: int) -> int:
+        """Where the codes start: after the base and a bf16 scale for every 256 elements."""
+        return HEADER_BYTES + 2 * -(-numel // GROUP)
+
+    def nbytes(self, numel: int) -> int:
+        """The base, the scales, codes of whole rows."""
+        if numel == 0:
+            return 0
+        return HEADER_BYTES + 2 * -(-numel // GROUP) + -(-numel // COLUMNS) * COLUMNS * self.num_bits // 8
 
 
-def payload_bytes(numel: int, num_bits: int) -> int:
-    """Bytes of a segment: the base, a bf16 scale for every 256 elements, codes of whole rows."""
-    if numel == 0:
-        return 0
-    rows = -(-numel // COLUMNS)
-    return HEADER_BYTES + 2 * -(-numel // GROUP) + rows * COLUMNS * num_bits // 8
+BACKENDS: Backends[Kernels[RotatedFormat]] = Backends(
+    "gradq.codecs.rotated", "the rotated codecs", ("reference", "numba", "triton")
+)
+
+
+def rotation_base(context: EncodeContext) -> int:
+    """The 32-bit number that a segment's signs are made from: tile t uses base + t.
+
+    The shift tells ranks apart: each rotates in its own way.
+    """
+    key = context.key
+    mixed = mix32((key & _MASK32) ^ mix32(context.shift & _MASK32))
+    return (mix32((mixed + (key >> 32)) & _MASK32) + context.first_block) & _MASK32
 
 
 def mix32(h: int) -> int:
@@ -162,15 +158,3 @@ def mix32(h: int) -> int:
     h ^= h >> 15
     h = (h * 0x846CA68B) & _MASK32
     return h ^ (h >> 16)
-
-
-def rotation_base(key: int, stream: int, first_tile: int) -> int:
-    """The 32-bit number that a segment's signs are made from: tile t uses base + t.
-
-    Args:
-        key: 64-bit, from `rng.dither_key`.
-        stream: tells ranks apart: each rotates in its own way.
-        first_tile: index, within the parameter, of the segment's first tile.
-    """
-    mixed = mix32((key & _MASK32) ^ mix32(stream & _MASK32))
-    return (mix32((mixed + (key >> 32)) & _MASK32) + first_tile) & _MASK32

@@ -54,22 +54,24 @@ from gradq.codecs.rotated.format import (
     COLUMNS,
     GROUP,
     HEADER_BYTES,
-    POLYNOMIALS,
     TILE,
     TILE_ROWS,
     Polynomials,
+    RotatedFormat,
+    rotation_base,
 )
-from gradq.codecs.uniform import reference
+from gradq.kernels.reference_tools import (
+    fused,
+    mean_of_rows,
+    mix32,
+    new_residual_of,
+    pack,
+    unpack,
+    value_of,
+)
+from gradq.rng import EncodeContext
 
-__all__ = [
-    "rotate",
-    "rotated_decode",
-    "rotated_decode_mean",
-    "rotated_encode",
-    "signs",
-    "split",
-    "unrotate",
-]
+__all__ = ["decode", "decode_mean", "encode", "rotate", "signs", "split", "unrotate"]
 
 _MASK32 = 0xFFFFFFFF
 _MIN_NORMAL = 2.0**-126
@@ -90,8 +92,8 @@ def split(numel: int) -> Iterator[tuple[slice, int, int, int]]:
 
 def _words(base: int, first_tile: int, num_tiles: int, first: int, count: int) -> Tensor:
     """Hash words [T, count] in int64."""
-    keys_T = reference._mix32((torch.arange(num_tiles) + first_tile + base) & _MASK32)
-    return reference._mix32((keys_T[:, None] + torch.arange(first, first + count)) & _MASK32)
+    keys_T = mix32((torch.arange(num_tiles) + first_tile + base) & _MASK32)
+    return mix32((keys_T[:, None] + torch.arange(first, first + count)) & _MASK32)
 
 
 def signs(base: int, first_tile: int, num_tiles: int, rows: int, first_word: int = 0) -> Tensor:
@@ -175,7 +177,7 @@ def _sum_full(a_TRC: Tensor, b_TRC: Tensor, *, apart: bool) -> Tensor:
 
     sums_T4C = torch.zeros(len(a_TRC) * 16, 4, COLUMNS)
     for a, b in zip(blocks(a_TRC).unbind(1), blocks(b_TRC).unbind(1), strict=True):
-        sums_T4C = reference.fused(a, b, sums_T4C)
+        sums_T4C = fused(a, b, sums_T4C)
     sums_TBC = _add_four(sums_T4C).view(-1, 16, COLUMNS)
     for count in (8, 4, 2, 1):
         sums_TBC = sums_TBC[:, :count] + sums_TBC[:, count : 2 * count]
@@ -210,15 +212,15 @@ def _level(codes: Tensor, num_bits: int, polynomials: Polynomials) -> Tensor:
     a0, a1, a2, a3 = polynomials.to_level
     m = codes.to(torch.float32) - ((1 << num_bits) - 1) / 2
     m2 = m * m
-    return m * reference.fused(m2, reference.fused(m2, reference.fused(m2, a3, a2), a1), a0)
+    return m * fused(m2, fused(m2, fused(m2, a3, a2), a1), a0)
 
 
 def _quantize(y: Tensor, num_bits: int, polynomials: Polynomials) -> Tensor:
     k0, k1, k2, k3 = polynomials.to_index
     y = y.clamp(-polynomials.top, polynomials.top)
     y2 = y * y
-    slope = reference.fused(y2, reference.fused(y2, reference.fused(y2, k3, k2), k1), k0)
-    return reference.fused(y, slope, 1 << (num_bits - 1)).to(torch.int32)
+    slope = fused(y2, fused(y2, fused(y2, k3, k2), k1), k0)
+    return fused(y, slope, 1 << (num_bits - 1)).to(torch.int32)
 
 
 def _round_scales(scales_TG: Tensor, words_TG: Tensor) -> Tensor:
@@ -232,53 +234,58 @@ def _scale_values(bits_TG: Tensor) -> Tensor:
     return (bits_TG << 16).to(torch.int32).view(torch.float32)
 
 
-def rotated_encode(
+def encode(
     x: Tensor,
     payload: Tensor,
-    *,
-    num_bits: int,
-    trellis: bool,
-    unbiased: bool,
-    base: int,
-    residual: Tensor | None,
-    new_residual: Tensor | None,
-    loss_scale: float,
+    form: RotatedFormat,
+    context: EncodeContext,
+    residual: Tensor | None = None,
+    new_residual: Tensor | None = None,
 ) -> None:
     """Encode x + loss_scale * residual; see the module docstring for the format."""
     n = x.numel()
     if n == 0:
         return
-    value = x.clone() if residual is None else x + residual * torch.tensor(loss_scale, dtype=torch.float32)
-    scale_bytes, code_bytes = _open(payload, n, num_bits)
+    base, value = rotation_base(context), value_of(x, residual, context.loss_scale)
+    decoded, kept = torch.empty_like(value), torch.zeros(n, dtype=torch.bool)
     payload[:HEADER_BYTES] = torch.tensor(list(base.to_bytes(4, "little")), dtype=torch.uint8)
     for span, first_tile, rows, groups in split(n):
-        num_tiles = -(-(span.stop - span.start) // TILE)
+        length = span.stop - span.start
+        num_tiles = -(-length // TILE)
         value_TRC = torch.zeros(num_tiles * rows * COLUMNS)
-        value_TRC[: span.stop - span.start] = value[span]
+        value_TRC[:length] = value[span]
         value_TRC = value_TRC.view(num_tiles, rows, COLUMNS)
         words_TG = _words(base, first_tile, num_tiles, _SCALE_WORD, groups)
         signs_2TRC = _both_signs(base, first_tile, num_tiles, rows)
-        if not unbiased:
+        if not form.unbiased:
             words_TG = torch.full_like(words_TG, 0x8000)
-        bits_TG, codes_TRC = _encode_tiles(value_TRC, signs_2TRC, words_TG, num_bits, trellis, unbiased)
-        at = first_tile * (TILE // GROUP) * 2
-        scale_bytes[at : at + 2 * bits_TG.numel()] = bits_TG.reshape(-1).to(torch.int16).view(torch.uint8)
-        size = rows * COLUMNS * num_bits // 8
-        at = first_tile * (TILE * num_bits // 8)
-        for codes_RC in codes_TRC:
-            code_bytes[at : at + size] = reference._pack(codes_RC.reshape(-1), num_bits)
-            at += size
-        if new_residual is not None:
-            assert residual is not None
-            decoded_TRC = _decode_tiles(bits_TG, codes_TRC, signs_2TRC, num_bits, trellis)
-            error = (value_TRC - decoded_TRC) * torch.tensor(1.0 / loss_scale, dtype=torch.float32)
-            lost = _scale_values(bits_TG).isnan()[:, :1, None].expand_as(error).reshape(-1)
-            length = span.stop - span.start
-            new_residual[span] = torch.where(lost[:length], residual[span], error.reshape(-1)[:length])
+        bits_TG, codes_TRC = _encode_tiles(value_TRC, signs_2TRC, words_TG, form)
+        scales, codes = _places(n, first_tile, num_tiles, rows, groups, form)
+        payload[scales] = bits_TG.reshape(-1).to(torch.int16).view(torch.uint8)
+        payload[codes] = pack(codes_TRC.reshape(num_tiles, -1), form.num_bits).reshape(-1)
+        decoded[span] = _decode_tiles(bits_TG, codes_TRC, signs_2TRC, form).reshape(-1)[:length]
+        kept[span] = _lost(bits_TG, rows)[:length]
+    if new_residual is not None:
+        new_residual.copy_(new_residual_of(value, decoded, residual, kept, context.loss_scale))
+
+
+def _places(
+    numel: int, first_tile: int, num_tiles: int, rows: int, groups: int, form: RotatedFormat
+) -> tuple[slice, slice]:
+    """Where in the payload the scales and the codes of some tiles stand."""
+    scales = HEADER_BYTES + first_tile * (TILE // GROUP) * 2
+    codes = form.codes_at(numel) + first_tile * (TILE * form.num_bits // 8)
+    size = num_tiles * rows * COLUMNS * form.num_bits // 8
+    return slice(scales, scales + 2 * num_tiles * groups), slice(codes, codes + size)
+
+
+def _lost(bits_TG: Tensor, rows: int) -> Tensor:
+    """Whether the tile of an element was sent as NaN, bool [T * R * C]."""
+    return _scale_values(bits_TG).isnan()[:, :1, None].expand(-1, rows, COLUMNS).reshape(-1)
 
 
 def _encode_tiles(
-    value_TRC: Tensor, signs_2TRC: Tensor, words_TG: Tensor, num_bits: int, trellis: bool, unbiased: bool
+    value_TRC: Tensor, signs_2TRC: Tensor, words_TG: Tensor, form: RotatedFormat
 ) -> tuple[Tensor, Tensor]:
     """Bits of the scales [T, G] and codes [T, R, C]."""
     num_tiles, rows, _ = value_TRC.shape
@@ -297,15 +304,14 @@ def _encode_tiles(
     coded_TG = energy_TG >= 2.0**-120
     inverse_TG = torch.where(coded_TG, 1.0 / sigma_TG, 0.0)
     y_TRC = z_TRC * _by_column(inverse_TG)
-    if trellis:
-        codes_TRC = reference_trellis.encode(y_TRC, num_bits)
-        level_TRC = reference_trellis.levels(codes_TRC, num_bits)
+    if form.trellis:
+        codes_TRC = reference_trellis.encode(y_TRC, form.num_bits)
     else:
-        codes_TRC = _quantize(y_TRC, num_bits, POLYNOMIALS[num_bits])
-        level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
-    total = _sum_through_trellis if trellis else partial(_sum_groups, apart=True)
+        codes_TRC = _quantize(y_TRC, form.num_bits, form.polynomials)
+    level_TRC = _levels(codes_TRC, form)
+    total = _sum_through_trellis if form.trellis else partial(_sum_groups, apart=True)
     inner_TG = total(level_TRC, z_TRC, groups)
-    if unbiased:
+    if form.unbiased:
         scale_TG = energy_TG / inner_TG
     else:
         scale_TG = (inner_TG / total(level_TRC, level_TRC, groups)) / _gain(rows)
@@ -316,57 +322,35 @@ def _encode_tiles(
     return bits_TG, codes_TRC
 
 
-def _decode_tiles(
-    bits_TG: Tensor, codes_TRC: Tensor, signs_2TRC: Tensor, num_bits: int, trellis: bool
-) -> Tensor:
-    if trellis:
-        level_TRC = reference_trellis.levels(codes_TRC, num_bits)
-    else:
-        level_TRC = _level(codes_TRC, num_bits, POLYNOMIALS[num_bits])
-    return (unrotate(level_TRC, signs_2TRC[1]) * _by_column(_scale_values(bits_TG))) * signs_2TRC[0]
+def _levels(codes_TRC: Tensor, form: RotatedFormat) -> Tensor:
+    if form.trellis:
+        return reference_trellis.levels(codes_TRC, form.num_bits)
+    return _level(codes_TRC, form.num_bits, form.polynomials)
 
 
-def _open(payload: Tensor, numel: int, num_bits: int) -> tuple[Tensor, Tensor]:
-    """The scales' bytes and the codes' of a payload."""
-    at = HEADER_BYTES + 2 * -(-numel // GROUP)
-    return payload[HEADER_BYTES:at], payload[at:]
+def _decode_tiles(bits_TG: Tensor, codes_TRC: Tensor, signs_2TRC: Tensor, form: RotatedFormat) -> Tensor:
+    rotated_TRC = unrotate(_levels(codes_TRC, form), signs_2TRC[1])
+    return (rotated_TRC * _by_column(_scale_values(bits_TG))) * signs_2TRC[0]
 
 
-def rotated_decode(payload: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
+def decode(payload: Tensor, out: Tensor, form: RotatedFormat) -> None:
     """Decode one segment into out."""
     n = out.numel()
     if n == 0:
         return
     base = int.from_bytes(bytes(payload[:HEADER_BYTES].tolist()), "little")
-    scale_bytes, code_bytes = _open(payload, n, num_bits)
-    bits = scale_bytes.to(torch.int64).view(-1, 2)
-    bits = bits[:, 0] | (bits[:, 1] << 8)
     for span, first_tile, rows, groups in split(n):
-        num_tiles = -(-(span.stop - span.start) // TILE)
-        at = first_tile * (TILE // GROUP)
-        bits_TG = bits[at : at + num_tiles * groups].view(num_tiles, groups)
-        size = rows * COLUMNS * num_bits // 8
-        at = first_tile * (TILE * num_bits // 8)
-        packed_T = code_bytes[at : at + num_tiles * size].view(num_tiles, size)
-        codes_TRC = torch.stack([reference._unpack(row, num_bits, rows * COLUMNS) for row in packed_T])
-        decoded_TRC = _decode_tiles(
-            bits_TG,
-            codes_TRC.view(num_tiles, rows, COLUMNS),
-            _both_signs(base, first_tile, num_tiles, rows),
-            num_bits,
-            trellis,
-        )
-        out[span] = decoded_TRC.reshape(-1)[: span.stop - span.start]
-        lost = _scale_values(bits_TG).isnan()[:, :1, None].expand(-1, rows, COLUMNS).reshape(-1)
-        out[span][lost[: span.stop - span.start]] = torch.nan
+        length = span.stop - span.start
+        num_tiles = -(-length // TILE)
+        scales, codes = _places(n, first_tile, num_tiles, rows, groups, form)
+        bits = payload[scales].to(torch.int64).view(num_tiles, groups, 2)
+        bits_TG = bits[..., 0] | (bits[..., 1] << 8)
+        codes_TRC = unpack(payload[codes].view(num_tiles, -1), form.num_bits).view(num_tiles, rows, COLUMNS)
+        signs_2TRC = _both_signs(base, first_tile, num_tiles, rows)
+        out[span] = _decode_tiles(bits_TG, codes_TRC, signs_2TRC, form).reshape(-1)[:length]
+        out[span][_lost(bits_TG, rows)[:length]] = torch.nan
 
 
-def rotated_decode_mean(payloads: Tensor, out: Tensor, *, num_bits: int, trellis: bool) -> None:
+def decode_mean(payloads: Tensor, out: Tensor, form: RotatedFormat) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
-    row = torch.empty_like(out)
-    for rank, payload in enumerate(payloads):
-        target = out if rank == 0 else row
-        rotated_decode(payload, target, num_bits=num_bits, trellis=trellis)
-        if rank > 0:
-            out.add_(row)
-    out.div_(payloads.shape[0])
+    mean_of_rows(lambda payload, to: decode(payload, to, form), payloads, out)

@@ -21,19 +21,19 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
-from torch import Tensor
-
-from gradq.codecs.base import Codec
-from gradq.codecs.topk.format import TopK, payload_bytes, topk_kernels
+from gradq.codecs.base import KernelCodec, Kernels
+from gradq.codecs.topk.format import BACKENDS, TopKFormat
 from gradq.errors import ConfigError
-from gradq.rng import EncodeContext
+from gradq.kernels.loader import Backends
 
 __all__ = ["TopKCodec"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKCodec(Codec):
+class TopKCodec(KernelCodec):
     """The largest magnitudes of each block, rounded to the nearest level.
 
     Attributes:
@@ -45,6 +45,8 @@ class TopKCodec(Codec):
         >>> round(TopKCodec(percent=1.0).wire_bits_per_element(1 << 20), 3)
         0.137
     """
+
+    backends: ClassVar[Backends[Kernels[Any]]] = BACKENDS
 
     percent: float = 1.0
     num_bits: int = 4
@@ -96,40 +98,10 @@ class TopKCodec(Codec):
         """The collective `sparse`."""
         return "sparse"
 
-    @property
-    def _topk(self) -> TopK:
-        return TopK(self.percent, self.num_bits, self.block_size)
-
-    def nbytes(self, numel: int) -> int:
-        """A scale, the codes and the indices of every block."""
-        return payload_bytes(numel, self._topk)
-
-    def encode(
-        self,
-        x: Tensor,
-        payload: Tensor,
-        *,
-        context: EncodeContext,
-        residual: Tensor | None = None,
-        new_residual: Tensor | None = None,
-    ) -> None:
-        """See `Codec.encode`; nothing is random."""
-        topk_kernels(x.device).topk_encode(
-            x,
-            payload,
-            topk=self._topk,
-            residual=residual,
-            new_residual=new_residual,
-            loss_scale=context.loss_scale,
-        )
-
-    def decode(self, payload: Tensor, out: Tensor) -> None:
-        """See `Codec.decode`."""
-        topk_kernels(out.device).topk_decode(payload, out, topk=self._topk)
-
-    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
-        """See `Codec.decode_mean`."""
-        topk_kernels(out.device).topk_decode_mean(payloads, out, topk=self._topk)
+    @cached_property
+    def form(self) -> TopKFormat:
+        """See `KernelCodec.form`."""
+        return TopKFormat(self.percent, self.num_bits, self.block_size)
 
     @classmethod
     def from_name(cls, name: str) -> TopKCodec:

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradq.codecs.topk.format import SCALE_BYTES, Block, TopK, payload_bytes
+from gradq.codecs.topk.format import SCALE_BYTES, Block, TopKFormat
+from gradq.codecs.uniform.cpu_scales import BF16, load_scale, store_scale
 from gradq.kernels.numba_compile import inline_optimized, variant
+from gradq.kernels.numba_packing import packing
 from gradq.kernels.numba_tools import (
     address,
     as_bits,
@@ -23,7 +25,6 @@ from gradq.kernels.numba_tools import (
     f32_at,
     fence,
     keep,
-    packing,
     row_addresses,
     u8_at,
     u32_at,
@@ -43,24 +44,9 @@ from gradq.kernels.vector.operations import (
     stream_row,
     trailing_zeros,
 )
+from gradq.rng import EncodeContext
 
-__all__ = ["topk_decode", "topk_decode_mean", "topk_encode"]
-
-_INFINITY = 0x7F800000
-
-
-@inline_optimized
-def _scale_bits(absmax: Any, qmax: Any) -> Any:
-    """As in the reference: bf16 rounded up, 0 for tiny scales, NaN for what is or becomes infinite."""
-    bits = as_bits(absmax / np.float32(qmax))
-    if bits >= np.uint32(_INFINITY):
-        return np.uint32(0x7FC0)
-    if bits < np.uint32(0x00800000):
-        return np.uint32(0)
-    up = np.uint32((bits + np.uint32(0xFFFF)) >> np.uint32(16))
-    if not as_float(np.uint32(up << np.uint32(16))) * np.float32(qmax) < np.float32(np.inf):
-        return np.uint32(0x7FC0)
-    return up
+__all__ = ["decode", "decode_mean", "encode"]
 
 
 @inline_optimized
@@ -266,10 +252,7 @@ def _encoder(num_bits: int) -> Any:
             value, magnitudes = value_B[:L], magnitudes_B[:L]
             old_at = 0 if residual_at == 0 else residual_at + 4 * start
             most = _load(x_at + 4 * start, old_at, value_at, magnitudes_at, L, block_size, unscale)
-            bits = _scale_bits(as_float(most), qmax)
-            payload[number * SCALE_BYTES] = np.uint8(bits)
-            payload[number * SCALE_BYTES + 1] = np.uint8(bits >> np.uint32(8))
-            scale = as_float(np.uint32(bits << np.uint32(16)))
+            scale = store_scale(payload_at + number * SCALE_BYTES, BF16, as_float(most), qmax)
             data = payload[at : at + code_bytes + high_bytes + low_bytes]
             at += code_bytes + high_bytes + low_bytes
             if scale > np.float32(0):
@@ -338,9 +321,7 @@ def _decoder(num_bits: int) -> Any:
                 out_L[j] = np.float32(0)
             for rank in range(num_rows):
                 payload = payloads[rank * row_stride : rank * row_stride + nbytes]
-                bits = np.uint32(payload[number * SCALE_BYTES])
-                bits = np.uint32(bits | (np.uint32(payload[number * SCALE_BYTES + 1]) << np.uint32(8)))
-                scale = as_float(np.uint32(bits << np.uint32(16)))
+                scale = load_scale(payloads_at + rank * row_stride + number * SCALE_BYTES, BF16)
                 if scale != scale:
                     for j in range(L):
                         out_L[j] = np.float32(np.nan)
@@ -362,58 +343,51 @@ def _decoder(num_bits: int) -> Any:
 
 
 @cache
-def _shapes(last: int, topk: TopK) -> Any:
+def _shapes(last: int, form: TopKFormat) -> Any:
     """Of a whole block and of the last one: k, low bits, and bytes of codes, high and low parts."""
 
     def numbers(block: Block) -> list[int]:
         return [block.kept, block.low_bits, block.code_bytes, block.high_bytes, block.low_bytes]
 
-    return np.array([numbers(topk.block(topk.block_size)), numbers(topk.block(last))], np.int64)
+    return np.array([numbers(form.block(form.block_size)), numbers(form.block(last))], np.int64)
 
 
-def topk_encode(
+def encode(
     x: Tensor,
     payload: Tensor,
-    *,
-    topk: TopK,
-    residual: Tensor | None,
-    new_residual: Tensor | None,
-    loss_scale: float,
+    form: TopKFormat,
+    context: EncodeContext,
+    residual: Tensor | None = None,
+    new_residual: Tensor | None = None,
 ) -> None:
     """Encode x + loss_scale * residual; the format is the reference's."""
     assert new_residual is None or residual is not None
-    n = x.numel()
-    nbytes = payload_bytes(n, topk)
-    _encoder(topk.num_bits)(
+    n, scale = x.numel(), float(context.loss_scale)
+    nbytes = form.nbytes(n)
+    _encoder(form.num_bits)(
         address(x, torch.float32, n),
         n,
         address(payload, torch.uint8, nbytes),
         nbytes,
-        topk.block_size,
-        _shapes(n % topk.block_size or 1, topk),
+        form.block_size,
+        _shapes(n % form.block_size or 1, form),
         0 if residual is None else address(residual, torch.float32, n),
         0 if new_residual is None else address(new_residual, torch.float32, n),
-        float(loss_scale),
-        1.0 / loss_scale,
+        scale,
+        1.0 / scale,
     )
 
 
-def topk_decode(payload: Tensor, out: Tensor, *, topk: TopK) -> None:
+def decode(payload: Tensor, out: Tensor, form: TopKFormat) -> None:
     """Decode one segment into out."""
-    topk_decode_mean(payload[None], out, topk=topk)
+    decode_mean(payload[None], out, form)
 
 
-def topk_decode_mean(payloads: Tensor, out: Tensor, *, topk: TopK) -> None:
+def decode_mean(payloads: Tensor, out: Tensor, form: TopKFormat) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
     n = out.numel()
-    nbytes = payload_bytes(n, topk)
+    nbytes = form.nbytes(n)
     payloads_at, rows = row_addresses(payloads, nbytes)
-    _decoder(topk.num_bits)(
-        payloads_at,
-        *rows,
-        nbytes,
-        address(out, torch.float32, n),
-        n,
-        topk.block_size,
-        _shapes(n % topk.block_size or 1, topk),
-    )
+    shapes = _shapes(n % form.block_size or 1, form)
+    out_at = address(out, torch.float32, n)
+    _decoder(form.num_bits)(payloads_at, *rows, nbytes, out_at, n, form.block_size, shapes)

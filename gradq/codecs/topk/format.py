@@ -1,30 +1,26 @@
-"""Top-k: sizes and operations that the kernels share; `gradq.codecs.topk.reference` says what they write."""
+"""Top-k: the parameters and sizes that its kernels share; for the format on the wire see `reference`."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, cast
 
-import torch
-from torch import Tensor
+from gradq.codecs.base import Kernels
+from gradq.kernels.loader import Backends
 
-from gradq.kernels.loader import backend_for
-
-__all__ = ["SCALE_BYTES", "Block", "TopK", "TopKKernels", "payload_bytes", "topk_kernels"]
+__all__ = ["BACKENDS", "SCALE_BYTES", "Block", "TopKFormat"]
 
 SCALE_BYTES = 2  # bf16
-_MODULES = {"reference": "gradq.codecs.topk.reference", "numba": "gradq.codecs.topk.cpu"}
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopKFormat:
     """How much is kept.
 
     Attributes:
-        percent: of the elements of a block, rounded up.
-        num_bits: of a kept element's code.
-        block_size: elements that share a scale and are chosen from.
+        percent: share of the elements of a block, rounded up.
+        num_bits: bits of a kept element's code.
+        block_size: number of elements to choose from, which share a scale.
     """
 
     percent: float
@@ -36,6 +32,12 @@ class TopK:
         kept = max(1, math.ceil(length * self.percent / 100 - 1e-6))
         low_bits = (length // kept).bit_length() - 1
         return Block(length, kept, self.num_bits, low_bits)
+
+    def nbytes(self, numel: int) -> int:
+        """Scales, then blocks; the last may be shorter and keeps fewer."""
+        whole, rest = divmod(numel, self.block_size)
+        nbytes = whole * (SCALE_BYTES + self.block(self.block_size).nbytes)
+        return nbytes + (SCALE_BYTES + self.block(rest).nbytes if rest else 0)
 
 
 @dataclass(frozen=True)
@@ -80,39 +82,4 @@ class Block:
         return self.code_bytes + self.high_bytes + self.low_bytes
 
 
-class TopKKernels(Protocol):
-    """The operations."""
-
-    def topk_encode(
-        self,
-        x: Tensor,
-        payload: Tensor,
-        *,
-        topk: TopK,
-        residual: Tensor | None,
-        new_residual: Tensor | None,
-        loss_scale: float,
-    ) -> None:
-        """Encode x + loss_scale * residual and write what was lost, / loss_scale, to new_residual."""
-
-    def topk_decode(self, payload: Tensor, out: Tensor, *, topk: TopK) -> None:
-        """Decode a payload of `topk_encode` into out."""
-
-    def topk_decode_mean(self, payloads: Tensor, out: Tensor, *, topk: TopK) -> None:
-        """Mean over the W decoded payloads into out."""
-
-
-def topk_kernels(device: torch.device) -> TopKKernels:
-    """The kernels that serve a device.
-
-    Raises:
-        KernelError: as `ops.backend_for`; there are none for CUDA.
-    """
-    return cast(TopKKernels, backend_for(device, _MODULES, "the codec topk"))
-
-
-def payload_bytes(numel: int, topk: TopK) -> int:
-    """Scales, then blocks; the last may be shorter and keeps fewer."""
-    whole, rest = divmod(numel, topk.block_size)
-    nbytes = whole * (SCALE_BYTES + topk.block(topk.block_size).nbytes)
-    return nbytes + (SCALE_BYTES + topk.block(rest).nbytes if rest else 0)
+BACKENDS: Backends[Kernels[TopKFormat]] = Backends("gradq.codecs.topk", "the codec topk")

@@ -25,10 +25,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradq.codecs.topk.format import SCALE_BYTES, Block, TopK
-from gradq.codecs.uniform import reference
+from gradq.codecs.topk.format import SCALE_BYTES, Block, TopKFormat
+from gradq.codecs.uniform.reference import load_scale, store_scale
+from gradq.kernels.reference_tools import mean_of_rows, new_residual_of, pack, unpack, value_of
+from gradq.rng import EncodeContext
 
-__all__ = ["topk_decode", "topk_decode_mean", "topk_encode"]
+__all__ = ["decode", "decode_mean", "encode"]
 
 
 def _to_bytes(bits: Tensor, nbytes: int) -> Tensor:
@@ -57,32 +59,25 @@ def _unpack_indices(data: Tensor, block: Block) -> Tensor:
     return ((ones - torch.arange(k)) << low) + (low_kl << torch.arange(low)).sum(1)
 
 
-def topk_encode(
+def encode(
     x: Tensor,
     payload: Tensor,
-    *,
-    topk: TopK,
-    residual: Tensor | None,
-    new_residual: Tensor | None,
-    loss_scale: float,
+    form: TopKFormat,
+    context: EncodeContext,
+    residual: Tensor | None = None,
+    new_residual: Tensor | None = None,
 ) -> None:
     """Encode x + loss_scale * residual; see the module docstring for the format."""
-    n, qmax = x.numel(), (1 << (topk.num_bits - 1)) - 1
-    value = x.clone() if residual is None else x + residual * torch.tensor(loss_scale, dtype=torch.float32)
+    n, qmax = x.numel(), (1 << (form.num_bits - 1)) - 1
+    value = value_of(x, residual, context.loss_scale)
     decoded, kept_as_was = torch.zeros_like(value), torch.zeros(n, dtype=torch.bool)
-    num_blocks = -(-n // topk.block_size)
+    num_blocks = -(-n // form.block_size)
     position = num_blocks * SCALE_BYTES
     for number in range(num_blocks):
-        span = slice(number * topk.block_size, min((number + 1) * topk.block_size, n))
-        block, value_L = topk.block(span.stop - span.start), value[span]
+        span = slice(number * form.block_size, min((number + 1) * form.block_size, n))
+        block, value_L = form.block(span.stop - span.start), value[span]
         magnitudes = value_L.view(torch.int32).bitwise_and(0x7FFFFFFF)
-        absmax = magnitudes.amax().view(torch.float32)
-        scale_bits = reference._scale_bits(absmax / qmax, torch.bfloat16)
-        scale = reference._scale_value(scale_bits, torch.bfloat16)
-        if not bool(torch.isfinite(scale * qmax)):
-            scale_bits = reference._scale_bits(torch.tensor(torch.nan), torch.bfloat16)
-            scale = torch.tensor(torch.nan)
-        reference._store_scale(payload, number, scale_bits, torch.bfloat16)
+        scale = store_scale(payload, number, magnitudes.amax().view(torch.float32), qmax, torch.bfloat16)
         data = payload[position : position + block.nbytes].zero_()
         position += block.nbytes
         if bool(scale > 0):
@@ -91,43 +86,34 @@ def topk_encode(
             codes_P = torch.full((block.padded,), qmax, dtype=torch.int32)
             codes_P[: block.kept] = (value_L[indices_k] * (1 / scale) + (qmax + 0.5)).to(torch.int32)
             codes_P.clamp_(0, 2 * qmax)
-            data[: block.code_bytes] = reference._pack(codes_P, topk.num_bits)
+            data[: block.code_bytes] = pack(codes_P, form.num_bits)
             data[block.code_bytes :] = _pack_indices(indices_k, block)
             decoded[span][indices_k] = (codes_P[: block.kept] - qmax) * scale
         kept_as_was[span] = bool(scale.isnan())
     if new_residual is not None:
-        assert residual is not None
-        error = (value - decoded) * torch.tensor(1.0 / loss_scale, dtype=torch.float32)
-        new_residual.copy_(torch.where(kept_as_was, residual, error))
+        new_residual.copy_(new_residual_of(value, decoded, residual, kept_as_was, context.loss_scale))
 
 
-def topk_decode(payload: Tensor, out: Tensor, *, topk: TopK) -> None:
+def decode(payload: Tensor, out: Tensor, form: TopKFormat) -> None:
     """Decode one segment into out."""
-    n, qmax = out.numel(), (1 << (topk.num_bits - 1)) - 1
+    n, qmax = out.numel(), (1 << (form.num_bits - 1)) - 1
     out.zero_()
-    num_blocks = -(-n // topk.block_size)
+    num_blocks = -(-n // form.block_size)
     position = num_blocks * SCALE_BYTES
     for number in range(num_blocks):
-        span = slice(number * topk.block_size, min((number + 1) * topk.block_size, n))
-        block = topk.block(span.stop - span.start)
-        scale_bits = reference._load_scale(payload, number, torch.bfloat16)
-        scale = reference._scale_value(scale_bits, torch.bfloat16)
+        span = slice(number * form.block_size, min((number + 1) * form.block_size, n))
+        block = form.block(span.stop - span.start)
+        scale = load_scale(payload, number, torch.bfloat16)
         data = payload[position : position + block.nbytes]
         position += block.nbytes
         if bool(scale.isnan()):
             out[span] = torch.nan
         elif bool(scale > 0):
-            codes_P = reference._unpack(data[: block.code_bytes], topk.num_bits, block.padded)
+            codes_P = unpack(data[: block.code_bytes], form.num_bits)
             indices_k = _unpack_indices(data[block.code_bytes :], block)
             out[span][indices_k] = (codes_P[: block.kept] - qmax) * scale
 
 
-def topk_decode_mean(payloads: Tensor, out: Tensor, *, topk: TopK) -> None:
+def decode_mean(payloads: Tensor, out: Tensor, form: TopKFormat) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
-    row = torch.empty_like(out)
-    for rank, payload in enumerate(payloads):
-        target = out if rank == 0 else row
-        topk_decode(payload, target, topk=topk)
-        if rank > 0:
-            out.add_(row)
-    out.div_(payloads.shape[0])
+    mean_of_rows(lambda payload, to: decode(payload, to, form), payloads, out)

@@ -13,14 +13,16 @@ References:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from gradq.codecs.base import Codec
+from gradq.codecs.base import KernelCodec, Kernels
 from gradq.codecs.phase2 import phase2_bits
+from gradq.codecs.uniform.format import BACKENDS, UniformFormat
 from gradq.errors import ConfigError
-from gradq.rng import EncodeContext
+from gradq.kernels.loader import Backends
 
 __all__ = ["UniformCodec"]
 
@@ -29,7 +31,7 @@ _ROUNDINGS = ("auto", "stochastic", "nearest")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformCodec(Codec):
+class UniformCodec(KernelCodec):
     """Uniform levels around zero.
 
     Scales are rounded up, so the largest element of a block can decode to a little more than it was (2**-8 of
@@ -48,6 +50,8 @@ class UniformCodec(Codec):
         >>> UniformCodec(num_bits=4).wire_bits_per_element(1 << 20)
         4.0625
     """
+
+    backends: ClassVar[Backends[Kernels[Any]]] = BACKENDS
 
     num_bits: int = 8
     block_size: int = 256  # a field serves as the contract's property
@@ -108,56 +112,11 @@ class UniformCodec(Codec):
         """6 or 8 bits: the error of the mean is seen whole by every rank. See `gradq.codecs.phase2`."""
         return replace(self, num_bits=phase2_bits(self.num_bits, world_size))
 
-    def nbytes(self, numel: int) -> int:
-        """Scales, then codes; the last block is padded to a multiple of 8 elements."""
-        num_blocks = -(-numel // self.block_size)
-        padded = -(-numel // 8) * 8  # block_size is a multiple of 8
-        return num_blocks * _SCALE_DTYPES[self.scale_dtype].itemsize + padded * self.num_bits // 8
-
-    def encode(
-        self,
-        x: Tensor,
-        payload: Tensor,
-        *,
-        context: EncodeContext,
-        residual: Tensor | None = None,
-        new_residual: Tensor | None = None,
-    ) -> None:
-        """See `Codec.encode`. rounding="auto" that was not decided rounds stochastically."""
-        self.kernels(x).uniform_encode(
-            x,
-            payload,
-            num_bits=self.num_bits,
-            block_size=self.block_size,
-            scale_dtype=_SCALE_DTYPES[self.scale_dtype],
-            stochastic=self.rounding != "nearest",
-            key=context.key,
-            shift=context.shift,
-            first_block=context.first_block,
-            residual=residual,
-            new_residual=new_residual,
-            loss_scale=context.loss_scale,
-        )
-
-    def decode(self, payload: Tensor, out: Tensor) -> None:
-        """See `Codec.decode`."""
-        self.kernels(out).uniform_decode(
-            payload,
-            out,
-            num_bits=self.num_bits,
-            block_size=self.block_size,
-            scale_dtype=_SCALE_DTYPES[self.scale_dtype],
-        )
-
-    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
-        """See `Codec.decode_mean`."""
-        self.kernels(out).uniform_decode_mean(
-            payloads,
-            out,
-            num_bits=self.num_bits,
-            block_size=self.block_size,
-            scale_dtype=_SCALE_DTYPES[self.scale_dtype],
-        )
+    @cached_property
+    def form(self) -> UniformFormat:
+        """See `KernelCodec.form`. rounding="auto" that was not decided is stochastic."""
+        stochastic = self.rounding != "nearest"
+        return UniformFormat(self.num_bits, self.block_size, _SCALE_DTYPES[self.scale_dtype], stochastic)
 
     @classmethod
     def from_name(cls, name: str) -> UniformCodec:

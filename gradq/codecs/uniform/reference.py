@@ -27,112 +27,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = [
-    "exact_decode",
-    "exact_decode_mean",
-    "exact_encode",
-    "fused",
-    "uniform_decode",
-    "uniform_decode_mean",
-    "uniform_encode",
-    "warm_up",
-]
+from gradq.codecs.uniform.format import UniformFormat
+from gradq.kernels.reference_tools import dither, mean_of_rows, new_residual_of, pack, unpack, value_of
+from gradq.rng import EncodeContext
 
-_MASK32 = 0xFFFFFFFF
+__all__ = ["decode", "decode_mean", "encode", "load_scale", "store_scale"]
+
 _MIN_NORMAL = 2.0**-126
-_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
-def warm_up() -> None:
-    """Nothing to compile."""
-
-
-def fused(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
-    """A b + c in fp32, rounded once, as a fused multiply-add does.
-
-    fp64 holds the product, and the sum's own error says on which side of a tie of fp32 it lies: its last bit
-    is made odd if anything was lost, so that rounding a second time does no harm.
-
-    References:
-        Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding
-        to odd", IEEE Trans. Computers, 2008.
-    """
-    product = a.double() * torch.as_tensor(b, dtype=torch.float32).double()
-    addend = torch.as_tensor(c, dtype=torch.float32).double().expand_as(product)
-    total = product + addend
-    rest = total - product
-    lost = (product - (total - rest)) + (addend - rest)
-    bits = total.view(torch.int64)
-    away = torch.where((lost > 0) == (total > 0), 1, -1)
-    odd = torch.where(lost.isfinite() & (lost != 0) & (bits & 1 == 0), bits + away, bits)
-    return odd.view(torch.float64).float()
-
-
-# --- exact ---------------------------------------------------------------------------------------------
-
-
-def exact_encode(x: Tensor, payload: Tensor, *, wire_dtype: torch.dtype) -> None:
-    """Write x to the payload in wire_dtype (round to nearest even where it is narrower)."""
-    payload.view(wire_dtype).copy_(x)
-
-
-def exact_decode(payload: Tensor, out: Tensor, *, wire_dtype: torch.dtype) -> None:
-    """Read a payload written by `exact_encode`."""
-    out.copy_(payload.view(wire_dtype))
-
-
-def exact_decode_mean(payloads: Tensor, out: Tensor, *, wire_dtype: torch.dtype) -> None:
-    """Mean over the W rows of payloads, added in row order in out's dtype, divided once."""
-    out.copy_(payloads[0].view(wire_dtype))
-    for row in payloads[1:]:
-        out.add_(row.view(wire_dtype))
-    out.div_(payloads.shape[0])
-
-
-# --- uniform -------------------------------------------------------------------------------------------
-
-
-def uniform_encode(
+def encode(
     x: Tensor,
     payload: Tensor,
-    *,
-    num_bits: int,
-    block_size: int,
-    scale_dtype: torch.dtype,
-    stochastic: bool,
-    key: int,
-    shift: int,
-    first_block: int,
-    residual: Tensor | None,
-    new_residual: Tensor | None,
-    loss_scale: float,
+    form: UniformFormat,
+    context: EncodeContext,
+    residual: Tensor | None = None,
+    new_residual: Tensor | None = None,
 ) -> None:
     """Encode x + loss_scale * residual; see the module docstring for the format."""
-    n = x.numel()
-    if n == 0:
-        return
-    qmax = (1 << (num_bits - 1)) - 1
-    value = x.clone() if residual is None else x + residual * torch.tensor(loss_scale, dtype=torch.float32)
+    n, qmax = x.numel(), form.qmax
+    value = value_of(x, residual, context.loss_scale)
     decoded = torch.empty_like(value)
     kept = torch.zeros(n, dtype=torch.bool)  # elements whose residual stays as it was
-    num_blocks = -(-n // block_size)
-    scale_bytes = payload[: num_blocks * scale_dtype.itemsize]
-    code_bytes = payload[num_blocks * scale_dtype.itemsize :]
-    position = 0
-    for block in range(num_blocks):
-        span = slice(block * block_size, min((block + 1) * block_size, n))
+    position = form.scale_bytes(n)
+    for block in range(-(-n // form.block_size)):
+        span = slice(block * form.block_size, min((block + 1) * form.block_size, n))
         padded = -(-(span.stop - span.start) // 8) * 8
         value_P = torch.zeros(padded, dtype=torch.float32)
         value_P[: span.stop - span.start] = value[span]
         absmax = value_P.view(torch.int32).bitwise_and(0x7FFFFFFF).amax().view(torch.float32)
-        scale_bits = _scale_bits(absmax / qmax, scale_dtype)
-        scale = _scale_value(scale_bits, scale_dtype)
-        if not bool(torch.isfinite(scale * qmax)):  # rounded up, it could decode a finite value to Inf
-            scale_bits = _scale_bits(torch.tensor(torch.nan), scale_dtype)
-            scale = torch.tensor(torch.nan)
-        if bool(torch.isfinite(scale)) and scale > 0:
-            if stochastic:
-                u_P = _dither(key, first_block + block, shift, padded) * 2.0**-16 + (qmax + 2.0**-17)
+        scale = store_scale(payload, block, absmax, qmax, form.scale_dtype)
+        if bool(scale > 0):
+            if form.stochastic:
+                blocks = torch.tensor(context.first_block + block)
+                u_P = dither(context.key, blocks, context.shift, padded) * 2.0**-16 + (qmax + 2.0**-17)
             else:
                 u_P = torch.full((padded,), qmax + 0.5, dtype=torch.float32)
             inverse = torch.tensor(1.0) / scale
@@ -140,68 +68,54 @@ def uniform_encode(
         else:
             codes_P = torch.full((padded,), qmax, dtype=torch.int32)
             kept[span] = bool(torch.isnan(scale))
-        _store_scale(scale_bytes, block, scale_bits, scale_dtype)
-        size = padded * num_bits // 8
-        code_bytes[position : position + size] = _pack(codes_P, num_bits)
+        size = padded * form.num_bits // 8
+        payload[position : position + size] = pack(codes_P, form.num_bits)
         position += size
         decoded[span] = ((codes_P - qmax).to(torch.float32) * scale)[: span.stop - span.start]
     if new_residual is not None:
-        assert residual is not None
-        error = (value - decoded) * torch.tensor(1.0 / loss_scale, dtype=torch.float32)
-        new_residual.copy_(torch.where(kept, residual, error))
+        new_residual.copy_(new_residual_of(value, decoded, residual, kept, context.loss_scale))
 
 
-def uniform_decode(
-    payload: Tensor, out: Tensor, *, num_bits: int, block_size: int, scale_dtype: torch.dtype
-) -> None:
+def decode(payload: Tensor, out: Tensor, form: UniformFormat) -> None:
     """Decode one segment into out."""
     n = out.numel()
-    if n == 0:
-        return
-    qmax = (1 << (num_bits - 1)) - 1
-    num_blocks = -(-n // block_size)
-    scale_bytes = payload[: num_blocks * scale_dtype.itemsize]
-    code_bytes = payload[num_blocks * scale_dtype.itemsize :]
-    position = 0
-    for block in range(num_blocks):
-        span = slice(block * block_size, min((block + 1) * block_size, n))
-        padded = -(-(span.stop - span.start) // 8) * 8
-        size = padded * num_bits // 8
-        codes_P = _unpack(code_bytes[position : position + size], num_bits, padded)
+    position = form.scale_bytes(n)
+    for block in range(-(-n // form.block_size)):
+        span = slice(block * form.block_size, min((block + 1) * form.block_size, n))
+        size = -(-(span.stop - span.start) // 8) * form.num_bits
+        codes_P = unpack(payload[position : position + size], form.num_bits)
         position += size
-        scale = _scale_value(_load_scale(scale_bytes, block, scale_dtype), scale_dtype)
-        out[span] = ((codes_P - qmax).to(torch.float32) * scale)[: span.stop - span.start]
+        scale = load_scale(payload, block, form.scale_dtype)
+        out[span] = ((codes_P - form.qmax).to(torch.float32) * scale)[: span.stop - span.start]
 
 
-def uniform_decode_mean(
-    payloads: Tensor, out: Tensor, *, num_bits: int, block_size: int, scale_dtype: torch.dtype
-) -> None:
+def decode_mean(payloads: Tensor, out: Tensor, form: UniformFormat) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
-    row = torch.empty_like(out)
-    for rank, payload in enumerate(payloads):
-        target = out if rank == 0 else row
-        uniform_decode(payload, target, num_bits=num_bits, block_size=block_size, scale_dtype=scale_dtype)
-        if rank > 0:
-            out.add_(row)
-    out.div_(payloads.shape[0])
+    mean_of_rows(lambda payload, to: decode(payload, to, form), payloads, out)
 
 
-def _mix32(h: Tensor) -> Tensor:
-    """lowbias32 on 32-bit values held in int64 (products wrap at 2**64; the low 32 bits are right)."""
-    h = h ^ (h >> 16)
-    h = (h * 0x7FEB352D) & _MASK32
-    h = h ^ (h >> 15)
-    h = (h * 0x846CA68B) & _MASK32
-    return h ^ (h >> 16)
+# --- scales --------------------------------------------------------------------------------------------
 
 
-def _dither(key: int, block: int, shift: int, padded: int) -> Tensor:
-    """The 16-bit dithers of a block as fp32 integers, [padded]."""
-    low, high = key & _MASK32, key >> 32
-    block_key = (int(_mix32(torch.tensor((block & _MASK32) ^ low))) + high) & _MASK32
-    h = _mix32((torch.arange(padded // 2) + block_key) & _MASK32)
-    u = torch.cat((h & 0xFFFF, h >> 16))
-    return ((u + shift) & 0xFFFF).to(torch.float32)
+def store_scale(scale_bytes: Tensor, block: int, absmax: Tensor, qmax: int, dtype: torch.dtype) -> Tensor:
+    """Write the scale of a block whose largest magnitude is absmax; returns what it will be read as."""
+    size = dtype.itemsize
+    place = scale_bytes[block * size : (block + 1) * size]
+    for scale in (absmax / qmax, torch.tensor(torch.nan)):
+        raw = list(_scale_bits(scale, dtype).to_bytes(size, "little"))
+        place.copy_(torch.tensor(raw, dtype=torch.uint8))
+        stored = load_scale(scale_bytes, block, dtype)
+        if bool(torch.isfinite(stored * qmax)):  # rounded up, it could decode a finite value to Inf
+            break
+    return stored
+
+
+def load_scale(scale_bytes: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """The scale of a block, fp32."""
+    size = dtype.itemsize
+    scale = scale_bytes[block * size : (block + 1) * size].clone().view(dtype).to(torch.float32)[0]
+    # one NaN everywhere: torch's fp16 conversion has two, depending on the tensor's length
+    return torch.where(scale.isnan(), torch.nan, scale)
 
 
 def _scale_bits(scale: Tensor, dtype: torch.dtype) -> int:
@@ -223,47 +137,3 @@ def _scale_bits(scale: Tensor, dtype: torch.dtype) -> int:
     mantissa = (bits & 0x7FFFFF) | 0x800000
     drop = min(14 - exponent, 25)  # 24-bit mantissa to units of 2**-24, rounded up
     return (mantissa + (1 << drop) - 1) >> drop
-
-
-def _scale_value(bits: int, dtype: torch.dtype) -> Tensor:
-    raw = torch.tensor(list(bits.to_bytes(dtype.itemsize, "little")), dtype=torch.uint8)
-    scale = raw.view(dtype).to(torch.float32)[0]
-    # one NaN everywhere: torch's fp16 conversion has two, depending on the tensor's length
-    return torch.where(scale.isnan(), torch.nan, scale)
-
-
-def _store_scale(scale_bytes: Tensor, block: int, bits: int, dtype: torch.dtype) -> None:
-    size = dtype.itemsize
-    raw = list(bits.to_bytes(size, "little"))
-    scale_bytes[block * size : (block + 1) * size] = torch.tensor(raw, dtype=torch.uint8)
-
-
-def _load_scale(scale_bytes: Tensor, block: int, dtype: torch.dtype) -> int:
-    size = dtype.itemsize
-    return int.from_bytes(bytes(scale_bytes[block * size : (block + 1) * size].tolist()), "little")
-
-
-def _pack(codes_P: Tensor, num_bits: int) -> Tensor:
-    """Codes [P] to bytes [P * num_bits / 8], plane after plane."""
-    planes, low = [], 0
-    for width in _PLANES[num_bits]:
-        digits = (codes_P >> low) & ((1 << width) - 1)
-        rows = digits.view(8 // width, -1)
-        shifts = torch.arange(0, 8, width, dtype=torch.int32)[:, None]
-        planes.append((rows << shifts).sum(0).to(torch.uint8))
-        low += width
-    return torch.cat(planes)
-
-
-def _unpack(code_bytes: Tensor, num_bits: int, padded: int) -> Tensor:
-    """Bytes [P * num_bits / 8] to codes [P], int32."""
-    codes_P = torch.zeros(padded, dtype=torch.int32)
-    position, low = 0, 0
-    for width in _PLANES[num_bits]:
-        run = padded * width // 8
-        plane = code_bytes[position : position + run].to(torch.int32)
-        shifts = torch.arange(0, 8, width, dtype=torch.int32)[:, None]
-        codes_P |= ((plane[None, :] >> shifts) & ((1 << width) - 1)).reshape(-1) << low
-        position += run
-        low += width
-    return codes_P

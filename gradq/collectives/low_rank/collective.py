@@ -30,7 +30,7 @@ from torch import Tensor
 
 from gradq import rng
 from gradq.collectives.base import Collective, Residuals, Segment, Setting, Step
-from gradq.collectives.low_rank.format import low_rank_kernels
+from gradq.collectives.low_rank.format import BACKENDS
 from gradq.metrics import Event
 from gradq.transport.contract import Pending
 
@@ -63,14 +63,14 @@ class LowRank(Collective):
         assert setting.plain is not None
         assert setting.bases is not None
         self._plain, self._remembered = setting.plain, setting.bases
-        self._kernels = low_rank_kernels(setting.device)
+        self._kernels = BACKENDS.on(setting.device)
         self._bases = [torch.zeros(s.low_rank * max(s.matrix), device=setting.device) for s in self.segments]
         self._layouts: dict[tuple[bool, ...], _Layout] = {}  # two in the steady state
 
     @classmethod
     def warm_up(cls, device: torch.device) -> None:
         """Run every kernel once."""
-        kernels = low_rank_kernels(device)
+        kernels = BACKENDS.on(device)
         x, vector = torch.zeros(1, device=device), torch.zeros(1, 1, device=device)
         kernels.orthonormalize(vector, vector.clone(), key=0)
         for left in (False, True):

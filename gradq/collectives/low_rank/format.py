@@ -9,20 +9,18 @@ array starts, and here every rank must get the same bits, in every bucket layout
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from gradq.kernels.loader import backend_for
+from gradq.kernels.loader import Backends
 
-__all__ = ["ATTEMPTS", "INDEPENDENT", "LANES", "LowRankKernels", "low_rank_kernels", "vector_seed"]
+__all__ = ["ATTEMPTS", "BACKENDS", "INDEPENDENT", "LANES", "LowRankKernels", "vector_seed"]
 
 LANES = 16  # partial sums of an inner product
 INDEPENDENT = 1e-10  # of its energy a vector must keep when it is made orthogonal, or it is replaced
 ATTEMPTS = 4  # the vector itself, then random ones
 
-_MODULES = {"reference": "gradq.collectives.low_rank.reference", "numba": "gradq.collectives.low_rank.cpu"}
 _MASK32 = 0xFFFFFFFF
 
 
@@ -62,13 +60,9 @@ class LowRankKernels(Protocol):
         """Replace value [m * n] by (value - left.T @ right) / loss_scale."""
 
 
-def low_rank_kernels(device: torch.device) -> LowRankKernels:
-    """The kernels that serve a device.
-
-    Raises:
-        KernelError: as `ops.backend_for`; there are none for CUDA.
-    """
-    return cast(LowRankKernels, backend_for(device, _MODULES, "the collective low_rank (powersgd)"))
+BACKENDS: Backends[LowRankKernels] = Backends(
+    "gradq.collectives.low_rank", "the collective low_rank (powersgd)"
+)
 
 
 def vector_seed(key: int, row: int, attempt: int) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradq.collectives.low_rank.format import ATTEMPTS, INDEPENDENT, LANES, vector_seed
+from gradq.kernels.reference_tools import mix32, value_of
 
 __all__ = ["orthonormalize", "project", "reconstruct", "remove"]
 
@@ -41,20 +42,10 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return sums[..., 0]
 
 
-def _mix32(h: Tensor) -> Tensor:
-    """The mixing function of `gradq.rng` on int64 in [0, 2**32)."""
-    mask = 0xFFFFFFFF
-    h = h ^ (h >> 16)
-    h = (h * 0x7FEB352D) & mask
-    h = h ^ (h >> 15)
-    h = (h * 0x846CA68B) & mask
-    return h ^ (h >> 16)
-
-
 def _random(length: int, seed: int) -> Tensor:
     """Uniform in [-1, 1)."""
-    start = _mix32(torch.tensor(seed, dtype=torch.int64))
-    bits = _mix32((torch.arange(length, dtype=torch.int64) + start) & 0xFFFFFFFF)
+    start = mix32(torch.tensor(seed, dtype=torch.int64))
+    bits = mix32((torch.arange(length, dtype=torch.int64) + start) & 0xFFFFFFFF)
     return (bits - ((bits >> 31) << 32)).to(torch.float32) * 2.0**-31
 
 
@@ -89,7 +80,7 @@ def project(
     loss_scale: float,
 ) -> None:
     """Write the sum to value, and its product with the basis to factor."""
-    value.copy_(x if residual is None else x + residual * torch.tensor(loss_scale, dtype=torch.float32))
+    value.copy_(value_of(x, residual, loss_scale))
     m, n = (basis if left else factor).shape[1], (factor if left else basis).shape[1]
     value_mn = value.view(m, n)
     if not left:

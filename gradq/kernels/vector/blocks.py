@@ -168,7 +168,7 @@ def _level(builder: Any, code: Any, quantizer_at: Any, use_table: bool) -> Any:
 
 
 def _constants(builder: Any, quantizer_at: Any) -> list[Any]:
-    """What `_codes` needs of what `cpu_rotated_rows.store_quantizer` stored."""
+    """What `_codes` needs of what `rotated.cpu_rows.store_quantizer` stored."""
     return [_row_at(builder, quantizer_at, 64 * k) for k in range(7)]
 
 

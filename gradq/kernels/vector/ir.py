@@ -1,4 +1,4 @@
-"""Vectors as LLVM instructions: what `vector` and `vector_blocks` make Numba operations of.
+"""Vectors as LLVM instructions: what `operations` and `blocks` make Numba operations of.
 
 `emit` functions take a builder and values and return a value. Rows are `FLOATS`, words `INTS`, of `LANES`
 elements each.

@@ -1,4 +1,7 @@
-"""Table: levels of any shape, for the formats that are not uniform and for the classics.
+"""Table: levels of any shape, for comparison: formats that are not uniform, and the classics.
+
+At equal bits all of them but one err more on real gradients than `rot*` or `int*` (docs/codecs.md), so they
+are plain torch on the CPU, without kernels.
 
 Names: nf4; lloyd2 ... lloyd4 (Lloyd-Max, normal); exp3, exp4 (powers of two); power3, power4 (squares);
 fp8_e4m3, fp8_e5m2; mxfp4, nvfp4 (the levels of fp4 with small blocks); ternary, sign, qsgd4, qsgd8.
@@ -20,14 +23,16 @@ from functools import cache
 from statistics import NormalDist
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gradq.codecs.base import Codec
 from gradq.codecs.phase2 import phase2_bits
 from gradq.codecs.rotated.format import POLYNOMIALS
 from gradq.codecs.uniform.codec import UniformCodec
-from gradq.contrib.table.format import Table, payload_bytes, small_float, table_kernels
-from gradq.errors import ConfigError
+from gradq.contrib.levels import Table, decode, encode
+from gradq.errors import ConfigError, KernelError
+from gradq.kernels.loader import backend_name
 from gradq.rng import EncodeContext
 
 __all__ = ["TABLE_NAMES", "TableCodec"]
@@ -35,13 +40,13 @@ __all__ = ["TABLE_NAMES", "TableCodec"]
 
 @dataclass(frozen=True)
 class _Format:
-    """One of the names: its levels in ascending order, and what its scales are."""
+    """One of the names; fields as in `Table`, and the rules of stochastic and of nearest rounding."""
 
     levels: tuple[float, ...]
     num_bits: int
     block_size: int = 256
     scale_format: str = "bf16"
-    rules: tuple[str, str] = ("absmax", "mse")  # of stochastic and of nearest rounding
+    rules: tuple[str, str] = ("absmax", "mse")
 
 
 def _mirrored(positive: list[float], zero: bool = True) -> tuple[float, ...]:
@@ -64,10 +69,11 @@ def _lloyd_max(num_bits: int) -> tuple[float, ...]:
     return _mirrored(positive, zero=False)
 
 
-def _floats(exponents: int, mantissa_bits: int, last: int) -> tuple[float, ...]:
-    """Floats without a bias: `last` is the greatest code, subnormals first."""
-    assert last < exponents << mantissa_bits
-    return _mirrored([small_float(code, mantissa_bits) for code in range(1, last + 1)])
+def _floats(mantissa_bits: int, last: int) -> tuple[float, ...]:
+    """Floats without a bias, in units of the smallest: `last` is the greatest code, subnormals first."""
+    steps = 1 << mantissa_bits
+    exponents = [(max(code // steps - 1, 0), code) for code in range(1, last + 1)]
+    return _mirrored([float((code - steps * e) << e) for e, code in exponents])
 
 
 _FORMATS = {
@@ -77,10 +83,10 @@ _FORMATS = {
     "exp4": _Format(_mirrored([2.0**-k for k in range(6, -1, -1)]), 4),
     "power3": _Format(_mirrored([float(k * k) for k in range(1, 4)]), 3),
     "power4": _Format(_mirrored([float(k * k) for k in range(1, 8)]), 4),
-    "fp8_e4m3": _Format(_floats(16, 3, 126), 8, rules=("absmax", "absmax")),
-    "fp8_e5m2": _Format(_floats(32, 2, 123), 8, rules=("absmax", "absmax")),
-    "mxfp4": _Format(_floats(4, 1, 7), 4, 32, "e8m0", ("absmax", "absmax")),
-    "nvfp4": _Format(_floats(4, 1, 7), 4, 16, "e6m2", ("absmax", "absmax")),
+    "fp8_e4m3": _Format(_floats(3, 126), 8, rules=("absmax", "absmax")),
+    "fp8_e5m2": _Format(_floats(2, 123), 8, rules=("absmax", "absmax")),
+    "mxfp4": _Format(_floats(1, 7), 4, 32, "e8m0", ("absmax", "absmax")),
+    "nvfp4": _Format(_floats(1, 7), 4, 16, "e6m2", ("absmax", "absmax")),
     "ternary": _Format((-1.0, 0.0, 1.0), 2),
     "sign": _Format((-1.0, 1.0), 1, rules=("", "l1")),
     "qsgd4": _Format(_mirrored([float(np.float32(k / 7)) for k in range(1, 8)]), 4, rules=("l2", "")),
@@ -162,7 +168,7 @@ class TableCodec(Codec):
 
     def nbytes(self, numel: int) -> int:
         """Scales, then codes; the last block is padded to a multiple of 8 elements."""
-        return payload_bytes(numel, _table(self.format, self._stochastic))
+        return self._table(torch.device("cpu")).nbytes(numel)
 
     def encode(
         self,
@@ -174,27 +180,24 @@ class TableCodec(Codec):
         new_residual: Tensor | None = None,
     ) -> None:
         """See `Codec.encode`. rounding="auto" that was not decided is stochastic, where the format can."""
-        table_kernels(x.device, self.name).table_encode(
-            x,
-            payload,
-            table=_table(self.format, self._stochastic),
-            key=context.key,
-            shift=context.shift,
-            first_block=context.first_block,
-            residual=residual,
-            new_residual=new_residual,
-            loss_scale=context.loss_scale,
-        )
+        encode(x, payload, self._table(x.device), context, residual, new_residual)
 
     def decode(self, payload: Tensor, out: Tensor) -> None:
         """See `Codec.decode`."""
-        table = _table(self.format, self._stochastic)
-        table_kernels(out.device, self.name).table_decode(payload, out, table=table)
+        decode(payload, out, self._table(out.device))
 
-    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
-        """See `Codec.decode_mean`."""
-        table = _table(self.format, self._stochastic)
-        table_kernels(out.device, self.name).table_decode_mean(payloads, out, table=table)
+    def _table(self, device: torch.device) -> Table:
+        """The levels and how a block is scaled to them.
+
+        Raises:
+            KernelError: the tensors are on another device than the CPU.
+        """
+        if backend_name(device) == "triton":
+            raise KernelError(
+                f"the codec {self.name!r} is a baseline for comparison and takes CPU tensors only; choose "
+                "one of int2 to int8 or rot3 to rot6"
+            )
+        return _table(self.format, self._stochastic)
 
     @classmethod
     def from_name(cls, name: str) -> TableCodec:
@@ -205,11 +208,5 @@ class TableCodec(Codec):
 @cache
 def _table(name: str, stochastic: bool) -> Table:
     chosen = _FORMATS[name]
-    return Table(
-        levels=chosen.levels,
-        num_bits=chosen.num_bits,
-        block_size=chosen.block_size,
-        scale_format=chosen.scale_format,
-        rule=chosen.rules[0 if stochastic else 1],
-        stochastic=stochastic,
-    )
+    rule = chosen.rules[0 if stochastic else 1]
+    return Table(chosen.levels, chosen.num_bits, chosen.block_size, chosen.scale_format, rule, stochastic)

@@ -1,1 +1,0 @@
-"""Table codecs: small floats, signs and other levels that are looked up."""
