@@ -1,7 +1,7 @@
 """Table: levels of any shape, for comparison: formats that are not uniform, and the classics.
 
-At equal bits all of them but one err more on real gradients than `rot*` or `int*` (docs/codecs.md), so they
-are plain torch on the CPU, without kernels.
+At equal bits every one errs more on real gradients than `rot*` or `int*` (docs/codecs.md), so they are plain
+torch on the CPU, without kernels.
 
 Names: nf4; lloyd2 ... lloyd4 (Lloyd-Max, normal); exp3, exp4 (powers of two); power3, power4 (squares);
 fp8_e4m3, fp8_e5m2; mxfp4, nvfp4 (the levels of fp4 with small blocks); ternary, sign, qsgd4, qsgd8.

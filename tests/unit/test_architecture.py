@@ -63,7 +63,8 @@ HEAVY = {
     },
     "triton": {
         "gradq.codecs.exact.cuda",
-        "gradq.codecs.rotated.cuda",
+        "gradq.codecs.rotated.cuda_decode",
+        "gradq.codecs.rotated.cuda_encode",
         "gradq.codecs.rotated.cuda_tail",
         "gradq.codecs.rotated.cuda_rotation",
         "gradq.kernels.triton_tools",

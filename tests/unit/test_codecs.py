@@ -252,6 +252,8 @@ def test_specs_are_forgiving_about_spaces_and_defaults(spec, text):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("trellis2", r"did you mean 'rot2'\?"),
+        ("trellis4(scale=mse)", r"did you mean 'rot4\(levels=trellis,scale=mse\)'\?"),
         ("int44", r"no codec is called 'int44'.*did you mean 'int8'\?.*bf16, .*fp16, .*int8"),
         ("zip", r"no codec is called 'zip'.*Choose from: bf16"),
         ("int1", "no codec is called 'int1'"),

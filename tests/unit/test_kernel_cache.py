@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 import gradq
+from gradq.codecs.rotated import cpu as rotated
+from gradq.codecs.topk import cpu as topk
+from gradq.codecs.uniform import cpu as uniform
 from gradq.kernels import numba_cache, turns
 from gradq.kernels.numba_compile import variant
 
@@ -74,6 +77,15 @@ def test_without_a_place_kernels_are_compiled_and_the_remedy_is_said_once() -> N
 
 def double(x):
     return x + x
+
+
+def test_kernels_of_one_name_in_two_modules_have_two_files() -> None:
+    """The folders of the algorithms all have a module `cpu` with functions of the same names."""
+    names = {
+        numba_cache.KernelCache(kernel.py_func, "8")._name
+        for kernel in (uniform._decoder(8, 256), topk._decoder(8), rotated._decoder(4, False))
+    }
+    assert len(names) == 3, names
 
 
 def start() -> int:

@@ -78,7 +78,8 @@ def test_the_uniform_decoder_compiles_and_rounds_as_the_reference():
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_compiles_and_rounds_as_the_reference(capability):
     from gradq.codecs.exact import cuda
-    from gradq.codecs.rotated import cuda as cuda_rotated
+    from gradq.codecs.rotated import cuda_decode as rotated_decode
+    from gradq.codecs.rotated import cuda_encode as rotated_encode
     from gradq.codecs.rotated.cuda_rotation import constants
     from gradq.codecs.uniform.cuda_decode import decode_program
     from gradq.codecs.uniform.cuda_encode import encode_program
@@ -96,12 +97,12 @@ def test_every_kernel_compiles_and_rounds_as_the_reference(capability):
         form = {"BITS": num_bits, "LEVELS": constants(num_bits), "ALIGNED": True, "LAST": last}
         index, tiles = num_bits * 16, 2 if last == 1 else 1  # the last coefficient of three bits is 0
         encode = feedback | {"UNBIASED": unbiased}
-        text = ptx(cuda_rotated._encode, capability, 8, **form, **encode)
+        text = ptx(rotated_encode.encode_program, capability, 8, **form, **encode)
         fused = tiles * (index + 2 * level + (3 if unbiased else 4) * total)
         assert_rounds_as_ieee(text, num_fused=fused + (index + 3 * level if last == 2 else 0))
         assert "sqrt.rn.f32" in text
         decode = {"EXACT_RECIPROCAL": unbiased, "SINGLE": not unbiased}
-        text = ptx(cuda_rotated._decode_mean, capability, 8, **form, **decode)
+        text = ptx(rotated_decode.decode_program, capability, 8, **form, **decode)
         assert_rounds_as_ieee(text, num_fused=3 * level if last == 2 else level)
     POINTERS["payloads"] = "*fp32"
     assert_rounds_as_ieee(ptx(cuda._exact_mean, capability, ELEMENTS=1024, DOUBLE=False))

@@ -14,10 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradq.codecs.rotated.cpu_hadamard import high_stages, low_stages, mix_words, rotate, sign_words, window
+from gradq.codecs.rotated.cpu_codes import (
+    coding_of,
+    decoding_of,
+    store_tables,
+    tile_packing,
+    variant_name,
+)
+from gradq.codecs.rotated.cpu_hadamard import low_stages, mix_words, rotate, sign_words, window
 from gradq.codecs.rotated.cpu_rows import (
-    CHOICES,
-    CODES,
     COUNT,
     ENERGY,
     GROUP,
@@ -25,34 +30,25 @@ from gradq.codecs.rotated.cpu_rows import (
     NEAR,
     NORMS,
     PADDED,
-    POSITIONS,
     SCALE,
     SCRATCH_BYTES,
     SUMS,
-    TABLES,
     WORDS,
     clear_sums,
     finish_rows,
     fold,
     is_ordinary,
     largest_of,
-    levels_of_rows_of,
-    quantize_rows_of,
-    quantizer_of,
     start_rows,
     store_quantizer,
 )
 from gradq.codecs.rotated.cpu_tile import (
     decode_tile,
     finish_tile,
-    levels_of_tile_of,
-    quantize_tile_of,
     start_tile,
 )
-from gradq.codecs.rotated.cpu_trellis import store_trellis, trellis_encode, trellis_levels
 from gradq.codecs.rotated.format import RotatedFormat, rotation_base
-from gradq.kernels.numba_compile import called, inline_optimized, variant
-from gradq.kernels.numba_packing import packing
+from gradq.kernels.numba_compile import inline_optimized, variant
 from gradq.kernels.numba_tools import (
     address,
     aligned,
@@ -94,28 +90,6 @@ def _constants(num_bits: int, trellis: bool) -> Any:
     polynomials = RotatedFormat(num_bits, trellis).polynomials
     half = 1 << (num_bits if trellis else num_bits - 1)
     return np.array([polynomials.top, *polynomials.to_index, *polynomials.to_level, half], np.float32)
-
-
-@functools.cache
-def _packing(num_bits: int, trellis: bool) -> tuple[Any, Any]:
-    """Functions (at, packed_at, rows) between the codes of a tile and their bytes: to these, and from them.
-
-    Of a full tile of 4 bits without the trellis the kernels read and write codes as the wire has them.
-    """
-    as_on_wire = num_bits == 4 and not trellis
-    pack, unpack = packing(num_bits, 0)
-
-    @called
-    def pack_tile(at: int, packed_at: int, rows: int) -> None:
-        if not (as_on_wire and rows == 256):
-            pack(at + CODES, packed_at, 16 * rows)
-
-    @called
-    def unpack_tile(at: int, packed_at: int, rows: int) -> None:
-        if not (as_on_wire and rows == 256):
-            unpack(packed_at, at + CODES, 16 * rows)
-
-    return pack_tile, unpack_tile
 
 
 # --- encode --------------------------------------------------------------------------------------------
@@ -179,62 +153,6 @@ def _invert(at: Any, gain: Any) -> None:
         store_row(at + INVERSE + part, select_less(energy, least, none, inverse))
 
 
-@called
-def _store_trellis(at: int, num_bits: int) -> None:
-    store_trellis(at + TABLES, quantizer_of(at)[7], num_bits)
-
-
-@functools.cache
-def _coding(num_bits: int, trellis: bool) -> Any:
-    """A function that makes codes of a transformed tile: see `quantize_rows` and `quantize_tile`."""
-    if trellis:
-
-        @called
-        def trellis_codes(
-            at: int, _codes_at: int, rows: int, _with_residual: bool, _next_at: int, _next_residual_at: int
-        ) -> None:
-            """Through the trellis; of a full tile with the high stages before and after."""
-            if rows == 256:
-                high_stages(at, 256)
-            quantizer = quantizer_of(at)
-            for part in range(0, 16, LANES):
-                z_at, sums_at, inverse = (
-                    at + 4 * part,
-                    at + SUMS + 4 * part,
-                    load_row(at + INVERSE + 4 * part),
-                )
-                codes_at, kept_at = (
-                    at + CODES + part,
-                    (at + CHOICES + part, at + POSITIONS + 4 * part, at + TABLES),
-                )
-                i, n = trellis_encode(z_at, codes_at, rows, num_bits, quantizer, inverse, kept_at)
-                for k, inner, norm in (
-                    (0, i[0], n[0]),
-                    (64, i[1], n[1]),
-                    (128, i[2], n[2]),
-                    (192, i[3], n[3]),
-                ):
-                    store_row(sums_at + k, inner)
-                    store_row(sums_at + NORMS - SUMS + k, norm)
-            if rows == 256:
-                high_stages(at, 256)
-
-        return trellis_codes
-
-    quantize_rows, quantize_tile = quantize_rows_of(num_bits), quantize_tile_of(num_bits)
-
-    @inline_optimized
-    def codes(
-        at: Any, codes_at: Any, rows: Any, with_residual: Any, next_at: Any, next_residual_at: Any
-    ) -> None:
-        if rows == 256:
-            quantize_tile(at, codes_at, with_residual, next_at, next_residual_at)
-        else:
-            quantize_rows(at, rows)
-
-    return codes
-
-
 @inline_optimized
 def _round_scales(at: Any, groups: Any, to_unit: Any, gain: Any, unbiased: Any, key: Any) -> Any:
     """Step 4: scales as bf16 has them. Returns whether one could decode to Inf."""
@@ -293,16 +211,12 @@ def _finish(
             new[j] = (x[j] - z[j]) * factor
 
 
-def _name(num_bits: int, trellis: bool) -> str:
-    return f"{num_bits}-{'trellis' if trellis else 'scalar'}"
-
-
 @functools.cache
 def _encoder(num_bits: int, trellis: bool) -> Any:
     """The kernel for codes of a width: only what that needs is compiled."""
-    pack_tile, write_codes = _packing(num_bits, trellis)[0], _coding(num_bits, trellis)
+    pack_tile, write_codes = tile_packing(num_bits, trellis)[0], coding_of(num_bits, trellis)
 
-    @variant(_name(num_bits, trellis))
+    @variant(variant_name(num_bits, trellis))
     def encode(
         x_at: int,
         n: int,
@@ -322,7 +236,7 @@ def _encoder(num_bits: int, trellis: bool) -> Any:
         at = aligned(memory.ctypes.data)
         store_quantizer(at, constants)
         if trellis:
-            _store_trellis(at, num_bits)
+            store_tables(at, num_bits)
         unscale, factor = np.float32(loss_scale), np.float32(inverse_loss_scale)
         for k in range(4):
             payload[k] = np.uint8(np.uint32(base) >> np.uint32(8 * k))
@@ -386,41 +300,11 @@ def _scales_of(payload: Any, scales_at: Any, groups: Any, scale_C: Any) -> None:
 
 
 @functools.cache
-def _decoding(num_bits: int, trellis: bool) -> Any:
-    """A function from a tile's codes to its levels; of a full one transformed at distances 16 to 128."""
-    unpack_tile = _packing(num_bits, trellis)[1]
-    if trellis:
-
-        @called
-        def trellis_levels_of(at: int, packed_at: int, rows: int) -> None:
-            unpack_tile(at, packed_at, rows)
-            to_level = quantizer_of(at)[7]
-            for part in range(0, 16, LANES):
-                trellis_levels(at + CODES + part, at + 4 * part, rows, to_level, at + TABLES)
-            if rows == 256:
-                high_stages(at, 256)
-
-        return trellis_levels_of
-
-    levels_of_rows, levels_of_tile = levels_of_rows_of(num_bits), levels_of_tile_of(num_bits)
-
-    @inline_optimized
-    def levels(at: Any, packed_at: Any, rows: Any) -> None:
-        unpack_tile(at, packed_at, rows)
-        if rows == 256:
-            levels_of_tile(at, packed_at)
-        else:
-            levels_of_rows(at, rows)
-
-    return levels
-
-
-@functools.cache
 def _decoder(num_bits: int, trellis: bool) -> Any:
     """The kernel for codes of a width; see `_encoder`."""
-    read_levels = _decoding(num_bits, trellis)
+    read_levels = decoding_of(num_bits, trellis)
 
-    @variant(_name(num_bits, trellis))
+    @variant(variant_name(num_bits, trellis))
     def decode_mean(
         payloads_at: int,
         num_rows: int,
@@ -435,7 +319,7 @@ def _decoder(num_bits: int, trellis: bool) -> Any:
         at = aligned(memory.ctypes.data)
         store_quantizer(at, constants)
         if trellis:
-            _store_trellis(at, num_bits)
+            store_tables(at, num_bits)
         scale_C = f32_at(at + SCALE, 16)
         stream = num_rows == 1 and n >= _STREAM_FROM and out_at & 63 == 0
         for tile in range((n + 4095) // 4096):

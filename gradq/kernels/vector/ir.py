@@ -10,8 +10,9 @@ from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import Any, cast
 
-from llvmlite import binding, ir
-from numba.core import cgutils, types
+from llvmlite import ir
+from numba.core import cgutils, config, types
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
@@ -40,10 +41,12 @@ __all__ = [
     "stream",
 ]
 
-_FEATURES = binding.get_host_cpu_features()
-LANES = 16 if _FEATURES.get("avx512f") else 8
-HAS_LOOKUP = bool(_FEATURES.get("avx512f") or _FEATURES.get("avx2"))  # whether there is `lookup`
-HAS_FMA = bool(_FEATURES.get("fma"))
+# what Numba lets machine code use: NUMBA_CPU_FEATURES, else what there is (less with NUMBA_ENABLE_AVX=0)
+_CHOSEN: str | None = cast(Any, config).CPU_FEATURES
+_FEATURES = set((get_host_cpu_features() if _CHOSEN is None else _CHOSEN).split(","))
+LANES = 16 if "+avx512f" in _FEATURES else 8
+HAS_LOOKUP = bool({"+avx512f", "+avx2"} & _FEATURES)  # whether there is `lookup`
+HAS_FMA = "+fma" in _FEATURES
 
 FLOATS = ir.VectorType(ir.FloatType(), LANES)
 INTS = ir.VectorType(ir.IntType(32), LANES)
