@@ -56,10 +56,20 @@ def _load_plugins() -> None:
     """Let the baselines and other packages register their codecs.
 
     An entry point of the group "gradq.codecs" names a function without arguments that calls `register`.
+
+    Raises:
+        ConfigError: a package's function fails, for ranks would differ in what they know without a word.
     """
     importlib.import_module(_CONTRIB)
     for plugin in entry_points(group="gradq.codecs"):
-        plugin.load()()
+        try:
+            plugin.load()()
+        except Exception as error:
+            package = plugin.dist.name if plugin.dist is not None else plugin.value
+            raise ConfigError(
+                f"the package {package!r} cannot register its codecs (entry point {plugin.name!r} = "
+                f"{plugin.value!r}): {error!r}; mend or uninstall it"
+            ) from error
 
 
 def names() -> list[str]:
