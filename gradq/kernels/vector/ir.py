@@ -11,8 +11,7 @@ from inspect import Parameter, Signature
 from typing import Any, cast
 
 from llvmlite import ir
-from numba.core import cgutils, config, types
-from numba.core.codegen import get_host_cpu_features
+from numba.core import cgutils, codegen, config, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
@@ -43,7 +42,7 @@ __all__ = [
 
 # what Numba lets machine code use: NUMBA_CPU_FEATURES, else what there is (less with NUMBA_ENABLE_AVX=0)
 _CHOSEN: str | None = cast(Any, config).CPU_FEATURES
-_FEATURES = set((get_host_cpu_features() if _CHOSEN is None else _CHOSEN).split(","))
+_FEATURES = set((cast(Any, codegen).get_host_cpu_features() if _CHOSEN is None else _CHOSEN).split(","))
 LANES = 16 if "+avx512f" in _FEATURES else 8
 HAS_LOOKUP = bool({"+avx512f", "+avx2"} & _FEATURES)  # whether there is `lookup`
 HAS_FMA = "+fma" in _FEATURES
