@@ -16,7 +16,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +25,14 @@ from torch.nn import functional
 
 from gradq.errors import ConfigError, ExportError, GradqError
 from gradq.export.inputs import leaf_names
+from gradq.export.lstm import Recurrence, emit_lstm, recurrence_of
+from gradq.export.nodes import DOMAIN, Layer, Quantizer
 from gradq.export.subpixel import Subpixel
 from gradq.quant.attention import QuantMultiheadAttention
 from gradq.quant.batches import unwrap
-from gradq.quant.fake import ActQuant, FakeQuantize, WeightQuant
+from gradq.quant.fake import ActQuant, FakeQuantize
 from gradq.quant.info import prepare_info
+from gradq.quant.lstm import QuantLSTM
 from gradq.quant.modules import QuantEmbedding, QuantLayer, QuantLinear, _QuantConv
 from gradq.quant.prepare import finalize
 from gradq.quant.recurrent import _QuantCell
@@ -37,11 +40,8 @@ from gradq.quant.tracing import example_arguments
 from gradq.quant.transposed import QuantConvTranspose
 
 __all__ = [
-    "DOMAIN",
     "Captured",
     "Exportable",
-    "Layer",
-    "Quantizer",
     "capture",
     "example_inputs_of",
     "exportable",
@@ -49,59 +49,20 @@ __all__ = [
     "quietly",
 ]
 
-DOMAIN = "gradq"
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """An activation quantizer in the graph.
-
-    Attributes:
-        name: the tensor's name.
-        quantizer: with its range.
-    """
-
-    name: str
-    quantizer: ActQuant
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer with a quantized weight in the graph.
-
-    Attributes:
-        name: qualified name of the weight.
-        kind: ``linear``, ``conv`` or ``embedding``.
-        weight: (O, …) fp32.
-        quantizer: of the weight.
-        bias: (O,) fp32, or None.
-        rows: which rows of the weight this node computes; None for all.
-        geometry: strides, pads, dilations and group of a convolution.
-        subpixel: of a transposed convolution; `geometry` is then that of the convolution of its phases.
-    """
-
-    name: str
-    kind: str
-    weight: Tensor
-    quantizer: WeightQuant
-    bias: Tensor | None
-    rows: slice | None = None
-    geometry: dict[str, Any] = field(default_factory=dict)
-    subpixel: Subpixel | None = None
-
 
 @dataclass
 class Captured:
     """What `capture` found.
 
     Attributes:
-        proto: the ONNX model, with opaque nodes ``gradq::Quantize`` and ``gradq::Layer``.
-        entries: what the nodes' ``index`` attributes point to.
+        proto: the ONNX model, with opaque nodes ``gradq::Quantize``, ``gradq::Layer`` and
+            ``gradq::Recurrence``.
+        entries: the things that the nodes' ``index`` attributes point to.
         model: the copy in evaluation, batch norm folded.
     """
 
     proto: Any
-    entries: list[Quantizer | Layer]
+    entries: list[Quantizer | Layer | Recurrence]
     model: nn.Module
 
 
@@ -128,9 +89,9 @@ class Exportable:
     """A copy of a model that an exporter can trace, and what to trace it with.
 
     Attributes:
-        model: in evaluation, on the CPU, batch norm folded.
+        model: the copy, in evaluation, on the CPU, batch norm folded.
         args: positional example inputs; free axes are at least 2 long.
-        names: of the tensors in the inputs.
+        names: names of the tensors in the inputs.
         shapes: free axes, as `torch.export.export` takes them; None if all are fixed.
     """
 
@@ -201,6 +162,12 @@ def capture(
         model, example_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes, quantized=quantized
     )
     plain = ready.model
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise ExportError(
+                f"{name} is an nn.LSTM with proj_size={module.proj_size}, which ONNX does not have; replace "
+                "it by an nn.LSTM without and an nn.Linear behind it, or export with gradq.export.pt2"
+            )
     table = _install(plain) if quantized else _Table()
     if not quantized:
         for module in plain.modules():
@@ -209,13 +176,18 @@ def capture(
     try:
         with torch.no_grad(), quietly():
             program = torch.onnx.export(
-                plain, ready.args, dynamo=True, opset_version=opset, input_names=ready.names,
+                plain, _positional(ready.args), dynamo=True, opset_version=opset, input_names=ready.names,
                 dynamic_shapes=ready.shapes, verbose=False, optimize=True,
             )  # fmt: skip
     except Exception as error:
         raise ExportError(_explain(plain, error)) from error
     assert program is not None
     return Captured(program.model_proto, table.entries(), plain)
+
+
+def _positional(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments so that torch.onnx does not take a dict at their end for keywords."""
+    return (*args, {}) if args and isinstance(args[-1], dict) else args
 
 
 def _check(model: nn.Module) -> None:
@@ -229,7 +201,8 @@ def _check(model: nn.Module) -> None:
             for key, weight, quantizer in module.quantized_weights():
                 if weight.dtype != torch.float32:
                     raise ExportError(
-                        f"{name}.{key} is {weight.dtype}; export takes fp32 models: call model.float()"
+                        f"{name}.{key} is {weight.dtype}; export takes fp32 models: prepare (or swap) "
+                        "model.float() with fp32 inputs"
                     )
                 _ = quantizer.quantize(weight)  # NaN and a missing range raise, with the weight's name
     if not found:
@@ -328,7 +301,9 @@ def _explain(model: nn.Module, error: Exception) -> str:
     """The exporter's error in one sentence: the innermost cause says what and where."""
     text = innermost(error)
     advice = "leave the module that holds it out with quant.Config(skip=…) does not help here: rewrite it"
-    if "No ONNX function found" in str(error) or "No decompositions" in text:
+    if "not a known type" in str(error):
+        advice = "return tensors in tuples, lists, dicts or a dataclass"
+    elif "No ONNX function found" in str(error) or "No decompositions" in text:
         advice = "ONNX has no such operator: rewrite that line with operators it has"
     elif "onstraint" in str(error) or "specialized" in str(error) or "dynamic" in text.lower():
         advice = "the model fixes an axis that is to be free: pass dynamic_batch=False, or rewrite that line"
@@ -355,13 +330,13 @@ class _Table:
     """
 
     def __init__(self) -> None:
-        self.makers: list[Callable[[], Quantizer | Layer]] = []
+        self.makers: list[Callable[[], Quantizer | Layer | Recurrence]] = []
 
-    def entries(self) -> list[Quantizer | Layer]:
+    def entries(self) -> list[Quantizer | Layer | Recurrence]:
         """The finished table; parameters have their values again."""
         return [make() for make in self.makers]
 
-    def _add(self, make: Callable[[], Quantizer | Layer]) -> int:
+    def _add(self, make: Callable[[], Quantizer | Layer | Recurrence]) -> int:
         self.makers.append(make)
         return len(self.makers) - 1
 
@@ -464,6 +439,16 @@ class _Table:
             self.linear(h, cell.hidden_quant, cell, ("weight_hh", "bias_hh", "hidden_weight_quant")),
         )
 
+    def recurrence(self, module: QuantLSTM, x: Tensor, hx: Any, lengths: Any, layer: int) -> Any:
+        """One layer of an LSTM."""
+        if lengths is not None:
+            raise ExportError(
+                f"{module.weight_quant.name}: packed sequences have no form in a file; export the model with "
+                "padded ones"
+            )
+        index = self._add(lambda: recurrence_of(module, layer))
+        return emit_lstm(index, x, hx, len(module.suffixes(layer)), module.hidden_size)
+
 
 def _pads(layer: Any) -> list[int]:
     """Begins of every spatial axis, then ends."""
@@ -495,6 +480,8 @@ def _install(model: nn.Module) -> _Table:
             module.__dict__["_project"] = _bind(table.attention, module)
         elif isinstance(module, _QuantCell):
             module.__dict__["_gates"] = _bind(table.gates, module)
+        elif isinstance(module, QuantLSTM):
+            module.__dict__["_layer"] = _bind(table.recurrence, module)
     return table
 
 

@@ -13,10 +13,10 @@ from typing import Any
 from gradq.errors import ExportError
 from gradq.export.runtime import metadata_of, session
 
-__all__ = ["Operators", "operators"]
+__all__ = ["FLOAT_PRODUCTS", "Operators", "operators"]
 
 # fmt: off
-_FLOAT_PRODUCTS = frozenset({
+FLOAT_PRODUCTS = frozenset({
     "Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "NhwcFusedConv", "FusedGemm", "FusedMatMul",
     "Einsum", "TransposeMatMul",
 })
@@ -26,6 +26,7 @@ _EXACT = frozenset({
     "DequantizeLinear", "MaxPool", "NhwcMaxPool", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze",
     "Identity", "Slice", "Split", "Clip", "Shape", "Concat", "Gather", "Cast", "Constant", "Pad", "Relu",
     "Add", "Sub", "Mul", "QLinearGlobalAveragePool", "Expand", "DepthToSpace",
+    "GatherBlockQuantized",
 })
 # fmt: on
 
@@ -37,7 +38,7 @@ class Operators:
     Attributes:
         counts: operator → how many.
         float_products: names of float matrix products and convolutions that read a weight.
-        activation_products: how many products of two activations (attention) there are.
+        activation_products: number of products of two activations (attention).
         unexpected: those of `float_products` that the export did not announce, with what feeds their weight.
         inexact: operators whose float arithmetic may differ from torch's in the last bit, those included that
             the runtime computed once at load, on constants.
@@ -68,7 +69,7 @@ def operators(path: str | os.PathLike[str]) -> Operators:
     counts = Counter(node.op_type for node in graph.node)
     products, unexpected, between = [], [], 0
     for node in graph.node:
-        if node.op_type not in _FLOAT_PRODUCTS:
+        if node.op_type not in FLOAT_PRODUCTS:
             continue
         weights = [_origin(name, producers) for name in node.input[:2]]
         if not any(origin in constants for origin, _ in weights):

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from gradq.errors import ExportError
-from gradq.export.capture import DOMAIN, Captured, Quantizer
+from gradq.export.capture import Captured
 from gradq.export.lower_layers import Bound, Codes, LayerLowering, attributes_of
+from gradq.export.lstm import Recurrence, write_lstm
+from gradq.export.nodes import DOMAIN, Quantizer
 from gradq.quant.integer import saturation
 
 __all__ = ["MOVES", "Lowered", "Lowering", "lower"]
@@ -40,7 +42,7 @@ class Lowered:
         forms: layer name → how it computes (``int8``, ``int4``, ``table``, ``nbits``, ``float``).
         notes: (name, reason) of quantized layers that compute in float, or otherwise than simulated.
         products: names of the nodes that multiply by a quantized layer's weight.
-        largest_code: of the weights in integer kernels, by magnitude; above 64 a processor without VNNI
+        largest_code: largest magnitude of a weight in an integer kernel; above 64 a processor without VNNI
             overflows 16 bits.
     """
 
@@ -82,6 +84,8 @@ class Lowering(LayerLowering):
                 entry = self.entries[attributes_of(node)["index"]]
                 if isinstance(entry, Quantizer):
                     self._quantize(node, entry)
+                elif isinstance(entry, Recurrence):
+                    self._recurrence(node, entry)
                 elif entry.subpixel is None:
                     self._layer(node, entry)
                 else:
@@ -270,6 +274,12 @@ class Lowering(LayerLowering):
         low, high = (b.constant(f"{name}.{k}", np.array(v, np.float32)) for k, v in (("low", 0), ("high", 1)))
         b.node("Clip", [y, low, high], f"{name}.clip", output=node.output[0])
         self.clips[node.output[0]] = Bound(y, 0.0, 1.0)
+
+    def _recurrence(self, node: Any, layer: Recurrence) -> None:
+        start = len(self.builder.nodes)
+        self.largest_code = max(self.largest_code, write_lstm(self.builder, node, layer))
+        self.forms[layer.name] = "int8"
+        self.products |= {made.name for made in self.builder.nodes[start:]}
 
     # --- the end ----------------------------------------------------------------------------------------
 

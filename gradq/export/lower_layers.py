@@ -16,7 +16,9 @@ import numpy as np
 from torch import Tensor
 
 from gradq.errors import ExportError
-from gradq.export.capture import Captured, Layer, Quantizer
+from gradq.export.capture import Captured
+from gradq.export.lookup import takes_one_operator, write_lookup, write_standard_lookup
+from gradq.export.nodes import Layer, Quantizer
 from gradq.export.weights import Builder, codes_of, float_weight, integer_weight, nbits_weight, storage
 from gradq.quant.integer import integer_bias
 
@@ -408,25 +410,15 @@ class LayerLowering:
                 b.node("MatMul", [x, turned], name, output=out)
 
     def _embedding(self, ids: str, out: str, layer: Layer) -> None:
-        """Look the codes up, then dequantize the rows that were asked for."""
-        import onnx
-
-        b, name = self.builder, layer.name
-        self.forms[name] = storage(layer)
-        if layer.quantizer.format.granularity == "group":
-            b.node("Gather", [float_weight(b, layer), ids], name, output=out, axis=0)
-            return
-        codes, _, _, scale = integer_weight(b, layer)
-        zero = layer.quantizer.zero_point.numpy().astype(np.float32)
-        rows = b.node("Gather", [codes, ids], name, axis=0)
-        value = b.node("Cast", [rows], f"{name}.to_float", to=onnx.TensorProto.FLOAT)
-        for op, part in (("Sub", zero), ("Mul", scale)):
-            if op == "Sub" and not zero.any():
-                continue
-            factor = b.constant(f"{name}.{op.lower()}", part.reshape(-1, 1) if len(part) > 1 else part)
-            if len(part) > 1:
-                factor = b.node("Gather", [factor, ids], f"{name}.{op.lower()}_rows", axis=0)
-            value = b.node(op, [value, factor], f"{name}.{op.lower()}_all", output=out if op == "Mul" else "")
+        """A lookup by one operator, unless a linear layer reads the same codes as they are."""
+        tied = any(
+            isinstance(e, Layer) and e.kind != "embedding" and e.quantizer is layer.quantizer
+            for e in self.entries
+        )
+        one = takes_one_operator(layer) and not tied
+        self.forms[layer.name] = (write_lookup if one else write_standard_lookup)(
+            self.builder, layer, ids, out
+        )
 
 
 def attributes_of(node: Any) -> dict[str, Any]:

@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gradq.export.comparison import Agreement, Fidelity
+from gradq.export.costs import Cost
 from gradq.export.inspect import Operators
 from gradq.export.tables import columns
 from gradq.export.timing import Latency
 
 __all__ = ["VerifyReport"]
+
+_SMALLEST_SHARE = 0.02  # of the time: below it an operator is not shown
 
 
 @dataclass(frozen=True)
@@ -19,17 +22,18 @@ class VerifyReport:
 
     Attributes:
         path: the file.
-        processor: what the session was chosen for.
-        operators: of the optimized graph.
-        agreement: with the integer reference.
+        processor: the processor that the session was chosen for.
+        operators: operators of the optimized graph.
+        agreement: agreement with the integer reference.
         fidelity: to the float model as it was given to `gradq.quant.prepare`.
         accuracy: ``fp32`` (the float model as given), ``int8`` and ``reference``, if the loader has labels:
             in per cent by the default metric, else what the metric gives.
         metric: ``accuracy, %``, or the name of the metric that was given.
         size_bytes: ``fp32`` and ``int8``.
         latency: batch size → ``fp32`` and ``int8``.
-        failures: what makes the file wrong.
-        warnings: what makes it a poor trade.
+        costs: parts of the INT8 file's time at the largest of the batch sizes, by ONNX Runtime's profile.
+        failures: sentences on what makes the file wrong.
+        warnings: sentences on what makes it a poor trade.
     """
 
     path: Path
@@ -43,6 +47,7 @@ class VerifyReport:
     failures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     metric: str = "accuracy, %"
+    costs: list[Cost] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -104,8 +109,25 @@ class VerifyReport:
         rows.append(["operators", "", shown or "none in integers", f"{sum(counts.values())} in all"])
         left, inside = len(self.operators.float_products), self.operators.activation_products
         rows.append(["float products", "", f"{left} with weights", f"{inside} in attention"])
+        rows += self._cost_rows()
         rows += [["FAILED", "", text, ""] for text in self.failures]
         rows += [["warning", "", text, ""] for text in self.warnings]
+        return rows
+
+    def _cost_rows(self) -> list[list[str]]:
+        """How much of the time is spent outside integer kernels, and in what."""
+        if not self.costs:
+            return []
+        parts = {
+            kind: sum(cost.share for cost in self.costs if cost.kind == kind)
+            for kind in ("float", "conversion")
+        }
+        shown = f"{100 * parts['float']:.0f} % in float, {100 * parts['conversion']:.0f} % converting"
+        rows = [["time, batch " + str(max(self.latency)), "", shown, "by ONNX Runtime's profile"]]
+        for cost in self.costs:
+            if cost.kind != "integers" and cost.share >= _SMALLEST_SHARE:
+                count = "" if cost.nodes == 1 else f", {cost.nodes} nodes"
+                rows.append([f"  {cost.name}", "", f"{100 * cost.share:.0f} %", f"{cost.kind}{count}"])
         return rows
 
 

@@ -59,6 +59,7 @@ def session(
     threads: int = 1,
     precise: bool | None = None,
     optimized: str | os.PathLike[str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` for an exported model.
 
@@ -71,7 +72,8 @@ def session(
         path: the file.
         threads: threads inside an operator.
         precise: the slower, correct kernel; None chooses by processor and file.
-        optimized: where to write the optimized graph, to be looked at.
+        optimized: path to write the optimized graph to.
+        profile: beginning of the name of the file that ``end_profiling()`` of the session writes.
 
     Raises:
         ExportError: ONNX Runtime cannot load the file; its reason is in the message.
@@ -92,6 +94,9 @@ def session(
         options.add_session_config_entry(_PRECISE, "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no base class but Exception
@@ -102,7 +107,7 @@ def feed(running: Any, inputs: Sequence[Any] | Mapping[str, Any]) -> dict[str, A
     """Inputs of a session by name, checked.
 
     Args:
-        running: from `session`.
+        running: a session from `session`.
         inputs: arrays or tensors by name, or in the order of the file's inputs.
 
     Raises:

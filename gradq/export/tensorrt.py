@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 
 from gradq.errors import ExportError
-from gradq.export.capture import Captured, Layer, Quantizer
+from gradq.export.capture import Captured
+from gradq.export.lookup import write_standard_lookup
 from gradq.export.lower import MOVES, Lowered, Lowering
 from gradq.export.lower_layers import attributes_of
+from gradq.export.lstm import Recurrence
+from gradq.export.nodes import Layer, Quantizer
 from gradq.export.weights import codes_of, integer_weight
 
 __all__ = ["lower_for_tensorrt"]
@@ -66,7 +69,7 @@ class _TensorRT(Lowering):
                 "tensor or a channel: prepare with quant.Config.for_target('gpu')"
             )
         if layer.kind == "embedding":
-            self._embedding(x, out, layer)
+            self.forms[name] = write_standard_lookup(b, layer, x, out)
             return
         start = len(b.nodes)
         bias = [] if layer.bias is None else [b.constant(f"{name}.bias", layer.bias.detach().numpy())]
@@ -87,6 +90,12 @@ class _TensorRT(Lowering):
         self.forms[name] = "int8" if quantized else "float"
         self.largest_code = max(self.largest_code, int(np.abs(codes_of(layer)[0]).max(initial=0)))
         self.products |= {made.name for made in b.nodes[start:]}
+
+    def _recurrence(self, node: Any, layer: Recurrence) -> None:
+        raise ExportError(
+            f"{layer.name}: TensorRT has no integer LSTM; prepare with quant.Config.for_target('gpu'), which "
+            "leaves it in float"
+        )
 
     def _turned(self, layer: Layer) -> str:
         """The weight as (I, O), dequantized along its second axis."""

@@ -23,6 +23,7 @@ from gradq.export.comparison import (
     input_names,
     split_batch,
 )
+from gradq.export.costs import costs
 from gradq.export.files import require
 from gradq.export.inputs import named_leaves
 from gradq.export.inspect import operators
@@ -66,31 +67,28 @@ def verify(
     announce is a failure), equality with the integer reference (bit for bit where every operator is exact),
     equality of repeated calls, outputs and accuracy against the float model *as it was given to* `prepare`,
     size and
-    latency against fp32 in the same runtime, in turns.
+    latency against fp32 in the same runtime, in turns, and what is spent outside integer kernels.
 
     Args:
-        path: from `gradq.export.onnx`.
+        path: the file, from `gradq.export.onnx`.
         model: the model it was written from.
         loader: batches; labels behind the inputs, if there are any. None compares on the example inputs.
-        float_model: what to compare with; by default the model as given to `prepare`, which keeps a copy.
-        For models
-            with layers placed by hand it is the same model with its quantizers off.
-        example_inputs: for models with layers placed by hand; by default those of `prepare`.
+        float_model: the model to compare with; by default the model as given to `prepare`, which keeps a
+            copy. For models with layers placed by hand it is the same model with its quantizers off.
+        example_inputs: inputs for models with layers placed by hand; by default those of `prepare`.
         metric: (outputs, labels) → a figure in its own unit, higher is better; by default the share of labels
             that are the argmax of the last axis (of the second, for labels of images), in per cent.
         baseline: the fp32 file, from `gradq.export.float_onnx`; written to a temporary folder if None.
         batch_sizes: latencies are measured at these; none if empty.
         seconds: per batch size.
-        threads: of the sessions.
+        threads: threads inside an operator.
         max_batches: look at so many batches only.
-        max_accuracy_loss: what a figure may be below fp32's, in the metric's unit; by default 1 point of
-        accuracy,
-            and 1 % of fp32's figure for a metric that is given.
+        max_accuracy_loss: largest loss of a figure against fp32's, in the metric's unit; by default 1 point
+            of accuracy, and 1 % of fp32's figure for a metric that is given.
         min_sqnr: dB to the float model below which the outputs are wrong; by default 10 without labels for a
             model that was not trained since `prepare`, otherwise only a warning.
-        min_speedup: a lower latency ratio is a failure (if nine tenths of the rounds agree, and a call
-        takes at
-            least 0.05 ms longer); None makes it a warning.
+        min_speedup: a lower latency ratio is a failure (if nine tenths of the rounds agree, and a call takes
+            at least 0.05 ms longer); None makes it a warning.
         strict: raise if something failed; False only reports it.
         show_progress: a progress bar on stderr.
 
@@ -133,6 +131,11 @@ def verify(
                            _resized(first, size) if free else first, seconds, threads)
             for size in batch_sizes
         }  # fmt: skip
+    times = []
+    if batch_sizes:
+        largest = _resized(first, max(batch_sizes)) if free else first
+        profiled = feed(running, named_leaves(largest))
+        times = costs(path, profiled, threads=threads, seconds=min(0.5, seconds))
     agreement, fidelity, accuracy = comparison.finish(free)
     report = VerifyReport(
         path=Path(path),
@@ -143,6 +146,7 @@ def verify(
         accuracy=accuracy,
         size_bytes=sizes,
         latency=latency,
+        costs=times,
         metric="accuracy, %"
         if metric is None
         else getattr(metric, "__name__", "metric").replace("<lambda>", "metric"),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradq.export.capture import Layer
+from gradq.export.nodes import Layer
 
 __all__ = [
     "Builder",
@@ -27,6 +27,7 @@ __all__ = [
     "nbits_weight",
     "pack_nibbles",
     "storage",
+    "stored_codes",
 ]
 
 Array = npt.NDArray[Any]
@@ -165,12 +166,18 @@ def _stored(builder: Builder, layer: Layer, codes: Array) -> str:
         return builder.node(
             "Gather", [builder.constant(f"{layer.name}.table", table), wide], f"{layer.name}.lookup", axis=0
         )
-    if fmt.bits <= 4:
-        kind, to = ("INT4", onnx.TensorProto.INT8) if fmt.symmetric else ("UINT4", onnx.TensorProto.UINT8)
-        return builder.node(
-            "Cast", [builder.constant(name, codes, nibbles=kind)], f"{layer.name}.cast", to=to
-        )
-    return builder.constant(name, codes.astype(np.int8 if fmt.symmetric else np.uint8))
+    return stored_codes(builder, name, codes, fmt.bits, symmetric=fmt.symmetric)
+
+
+def stored_codes(builder: Builder, name: str, codes: Array, bits: int, *, symmetric: bool = True) -> str:
+    """Codes as an INT8 value (UINT8 if not symmetric), two a byte if they have at most 4 bits."""
+    import onnx
+
+    if bits <= 4:
+        kind, to = ("INT4", onnx.TensorProto.INT8) if symmetric else ("UINT4", onnx.TensorProto.UINT8)
+        packed = builder.constant(name, codes, nibbles=kind)
+        return builder.node("Cast", [packed], f"{name.removesuffix('.codes')}.cast", to=to)
+    return builder.constant(name, codes.astype(np.int8 if symmetric else np.uint8))
 
 
 def integer_weight(builder: Builder, layer: Layer) -> tuple[str, str, str, Array]:

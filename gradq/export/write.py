@@ -19,10 +19,12 @@ from gradq.errors import ConfigError, ExportError
 from gradq.export.capture import capture, example_inputs_of
 from gradq.export.files import atomic, require
 from gradq.export.lower import Lowered, lower
+from gradq.export.runtime import features
 from gradq.export.tensorrt import lower_for_tensorrt
 from gradq.export.weights import is_weight_constant
 from gradq.quant.batches import unwrap
 from gradq.quant.by_name import swap_info
+from gradq.quant.calibrate import weights
 from gradq.quant.fake import ActQuant
 from gradq.quant.info import prepare_info
 from gradq.quant.mixed import average_bits
@@ -42,12 +44,13 @@ class ExportReport:
     Attributes:
         path: the file.
         opset: version of the default operator set.
-        size_bytes: of the file, external data included.
+        size_bytes: size of the file, external data included.
         forms: layers by the form their weights take: ``int8``, ``int4``, ``table``, ``nbits``, ``float``.
         float_islands: (name, reason) of what computes in float though it multiplies matrices, or otherwise
             than simulated.
         average_bits: bits a quantized weight takes, scales included.
-        metadata: what stands in the file's ``metadata_props``.
+        metadata: entries of the file's ``metadata_props``.
+        slow: sentences on forms that ONNX Runtime has a faster one for, with the remedy.
     """
 
     path: Path
@@ -57,10 +60,12 @@ class ExportReport:
     float_islands: list[tuple[str, str]]
     average_bits: float
     metadata: dict[str, str] = field(repr=False)
+    slow: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Some lines for people."""
-        return describe(self.path, self.size_bytes, f"opset {self.opset}", self.forms, self.float_islands)
+        text = describe(self.path, self.size_bytes, f"opset {self.opset}", self.forms, self.float_islands)
+        return "\n".join([text, *(f"  slow: {sentence}" for sentence in self.slow)])
 
 
 def describe(
@@ -92,15 +97,17 @@ def onnx(
     or not there: an error leaves what stood at `path` before.
 
     Args:
-        model: from `gradq.quant.prepare` and `calibrate`, trained or not, possibly inside DDP; untouched.
+        model: a model from `gradq.quant.prepare` and `calibrate`, trained or not, possibly inside DDP;
+            untouched.
         path: the file to write.
         example_inputs: a tensor, a tuple of arguments or a dict; by default those of `prepare`. Models with
             layers placed by hand need it.
         dynamic_batch: leave the first axis of every input free.
         dynamic_axes: more free axes: input name → axis → name, e.g. ``{"tokens": {1: "length"}}``.
         opset: version of the default operator set; by default 21 if a weight takes 4 bits, else 20.
-        runtime: what the graph is written for: ``onnxruntime``, or ``tensorrt`` for GPUs (static symmetric s8
-            activations, float biases: prepare with ``Config.for_target("gpu")``; not run on a GPU by us).
+        runtime: the runtime that the graph is written for: ``onnxruntime``, or ``tensorrt`` for GPUs (static
+            symmetric s8 activations, float biases: prepare with ``Config.for_target("gpu")``; not run on a
+            GPU by us).
         accuracy: the model's, to be kept in the file's metadata.
         metadata: more entries for it.
 
@@ -140,7 +147,30 @@ def onnx(
         float_islands=islands,
         average_bits=average_bits(plain),
         metadata=facts,
+        slow=_slow(plain, lowered, runtime),
     )
+
+
+def _slow(model: nn.Module, lowered: Lowered, runtime: str) -> list[str]:
+    """Forms that ONNX Runtime has a faster one for."""
+    if runtime != "onnxruntime":
+        return []
+    found = []
+    grouped = [q.name for _, q in weights(model).values() if q.format.bits > 4]
+    grouped = [name for name in grouped if lowered.forms.get(name) == "nbits"]
+    if grouped:
+        found.append(
+            f"{len(grouped)} layers ({grouped[0]}, ...) have weights of more than 4 bits in groups, which "
+            "MatMulNBits multiplies at about half of float's speed beyond a few rows; weights='int8' (a "
+            "scale a channel) and activations='int8-batch' run in integers; weights='int4-g32' is faster at "
+            "batch 1"
+        )
+    if lowered.largest_code > 64 and features() == "x86-avx2":
+        found.append(
+            "weights of 8 bits take the slower, correct kernel on this processor, which has no VNNI: for "
+            "files that run here prepare with quant.Config.for_target('x86-avx2')"
+        )
+    return found
 
 
 def float_onnx(
@@ -158,12 +188,12 @@ def float_onnx(
     Nothing that was done to the quantized model since (bias correction, training) is in it.
 
     Args:
-        model: as for `onnx`. With layers placed by hand it is written with its quantizers off.
+        model: a model as for `onnx`. With layers placed by hand it is written with its quantizers off.
         path: the file to write.
         float_model: the float model, if `prepare` was told not to keep it.
-        example_inputs: as for `onnx`.
-        dynamic_batch: as for `onnx`.
-        dynamic_axes: as for `onnx`.
+        example_inputs: inputs as for `onnx`.
+        dynamic_batch: a flag as for `onnx`.
+        dynamic_axes: free axes as for `onnx`.
         opset: version of the default operator set.
 
     Returns:
@@ -193,8 +223,6 @@ def float_onnx(
 
 
 def _choose_opset(model: nn.Module, opset: int | None) -> int:
-    from gradq.quant.calibrate import weights
-
     narrow = any(q.format.bits <= 4 for _, q in weights(model).values())
     if opset is None:
         return 21 if narrow else 20
@@ -213,13 +241,18 @@ def _islands(model: nn.Module, lowered: Lowered) -> tuple[list[tuple[str, str]],
     elif (swapped := swap_info(model)) is not None:
         known = list(swapped.float_islands)
     islands = [*known, *lowered.notes]
+    modules = dict(model.named_modules())
+    listed = {type(modules[name]).__name__ for name, _ in known if isinstance(modules.get(name), nn.RNNBase)}
     constants = {t.name for t in lowered.proto.graph.initializer}
     attention = floats = 0
     for node in lowered.proto.graph.node:
         if node.op_type not in _MATRIX_OPS or node.name in lowered.products:
             continue
         weights = [name for name in node.input if name in constants and not is_weight_constant(name)]
-        if weights and not any(weights[0].startswith(f"{name}.") for name, _ in known):
+        is_listed = node.op_type in listed or any(
+            w.startswith(f"{n}.") for n, _ in known for w in weights[:1]
+        )
+        if weights and not is_listed:
             islands.append((weights[0], f"{node.op_type} with a float weight"))
         attention += not weights
         floats += bool(weights)
@@ -237,7 +270,7 @@ def facts_of(model: nn.Module, islands: list[tuple[str, str]], accuracy: float |
     """The metadata every file has.
 
     Args:
-        model: without wrappers.
+        model: the model, without wrappers.
         islands: (name, reason) of what is in float.
         accuracy: the model's, if known.
     """
@@ -281,7 +314,10 @@ def _save(proto: Any, path: Path, facts: dict[str, str]) -> int:
         if large:
             onnx_package.checker.check_model(str(path))
     except onnx_package.checker.ValidationError as error:
-        raise ExportError(f"the graph is not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise ExportError(
+            f"torch.onnx translates an operator of this model into a graph that is not valid ONNX: "
+            f"{str(error).splitlines()[0]}; write that line with other operators"
+        ) from error
     except OSError as error:
         raise ExportError(f"cannot write {path.name}: {error.strerror}") from error
     return sum(file.stat().st_size for file in path.parent.iterdir())

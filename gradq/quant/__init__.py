@@ -11,6 +11,7 @@ from gradq.quant.control import ControlReport, prepare_within
 from gradq.quant.fake import ActQuant, WeightQuant
 from gradq.quant.formats import Format, parse_format
 from gradq.quant.info import float_model, prepare_info
+from gradq.quant.lstm import QuantLSTM
 from gradq.quant.mixed import assign_bits, average_bits, choose_bits, model_bytes
 from gradq.quant.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantEmbedding, QuantLinear
 from gradq.quant.prepare import finalize, prepare, restore
@@ -34,6 +35,7 @@ __all__ = [
     "QuantConv3d",
     "QuantEmbedding",
     "QuantGRUCell",
+    "QuantLSTM",
     "QuantLSTMCell",
     "QuantLinear",
     "QuantMultiheadAttention",

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 
 from gradq.errors import UnsupportedError
 from gradq.quant.attention import QuantMultiheadAttention
-from gradq.quant.config import Config
+from gradq.quant.config import Config, chosen_config
 from gradq.quant.fake import WeightQuant
 from gradq.quant.info import FloatModel
 from gradq.quant.layers import CONVOLUTIONS, layer_kind
+from gradq.quant.lstm import QuantLSTM, why_lstm_stays_float
 from gradq.quant.modules import QUANTIZED, QuantEmbedding, QuantLayer, QuantLinear
-from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell
+from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell, why_float
+from gradq.quant.sameness import check_values
+from gradq.quant.swapping import lookup_format
 from gradq.quant.transposed import TRANSPOSED, why_transposed_stays_float
 
 __all__ = ["SwapInfo", "swap", "swap_info", "unswapped"]
@@ -35,7 +38,7 @@ class SwapInfo:
     """What `swap` did.
 
     Attributes:
-        config: as given.
+        config: the configuration as given.
         swapped: names of the layers that were replaced.
         float_islands: (name, reason) of layers with weights that stay in float.
         originals: name → the float layer, which shares every parameter with the quantized one.
@@ -56,18 +59,21 @@ def swap(model: nn.Module, config: Config | None = None, *, keep_float: bool = T
 
     Args:
         model: any model.
-        config: formats, and names to skip; its placement is not used.
+        config: formats, and names to skip; its placement is not used. None: as for `gradq.quant.prepare`.
         keep_float: keep a copy of the model as it is now, on the CPU, for `gradq.export.verify`.
 
     Returns:
         The model.
 
     Raises:
-        UnsupportedError: nothing to replace, or the model was swapped or prepared before.
+        UnsupportedError: nothing to replace, or the model was swapped or prepared before, or a parameter that
+            has no values yet.
+        NonFiniteError: a weight that holds NaN or Inf; named.
     """
-    config = config or Config()
+    config = chosen_config(config)
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UnsupportedError(f"{type(model).__name__} has quantized layers already; swap a float model")
+    check_values(model)
     info = SwapInfo(config, float_model=FloatModel(model) if keep_float else None)
     shared: dict[int, tuple[Tensor, WeightQuant]] = {}
     made: dict[int, nn.Module] = {}
@@ -81,10 +87,10 @@ def swap(model: nn.Module, config: Config | None = None, *, keep_float: bool = T
                 info.float_islands.append((name, "skipped by the configuration"))
             continue
         if id(module) not in made:
-            new = _quantized(name, module, config)
+            new = _quantized(model, name, module, config)
             if new is None:
                 if isinstance(module, _WITH_WEIGHTS):
-                    info.float_islands.append((name, f"{type(module).__name__} has no quantized form here"))
+                    info.float_islands.append((name, _why_not(name, module, config)))
                 continue
             weight = new.effective_weight()
             known = shared.setdefault(id(weight), (weight, new.weight_quant))[1]
@@ -119,13 +125,29 @@ def unswapped(model: nn.Module) -> nn.Module:
     return out  # type: ignore[no-any-return]
 
 
-def _quantized(name: str, module: nn.Module, config: Config) -> QuantLayer | None:
+def _why_not(name: str, module: nn.Module, config: Config) -> str:
+    """Why a layer with weights stays in float."""
+    if isinstance(module, nn.LSTM):
+        return why_lstm_stays_float(module, config, name) or ""
+    if isinstance(module, nn.RNNBase):
+        return why_float(module)
+    if isinstance(module, tuple(TRANSPOSED)) and (reason := why_transposed_stays_float(module)):
+        return reason
+    return f"{type(module).__name__} has no quantized form here"
+
+
+def _quantized(model: nn.Module, name: str, module: nn.Module, config: Config) -> QuantLayer | None:
     kind = next((k for k in TRANSPOSED if isinstance(module, k)), None) or layer_kind(module)
     if kind in TRANSPOSED and why_transposed_stays_float(module):
         return None
+    if isinstance(module, nn.LSTM) and why_lstm_stays_float(module, config, name):
+        return None
     convolution = kind in CONVOLUTIONS or kind in TRANSPOSED
     embedding = isinstance(module, nn.Embedding)
-    fmt = config.weight_format(name, convolution=convolution, embedding=embedding)
+    whole_channels = convolution or isinstance(module, nn.LSTM)
+    fmt = config.weight_format(name, convolution=whole_channels, embedding=embedding)
+    if isinstance(module, nn.Embedding):
+        fmt = lookup_format(model, module, name, config)
     if fmt is None:
         return None
     act = config.activation_format(convolution=convolution)
@@ -133,6 +155,8 @@ def _quantized(name: str, module: nn.Module, config: Config) -> QuantLayer | Non
     plain: Any = module
     if convolution:
         return (QUANTIZED | TRANSPOSED)[kind].from_float(plain, fmt, act, **kw)  # type: ignore[index, no-any-return]
+    if isinstance(module, nn.LSTM):
+        return QuantLSTM.from_float(module, fmt, weight_observer=config.weight_observer, name=name)
     if kind is nn.Linear:
         return QuantLinear.from_float(plain, fmt, act, **kw)
     if embedding and plain.max_norm is None and not plain.sparse:

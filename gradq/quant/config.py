@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import platform
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -13,7 +15,9 @@ from gradq.errors import ConfigError
 from gradq.quant.formats import Format, parse_format
 from gradq.quant.observers import OBSERVERS
 
-__all__ = ["TARGETS", "Config", "detect_target"]
+__all__ = ["TARGETS", "Config", "chosen_config", "detect_target", "processor_notice"]
+
+_log = logging.getLogger("gradq")
 
 PLACEMENTS = ("auto", "full", "matmul")
 BATCH_NORMS = ("fold", "train")
@@ -30,17 +34,18 @@ class Config:
             layers; convolutions then take the static format of the same width (dynamic convolutions are
             slow). Likewise a grouped weight format: convolutions take it per channel.
         embeddings: format of embedding tables; None leaves them in float.
-        observer: how activation ranges are chosen: minmax, average, percentile, mse, entropy.
+        observer: rule that chooses activation ranges: minmax, average, percentile, mse, entropy.
         weight_observer: the same for weights.
         placement: ``full`` quantizes every activation that convolutions, additions and poolings read or
-            write;
-            ``matmul`` only the inputs of weight layers; ``auto`` takes ``matmul`` for models with attention
-            or layer norm and ``full`` otherwise.
+            write; ``matmul`` only the inputs of weight layers; ``auto`` takes ``matmul`` for models with
+            attention or layer norm and ``full`` otherwise.
         batch_norm: ``fold`` into the convolution at prepare, statistics frozen; ``train`` keeps updating
             statistics during QAT and is folded by `gradq.quant.finalize`.
         skip: names (``fnmatch`` patterns) of modules left in float.
         overrides: pairs (pattern, weights format); the first match holds.
         equalize: cross-layer equalization before quantizing (for models with ReLU between convolutions).
+        target: name of the target that the formats were chosen for, as `for_target` notes it; formats that
+            were chosen for no target are compared with this machine's processor in `prepare`.
 
     Raises:
         ConfigError: a value outside its legal range; SpecError for a format that cannot be read.
@@ -56,6 +61,7 @@ class Config:
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, str], ...] = ()
     equalize: bool = False
+    target: str | None = None
 
     def __post_init__(self) -> None:
         """Read every format once, so that a mistake is an error here."""
@@ -67,6 +73,8 @@ class Config:
         ):
             if value not in legal:
                 raise ConfigError(f"Config.{name} is {value!r}; legal: {', '.join(legal)}")
+        if self.target not in (None, *TARGETS):
+            raise ConfigError(f"Config.target is {self.target!r}; legal: None, {', '.join(TARGETS)}")
         if isinstance(self.skip, str):
             raise ConfigError(
                 f"Config.skip is the string {self.skip!r}; give a tuple of patterns: ({self.skip!r},)"
@@ -146,7 +154,62 @@ class Config:
         }
         if target not in presets:
             raise ConfigError(f"target is {target!r}; legal: {', '.join(TARGETS)}, auto")
-        return presets[target]
+        return replace(presets[target], target=target)
+
+
+def chosen_config(config: Config | None, cpuinfo: str | None = None) -> Config:
+    """The configuration that was given, or the one for who gives none.
+
+    That is `Config()`, with weights of 7 bits where this machine is an x86 processor without VNNI: weights of
+    8 bits saturate there in ONNX Runtime's fast kernel. A given configuration is taken as it is; if its
+    weights saturate on this machine and it names no target, the log says so once, and what to do.
+
+    Args:
+        config: the configuration as given to `gradq.quant.prepare`.
+        cpuinfo: text of ``/proc/cpuinfo``; read from this machine if None.
+    """
+    if config is None:
+        without_vnni = _processor(cpuinfo) == "x86-avx2"
+        return Config(weights="int7", target="x86-avx2") if without_vnni else Config()
+    notice = processor_notice(config, cpuinfo)
+    if notice:
+        _say_once(notice)
+    return config
+
+
+@functools.cache
+def _say_once(notice: str) -> None:
+    _log.warning(notice)
+
+
+def processor_notice(config: Config, cpuinfo: str | None = None) -> str:
+    """What is wrong with a configuration's formats on this machine's processor; empty if nothing is.
+
+    Args:
+        config: formats.
+        cpuinfo: text of ``/proc/cpuinfo``; read from this machine if None.
+    """
+    if config.target is not None or config.weights is None or config.activations is None:
+        return ""
+    weights = parse_format(config.weights, "weights")
+    if weights.bits < 8 or weights.granularity == "group" or _processor(cpuinfo) != "x86-avx2":
+        return ""
+    return (
+        f"weights {weights}: this processor has no VNNI, and its fast integer kernel saturates with weights "
+        "of 8 bits. Files take a slower, correct kernel here (gradq.export.session turns it on; other "
+        "loaders must set session.x64quantprecision). To run on processors like this one prepare with "
+        "quant.Config.for_target('x86-avx2'); if the file is for another machine, name it: "
+        "quant.Config(target='x86-vnni', ...)"
+    )
+
+
+def _processor(cpuinfo: str | None) -> str:
+    """`detect_target` of the processor, whatever GPU is there; empty if it is none of them."""
+    path = Path("/proc/cpuinfo")
+    try:
+        return detect_target(path.read_text() if cpuinfo is None and path.exists() else cpuinfo)
+    except ConfigError:
+        return ""
 
 
 def detect_target(cpuinfo: str | None = None) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradq.errors import CalibrationError, ConfigError
 from gradq.quant.batches import ToInputs, evaluating, float_mode, limited, run_batch
 from gradq.quant.calibrate import calibrate
-from gradq.quant.config import Config
+from gradq.quant.config import Config, chosen_config
 from gradq.quant.fake import FakeQuantize
 from gradq.quant.modules import QuantLayer
 from gradq.quant.prepare import prepare
@@ -26,8 +26,8 @@ class ControlReport:
     """What `prepare_within` found.
 
     Attributes:
-        float_figure: what `evaluate` gives for the float model.
-        figure: what it gives for the quantized one.
+        float_figure: figure of the float model, by `evaluate`.
+        figure: figure of the quantized one.
         skipped: layers that stay in float, the costliest first; put them into `Config.skip`.
         costs: layer → squared error of the outputs, relative to their power, with only that layer quantized.
         tried: (number of layers in float, figure) of every attempt, in order.
@@ -72,12 +72,12 @@ def prepare_within(
     attempt is prepared, calibrated and evaluated anew.
 
     Args:
-        model: as for `prepare`; untouched.
-        example_inputs: as for `prepare`.
+        model: a model as for `prepare`; untouched.
+        example_inputs: inputs as for `prepare`.
         loader: calibration batches, kept in memory; no labels are needed.
         evaluate: model → figure, higher is better (accuracy in per cent, minus the perplexity, …). It is
             called with the float model and with quantized ones, in evaluation mode.
-        max_loss: how much of the figure may be lost, in its own unit.
+        max_loss: largest loss of the figure, in its own unit.
         config: formats and placement; what it skips stays in float anyway.
         num_batches: batches to use; None for all.
         to_inputs: batch → the model's arguments, if the default does not fit.
@@ -92,7 +92,7 @@ def prepare_within(
     """
     if not max_loss >= 0:
         raise ConfigError(f"max_loss is {max_loss}; legal: 0 or more, in the unit of your figure")
-    config = config or Config()
+    config = chosen_config(config)
     batches = list(limited(loader, num_batches)[0])
     if not batches:
         raise CalibrationError("the loader yielded no batch; give at least one")

@@ -13,27 +13,27 @@ this works on layers, as with fx. Axes of the example that the model does not fi
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import operator
-import pickle
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from gradq.errors import ConfigError, TraceError
+from gradq.errors import TraceError
 from gradq.quant.config import Config
 from gradq.quant.layers import BATCH_NORMS, CONVOLUTIONS, layer_kind
+from gradq.quant.structures import Fixed, FixedShape, Flatten, Rebuild, Structure
 from gradq.quant.tracing import QuantGraph, merge_modes
 
-__all__ = ["Fixed", "FixedShape", "Flatten", "Rebuild", "Structure", "trace_by_export"]
+__all__ = ["trace_by_export"]
 
 _TORCH = str(Path(torch.__file__).parent)
 _LAYERS: dict[Any, tuple[type[nn.Module], ...]] = {
@@ -45,106 +45,6 @@ _LAYERS: dict[Any, tuple[type[nn.Module], ...]] = {
 }  # fmt: skip
 _CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size",
            "_assert_async", "_functional_assert_scalar", "_functional_assert_async")  # fmt: skip
-
-
-class Structure:
-    """A container's structure as `torch.utils._pytree` has it; copies and pickles without torch's warnings.
-
-    Args:
-        spec: torch's.
-    """
-
-    def __init__(self, spec: Any) -> None:
-        self.spec = spec
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
-        """Itself: it does not change."""
-        return self
-
-    def __reduce__(self) -> Any:
-        """Pickled apart."""
-        return _load_structure, (pickle.dumps(self.spec),)
-
-
-def _load_structure(data: bytes) -> Structure:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about its own classes
-        return Structure(pickle.loads(data))
-
-
-class Flatten(nn.Module):
-    """The tensors in a structured input, as a list.
-
-    Args:
-        name: the input's, for errors.
-        structure: its own.
-    """
-
-    def __init__(self, name: str, structure: Structure) -> None:
-        super().__init__()
-        self.name, self.structure = name, structure
-
-    def forward(self, value: Any) -> list[Any]:
-        """Any container of this structure → its leaves."""
-        leaves, spec = torch.utils._pytree.tree_flatten(_plain(value))
-        if spec != self.structure.spec:
-            raise ConfigError(
-                f"the model was prepared with {self.name} of the structure {self.structure.spec}, "
-                f"and got {spec}"
-            )
-        return leaves
-
-
-def _plain(value: Any) -> Any:
-    """Containers that fx made immutable as they were."""
-    if isinstance(value, (immutable_dict, immutable_list)):
-        pairs = value.items() if isinstance(value, immutable_dict) else enumerate(value)
-        items = {key: _plain(item) for key, item in pairs}
-        return items if isinstance(value, immutable_dict) else list(items.values())
-    return tuple(_plain(item) for item in value) if type(value) is tuple else value
-
-
-class Rebuild(nn.Module):
-    """Outputs in the container that the model returns.
-
-    Args:
-        structure: the container's.
-    """
-
-    def __init__(self, structure: Structure) -> None:
-        super().__init__()
-        self.structure = structure
-
-    def forward(self, *leaves: Any) -> Any:
-        """Leaves → the container."""
-        return torch.utils._pytree.tree_unflatten(list(leaves), self.structure.spec)
-
-
-class Fixed(nn.Module):
-    """An input that is no tensor: the graph was made for its value.
-
-    Args:
-        name: the input's.
-        value: what it must be.
-    """
-
-    def __init__(self, name: str, value: Any) -> None:
-        super().__init__()
-        self.name, self.value = name, value
-
-    def forward(self, value: Any) -> Any:
-        """The value.
-
-        Raises:
-            ConfigError: another one than the graph was made for.
-        """
-        if value is not self.value and value != self.value:
-            raise ConfigError(
-                f"the model was prepared with {self.name}={self.value!r} and got {value!r}; prepare "
-                "it with that "
-                "value in example_inputs"
-            )
-        return value
 
 
 def trace_by_export(
@@ -159,8 +59,7 @@ def trace_by_export(
 
     Args:
         model: its submodules are shared with the result. In evaluation only that mode is traced, and the
-        result
-            cannot be trained.
+            result cannot be trained.
         args: example positional arguments.
         kwargs: example keyword arguments.
         config: modules it skips are not made layers, so that they stay in float.
@@ -208,7 +107,7 @@ class _Builder:
     """One graph of the mode the model is in.
 
     Attributes:
-        graph: of calls of layers and ATen operators.
+        graph: calls of layers and ATen operators.
         root: target → module, parameter, buffer or constant.
         plain_layout: nothing is changed in place, so that how a tensor lies in memory does not matter.
             Attention lays its result out in one way in training and in another one in evaluation, and the
@@ -359,6 +258,8 @@ class _Builder:
         short = packet.__name__ if packet is not None else name
         if short in _CHECKS:
             return
+        if short == "lstm" and self._lstm_call(node):
+            return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             self._inline(node, owner, name)
             return
@@ -395,7 +296,11 @@ class _Builder:
                     break
         is_autocast = "autocast" in name and bool(node.args[2])
         if body is None or is_autocast or not any(key in name for key in ("set_grad_enabled", "autocast")):
-            raise TraceError(f"{self._where(node)} uses {name}, which a quantized graph cannot hold")
+            what = "torch.autocast" if is_autocast else name
+            raise TraceError(
+                f"{self._where(node)} runs under {what}, which a quantized graph cannot hold: take it out of "
+                "forward (around the model's call it is fine)"
+            )
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         for place, value in zip(inputs, node.args[first:], strict=True):
             self.env[place] = self.env[value] if isinstance(value, fx.Node) else value
@@ -445,33 +350,32 @@ class _Builder:
             "call_module", path, (self._value(node.args[at]),), name=path.replace(".", "_")
         )
 
-
-class FixedShape(nn.Module):
-    """Checks the axes of an input for which the graph was made.
-
-    Args:
-        name: the input's.
-        ndim: how many axes it has.
-        fixed: axis → length.
-    """
-
-    def __init__(self, name: str, ndim: int, fixed: dict[int, int]) -> None:
-        super().__init__()
-        self.name, self.ndim, self.fixed = name, ndim, fixed
-
-    def forward(self, x: Tensor) -> None:
-        """Nothing.
-
-        Raises:
-            ConfigError: another shape.
-        """
-        if x.ndim != self.ndim or any(x.shape[i] != n for i, n in self.fixed.items()):
-            wanted = [self.fixed.get(i, "any") for i in range(self.ndim)]
-            raise ConfigError(
-                f"{self.name} has shape {list(x.shape)}; the model was prepared for {wanted}: "
-                "prepare it with an "
-                "example of the shape that is used"
-            )
+    def _lstm_call(self, node: fx.Node) -> bool:
+        """Call the `nn.LSTM` that ran the operator; False if none did."""
+        path = self._path(node)
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError:
+            return False
+        if not path or type(module) is not nn.LSTM or self._is_skipped(path) or len(node.args) != 9:
+            return False
+        x, states, parameters = node.args[:3]
+        if not isinstance(states, (list, tuple)) or not isinstance(parameters, (list, tuple)):
+            return False  # packed
+        found = [self.env.get(p) for p in parameters if isinstance(p, fx.Node)]
+        held = [self.root.get(f.target) if isinstance(f, _Attribute) else None for f in found]
+        own = [getattr(module, key) for key in module._flat_weights_names]
+        if len(held) != len(own) or any(a is not b for a, b in zip(held, own, strict=True)):
+            return False
+        zeros = all(isinstance(s, fx.Node) and "aten.zeros" in str(s.target) for s in states)
+        self.root[path] = module
+        arguments = (self._value(x),) if zeros else (self._value(x), tuple(self._value(s) for s in states))
+        out = self.graph.create_node("call_module", path, arguments, name=path.replace(".", "_"))
+        out.stack_trace = node.stack_trace
+        y, last = (self.graph.call_function(operator.getitem, (out, i)) for i in range(2))
+        h, c = (self.graph.call_function(operator.getitem, (last, i)) for i in range(2))
+        self.env[node] = (y, h, c)
+        return True
 
 
 def _with_dropout(node: fx.Node) -> tuple[Any, ...]:
@@ -576,7 +480,7 @@ def _quietly() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from gradq.quant.lstm import QuantLSTM
 from gradq.quant.modules import QuantLayer
 from gradq.quant.recurrent import _QuantCell
 
@@ -68,6 +69,7 @@ INTEGER_FUNCTIONS: tuple[Any, ...] = (
 ATTENTION: tuple[Any, ...] = (
     nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
     nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer, nn.LSTMCell, nn.GRUCell,
+    nn.LSTM, nn.GRU, nn.RNN,
     functional.scaled_dot_product_attention, functional.layer_norm, functional.rms_norm, functional.softmax,
     torch.softmax, "softmax",
 )  # fmt: skip
@@ -120,7 +122,8 @@ def weight_layer(node: fx.Node, traced: fx.GraphModule) -> QuantLayer | None:
     if node.op != "call_module":
         return None
     module = traced.get_submodule(str(node.target))
-    if isinstance(module, QuantLayer) and not module.is_embedding and not isinstance(module, _QuantCell):
+    reads_itself = isinstance(module, (_QuantCell, QuantLSTM))
+    if isinstance(module, QuantLayer) and not module.is_embedding and not reads_itself:
         return module if type(module).__name__ != "QuantMultiheadAttention" else None
     return None
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gradq.errors import NonFiniteError, TraceError
+from gradq.errors import TraceError
 from gradq.quant.batches import unwrap
 from gradq.quant.by_name import swap_info, unswapped
-from gradq.quant.config import Config
+from gradq.quant.config import Config, chosen_config
 from gradq.quant.exported import trace_by_export
 from gradq.quant.folding import fold_batch_norm, unfold_batch_norm
 from gradq.quant.info import FloatModel, PrepareInfo, copy_model, float_model, prepare_info
@@ -27,8 +27,15 @@ from gradq.quant.mutation import functionalize
 from gradq.quant.placement import place_activations
 from gradq.quant.plain import computed_weights, plain_copy, put_back
 from gradq.quant.readers import widen_scales
-from gradq.quant.rewrites import attach_live, equalize, expand_gates, fold_batch_norms
-from gradq.quant.sameness import Expected
+from gradq.quant.rewrites import (
+    attach_live,
+    drop_what_does_nothing,
+    equalize,
+    expand_gates,
+    fold_batch_norms,
+    look_up_bags,
+)
+from gradq.quant.sameness import Expected, check_values
 from gradq.quant.swapping import Swapper
 from gradq.quant.tracing import bound_arguments, example_arguments, float_tensors, ordered_inputs, trace
 
@@ -48,10 +55,10 @@ def prepare(
         model: any model `torch.fx` can trace; untouched.
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; used to trace and to
             check.
-        config: formats and placement; `Config()` if None.
+        config: formats and placement; if None `Config()`, with weights of 7 bits on x86 processors without
+            VNNI, where 8 bits saturate.
         keep_float: keep a copy of the model as it is now, on the CPU, for `gradq.export.verify` to compare
-        with;
-            False saves that memory, and `verify` then asks for the float model.
+            with; False saves that memory, and `verify` then asks for the float model.
 
     Returns:
         A graph module with the model's parameter names, in the model's training mode (in evaluation if the
@@ -60,25 +67,27 @@ def prepare(
 
     Raises:
         TraceError: the model cannot be traced, or its graph computes something else; the message names the
-        line
-            or the layer and what to do.
+            line or the layer and what to do.
         UnsupportedError: a layer that cannot be quantized and is not in `Config.skip`; named.
         NonFiniteError: a weight that holds NaN or Inf; named.
     """
     args, kwargs = example_arguments(example_inputs)
-    return _prepare(model, args, kwargs, config or Config(), keep_float)
+    return _prepare(model, args, kwargs, chosen_config(config), keep_float)
 
 
 def _prepare(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config, keep_float: bool
 ) -> fx.GraphModule:
     bound_arguments(model, args, kwargs)
-    _check_weights(model)
+    check_values(model)
     expected = Expected(model, args, kwargs)
     origin = copy_model(model)
     traced, transposed = _graph(origin, args, kwargs, config, expected)
     inputs = ordered_inputs(traced, args, kwargs)
     floats = float_tensors(traced, inputs)
+    drop_what_does_nothing(traced, floats)
+    look_up_bags(traced, config)
+    expected.check(traced, "taking out what computes nothing")
     info = PrepareInfo(
         config=config, origin=origin, example_inputs=_kept((args, kwargs)),
         plain_weights=computed_weights(origin), transposed=transposed,
@@ -133,7 +142,7 @@ def float_graph(model: nn.Module, original: nn.Module | None = None) -> fx.Graph
     """The float model behind a prepared one as a graph, batch norm folded, nothing quantized.
 
     Args:
-        model: from `prepare`.
+        model: a model from `prepare`.
         original: the float model, if `prepare` was told not to keep it.
 
     Raises:
@@ -159,14 +168,6 @@ def _kept(arguments: Any) -> Any:
     return torch.utils._pytree.tree_map(keep, arguments)
 
 
-def _check_weights(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
-            raise NonFiniteError(
-                f"parameter {name} holds NaN or Inf; repair or reload the checkpoint before quantizing"
-            )
-
-
 @torch.no_grad()
 def finalize(model: nn.Module) -> nn.Module:
     """Fold every live batch norm into its convolution, in place: afterwards the model is ready to export.
@@ -177,7 +178,8 @@ def finalize(model: nn.Module) -> nn.Module:
     computes the same up to the rounding of fp32.
 
     Args:
-        model: from `prepare` with ``batch_norm="train"``, or built by hand. Others are left as they are.
+        model: a model from `prepare` with ``batch_norm="train"``, or built by hand. Others are left as they
+            are.
 
     Returns:
         The model.
@@ -206,7 +208,7 @@ def restore(model: nn.Module) -> nn.Module:
     statistics and γ stay, weights and β carry what was learned.
 
     Args:
-        model: from `prepare` or `swap`, possibly inside DDP.
+        model: a model from `prepare` or `swap`, possibly inside DDP.
 
     Returns:
         A new model; the quantized one is untouched.

@@ -96,7 +96,7 @@ class QuantLSTMCell(_QuantCell, nn.LSTMCell):
     Args:
         input_size: I.
         hidden_size: H.
-        bias: as in torch.
+        bias: whether there is a bias, as in torch.
         **kw: the keywords of `gradq.quant.QuantLinear`.
     """
 
@@ -121,7 +121,7 @@ class QuantGRUCell(_QuantCell, nn.GRUCell):
     Args:
         input_size: I.
         hidden_size: H.
-        bias: as in torch.
+        bias: whether there is a bias, as in torch.
         **kw: the keywords of `gradq.quant.QuantLinear`.
     """
 
@@ -143,7 +143,8 @@ class QuantGRUCell(_QuantCell, nn.GRUCell):
 def why_float(module: nn.Module) -> str:
     """Why a fused recurrent layer stays in float, and what would be quantized."""
     kind = type(module).__name__
+    loop = "nn.GRUCell" if isinstance(module, nn.GRU) else "two nn.Linear and torch.tanh"
     return (
-        f"nn.{kind}'s fused kernel takes no quantized weights; write the loop with "
-        f"nn.{'GRUCell' if kind == 'GRU' else 'LSTMCell'} to quantize it"
+        f"ONNX Runtime has an integer kernel for nn.LSTM and none for nn.{kind}; use nn.LSTM, or write the "
+        f"loop with {loop} to quantize its products"
     )

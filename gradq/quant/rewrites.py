@@ -15,11 +15,18 @@ from gradq.quant.folding import FoldRecord, equalize_pair, fold_batch_norm
 from gradq.quant.info import PrepareInfo
 from gradq.quant.layers import BATCH_NORMS, CONVOLUTIONS, layer_kind, num_outputs
 from gradq.quant.modules import _QuantConv
-from gradq.quant.operators import matches
+from gradq.quant.operators import ADDS, matches
 from gradq.quant.swapping import set_module
 from gradq.quant.transposed import TRANSPOSED
 
-__all__ = ["attach_live", "equalize", "expand_gates", "fold_batch_norms"]
+__all__ = [
+    "attach_live",
+    "drop_what_does_nothing",
+    "equalize",
+    "expand_gates",
+    "fold_batch_norms",
+    "look_up_bags",
+]
 
 _GATED: tuple[tuple[tuple[Any, ...], Any], ...] = (
     ((nn.SiLU, functional.silu, "silu", "silu_"), torch.sigmoid),
@@ -139,6 +146,68 @@ def expand_gates(traced: fx.GraphModule) -> None:
         node.replace_all_uses_with(product)
         traced.graph.erase_node(node)
     traced.recompile()
+
+
+def drop_what_does_nothing(traced: fx.GraphModule, floats: dict[str, int]) -> None:
+    """Take out additions of the number 0 (``sum`` starts with one) and what no output needs, in place.
+
+    Each of them would be quantized: one rounding more, and a kernel.
+
+    Args:
+        traced: the graph.
+        floats: nodes whose value is a floating tensor → number of its dimensions.
+    """
+    for node in list(traced.graph.nodes):
+        if not matches(node, traced, ADDS) or len(node.args) != 2 or node.kwargs or node.name not in floats:
+            continue
+        kept = [value for value in node.args if not (isinstance(value, (int, float)) and value == 0)]
+        if len(kept) == 1 and isinstance(kept[0], fx.Node) and kept[0].name in floats:
+            node.replace_all_uses_with(kept[0])
+            traced.graph.erase_node(node)
+    traced.graph.eliminate_dead_code(lambda n: n.is_impure() or bool(n.meta.get("keep")))
+    traced.recompile()
+
+
+def look_up_bags(traced: fx.GraphModule, config: Config) -> None:
+    """Write `nn.EmbeddingBag` on rows of ids as a lookup and a sum, in place: lookups are quantized.
+
+    Bags of unequal lengths (offsets), weighted ones and those that leave out an index stay as they are.
+    """
+    made: dict[str, nn.Embedding] = {}
+    modes: dict[str, str] = {}
+    for node in list(traced.graph.nodes):
+        bag = traced.get_submodule(node.target) if node.op == "call_module" else None
+        if type(bag) is not nn.EmbeddingBag and node.target not in made:
+            continue
+        if node.target not in made:
+            assert isinstance(bag, nn.EmbeddingBag)
+            calls = [n for n in traced.graph.nodes if n.op == "call_module" and n.target == node.target]
+            plain = bag.max_norm is None and bag.padding_idx is None and not bag.sparse
+            plain = plain and not config.is_skipped(node.target)
+            if not plain or any(len(n.args) != 1 or n.kwargs for n in calls):
+                continue
+            table = nn.Embedding(bag.num_embeddings, bag.embedding_dim, device="meta")
+            table._parameters["weight"] = bag._parameters["weight"]
+            table.train(bag.training)
+            made[node.target], modes[node.target] = table, bag.mode
+            set_module(traced, node.target, table)
+        with traced.graph.inserting_after(node):
+            kind = {"sum": "sum", "mean": "sum", "max": "amax"}[modes[node.target]]
+            out = traced.graph.call_method(kind, (node, 1))
+        _hand_over(node, out)
+        if modes[node.target] == "mean":
+            with traced.graph.inserting_after(out):
+                length = traced.graph.call_method("size", (node.args[0], 1))
+            with traced.graph.inserting_after(length):
+                _hand_over(out, traced.graph.call_function(operator.truediv, (out, length)))
+    traced.recompile()
+
+
+def _hand_over(node: fx.Node, new: fx.Node) -> None:
+    """Let every reader of a node read what stands behind it."""
+    for user in list(node.users):
+        if user is not new:
+            user.replace_input_with(node, new)
 
 
 def attach_live(traced: fx.GraphModule, info: PrepareInfo) -> None:

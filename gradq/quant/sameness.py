@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
-from gradq.errors import TraceError
+from gradq.errors import NonFiniteError, TraceError, UnsupportedError
 from gradq.quant.batches import evaluating, float_mode
 from gradq.quant.folding import FoldRecord
 from gradq.quant.info import copy_model
 
-__all__ = ["Expected", "difference"]
+__all__ = ["Expected", "check_values", "difference"]
 
 _TOLERANCE = 1e-3  # of the largest magnitude of an output: rounding of fp32 in deep networks stays below
 
@@ -24,10 +26,10 @@ def difference(expected: Any, got: Any) -> str | None:
         expected: tensors in any container.
         got: the same containers.
     """
-    before, after = (torch.utils._pytree.tree_flatten(x) for x in (expected, got))
-    if len(before[0]) != len(after[0]):
-        return f"it has {len(after[0])} outputs, the model has {len(before[0])}"
-    for i, (a, b) in enumerate(zip(before[0], after[0], strict=True)):
+    before, after = _leaves(expected), _leaves(got)
+    if len(before) != len(after):
+        return f"it has {len(after)} outputs, the model has {len(before)}"
+    for i, (a, b) in enumerate(zip(before, after, strict=True)):
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
             if type(a) is not type(b) or (isinstance(a, (int, float, str, bool)) and a != b):
                 return f"output {i} is {b!r}, the model's is {a!r}"
@@ -52,6 +54,48 @@ def difference(expected: Any, got: Any) -> str | None:
     return None
 
 
+def _leaves(value: Any, depth: int = 4) -> list[Any]:
+    """What a container holds; of an object that torch knows no structure of, its attributes."""
+    leaves: list[Any] = []
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        held = getattr(leaf, "__dict__", None)
+        plain = isinstance(leaf, (Tensor, nn.Module, type)) or callable(leaf) or not isinstance(held, dict)
+        leaves += [leaf] if plain or not held or depth == 0 else _leaves(dict(held), depth - 1)
+    return leaves
+
+
+def _make_known(value: Any) -> None:
+    """Tell torch of the dataclasses in a container: they can then be traced, rebuilt and exported."""
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, (type, nn.Module)):
+            torch.export.register_dataclass(type(leaf))
+            _make_known([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+
+
+def check_values(model: nn.Module) -> None:
+    """Every parameter has finite values.
+
+    Raises:
+        UnsupportedError: a parameter on the meta device, or of a lazy module that has seen no input; named.
+        NonFiniteError: NaN or Inf in a parameter; named.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise UnsupportedError(
+                f"parameter {name} belongs to a lazy module that has seen no input: run the model once on an "
+                "example before quantizing"
+            )
+        if parameter.is_meta:
+            raise UnsupportedError(
+                f"parameter {name} is on the meta device and has no values: call "
+                "model.to_empty(device='cpu') and load the checkpoint before quantizing"
+            )
+        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
+            raise NonFiniteError(
+                f"parameter {name} holds NaN or Inf; repair or reload the checkpoint before quantizing"
+            )
+
+
 class Expected:
     """What the user's model computes on its example inputs.
 
@@ -67,7 +111,9 @@ class Expected:
         self.args, self.kwargs = args, kwargs
         self.name = type(model).__name__
         before = {n: b.clone() for n, b in self.model.named_buffers()}
+        _make_known((args, kwargs))
         self.outputs = self._run(self.model)
+        _make_known(self.outputs)
         changed = [n for n, b in self.model.named_buffers() if n in before and not torch.equal(b, before[n])]
         again = difference(self.outputs, self._run(self.model))
         if changed or again is not None:

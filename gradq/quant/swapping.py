@@ -17,6 +17,7 @@ from gradq.quant.fake import WeightQuant
 from gradq.quant.formats import Format
 from gradq.quant.info import PrepareInfo
 from gradq.quant.layers import CONVOLUTIONS, layer_kind
+from gradq.quant.lstm import QuantLSTM, why_lstm_stays_float
 from gradq.quant.modules import (
     QUANTIZED,
     QuantEmbedding,
@@ -27,9 +28,9 @@ from gradq.quant.operators import op_name
 from gradq.quant.recurrent import QuantGRUCell, QuantLSTMCell, why_float
 from gradq.quant.transposed import TRANSPOSED, why_transposed_stays_float
 
-__all__ = ["Swapper", "set_module"]
+__all__ = ["Swapper", "lookup_format", "set_module"]
 
-_FUSED_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.RNNCell)
+_FUSED_RECURRENT = (nn.GRU, nn.RNN, nn.RNNCell)
 _COMPOSITES = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
@@ -51,13 +52,34 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), leaf, module)
 
 
+def lookup_format(model: nn.Module, table: nn.Embedding, name: str, config: Config) -> Format | None:
+    """Format of an embedding's table.
+
+    A table that is a linear layer's weight, too, stays one: 7 bits, as that layer takes on processors without
+    VNNI, hold for both.
+
+    Args:
+        model: holds the table and the layer.
+        table: the embedding.
+        name: its qualified name.
+        config: formats.
+    """
+    fmt = config.weight_format(name, embedding=True)
+    for other, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight is table.weight and fmt is not None:
+            shared = config.weight_format(other)
+            if shared is not None and shared.bits == 7 and shared == fmt.with_bits(7):
+                return shared
+    return fmt
+
+
 class Swapper:
     """Replaces the layers of a graph, in place.
 
     Args:
         traced: the graph.
         config: formats, and what is skipped.
-        info: where layers that stay in float are listed.
+        info: the list of layers that stay in float, added to.
     """
 
     def __init__(self, traced: fx.GraphModule, config: Config, info: PrepareInfo) -> None:
@@ -100,6 +122,11 @@ class Swapper:
         if isinstance(module, _FLOAT_WEIGHTS):
             self.info.float_islands.append((name, f"nn.{type(module).__name__} has no integer form here"))
             return module
+        if isinstance(module, QuantLayer):
+            return module
+        if isinstance(module, nn.LSTM) and (reason := why_lstm_stays_float(module, self.config, name)):
+            self.info.float_islands.append((name, reason))
+            return module
         if isinstance(module, tuple(TRANSPOSED)) and (reason := why_transposed_stays_float(module)):
             self.info.float_islands.append((name, reason))
             return module
@@ -111,13 +138,14 @@ class Swapper:
         config = self.config
         kind = next((k for k in TRANSPOSED if isinstance(module, k)), None) or layer_kind(module)
         convolution = kind in CONVOLUTIONS or kind in TRANSPOSED
+        whole_channels = convolution or isinstance(module, nn.LSTM)
         embedding = isinstance(module, nn.Embedding)
         kw = {"observer": config.observer, "weight_observer": config.weight_observer, "name": name}
         if isinstance(module, _COMPOSITES):
             return self._swap_inside(name, module)
-        if isinstance(module, QuantLayer):
-            return module
-        fmt = config.weight_format(name, convolution=convolution, embedding=embedding)
+        fmt = config.weight_format(name, convolution=whole_channels, embedding=embedding)
+        if isinstance(module, nn.Embedding):
+            fmt = lookup_format(self.traced, module, name, config)
         act = config.activation_format(convolution=convolution)
         own = act if node is None else None  # inside a composite there is no graph to place quantizers in
         new: QuantLayer
@@ -137,6 +165,8 @@ class Swapper:
             new = QuantLinear.from_float(module, fmt, own, **kw)  # type: ignore[arg-type]
         elif embedding and fmt is not None:
             new = QuantEmbedding.from_float(module, fmt, **kw)  # type: ignore[arg-type]
+        elif isinstance(module, nn.LSTM) and fmt is not None:
+            new = QuantLSTM.from_float(module, fmt, weight_observer=config.weight_observer, name=name)
         elif isinstance(module, (nn.LSTMCell, nn.GRUCell)) and fmt is not None:
             cell = QuantLSTMCell if isinstance(module, nn.LSTMCell) else QuantGRUCell
             new = cell.from_float(module, fmt, act, **kw)

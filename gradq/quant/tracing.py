@@ -363,7 +363,10 @@ def _holds_node(value: Any) -> bool:
 def _drop_fixed(graph: fx.Graph) -> None:
     """Remove the placeholders of arguments that keep their defaults, with fx's assertions on them."""
     for node in list(graph.nodes):
-        if node.op == "placeholder" and node.args and all(_is_assertion(user) for user in node.users):
+        extra = str(node.target).startswith("*") and not node.users  # *args or **kwargs that nothing reads
+        if node.op == "placeholder" and extra:
+            graph.erase_node(node)
+        elif node.op == "placeholder" and node.args and all(_is_assertion(user) for user in node.users):
             _erase_users(graph, node)
             graph.erase_node(node)
 

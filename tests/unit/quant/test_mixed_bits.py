@@ -10,12 +10,13 @@ from torch import nn
 from gradq import quant
 from gradq.errors import CalibrationError, ConfigError
 from gradq.quant.calibrate import weights
+from gradq.quant.config import chosen_config, processor_notice
 from gradq.quant.sensitivity import SensitivityReport, SensitivityRow
 
 
 def ready(name="cnn", config=None):
     model, batches = build(name)
-    qmodel = quant.prepare(model, batches[0], config)
+    qmodel = quant.prepare(model, batches[0], config or quant.Config())
     quant.calibrate(qmodel, batches, show_progress=False)
     return model, batches, qmodel
 
@@ -193,6 +194,26 @@ class TestConfig:
         assert quant.Config.for_target("auto") == found[quant.detect_target()]
         with pytest.raises(ConfigError, match="target is 'tpu'; legal: x86-vnni"):
             quant.Config.for_target("tpu")
+
+    def test_who_gives_no_configuration_gets_weights_that_do_not_saturate(self):
+        old, new = "flags : fpu avx2", "flags : fpu avx2 avx512f avx512_vnni"
+        assert chosen_config(None, old).weight_format("a").bits == 7
+        assert chosen_config(None, new) == quant.Config()
+        assert chosen_config(quant.Config(), old) == quant.Config()  # what is given is taken as it is
+
+    def test_weights_that_saturate_here_are_said_with_the_remedy(self):
+        old, new = "flags : fpu avx2", "flags : fpu avx2 avx512f avx512_vnni"
+        said = processor_notice(quant.Config(), old)
+        assert "no VNNI" in said
+        assert "Config.for_target('x86-avx2')" in said
+        assert not processor_notice(quant.Config(), new)
+        for quiet in (
+            quant.Config.for_target("x86-avx2"), quant.Config.for_target("x86-vnni"),
+            quant.Config(weights="int4"), quant.Config(activations=None), quant.Config(target="x86-vnni"),
+        ):  # fmt: skip
+            assert not processor_notice(quiet, old)
+        with pytest.raises(ConfigError, match=r"Config\.target is 'tpu'"):
+            quant.Config(target="tpu")
 
     @pytest.mark.parametrize(
         ("flags", "target"),
