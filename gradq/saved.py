@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from gradq.errors import ConfigError
 
-__all__ = ["load_saved"]
+__all__ = ["damaged_part", "load_saved"]
 
 
 def load_saved(path: Path, remedy: str) -> Any:
     """What a file holds.
 
     Args:
-        path: of `numpy.save` (.npy) or `numpy.savez` (.npz), or else of `torch.save`.
-        remedy: what to save instead, for the messages: "save a state dict with torch.save".
+        path: the file: of `numpy.save` (.npy), `numpy.savez` (.npz), or else of `torch.save`.
+        remedy: the advice at the end of a message, such as "save a state dict with torch.save".
 
     Returns:
         A tensor for .npy, tensors by name for .npz, and what torch.load gives for the rest.
 
     Raises:
         ConfigError: the file is not there, is empty, cut off, of another format, or holds objects that only
-            running code can load; the message names the file and the remedy.
+            running code can load, or bytes of it have changed (which .npy files do not show); the message
+            names the file and the remedy.
     """
     try:
         file = path.open("rb")
@@ -43,11 +45,31 @@ def load_saved(path: Path, remedy: str) -> Any:
             if path.suffix == ".npz":
                 arrays = np.load(file, allow_pickle=False)
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            if (part := damaged_part(file)) is not None:
+                raise ConfigError(
+                    f"cannot read {path}: {part} has another CRC-32 than when it was saved; {remedy}"
+                )
+            file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except ConfigError:
         raise
     except Exception as error:  # zipfile's, pickle's, zlib's, torch's and NumPy's own errors
         raise ConfigError(f"cannot read {path}: {_reason(error)}; {remedy}") from error
+
+
+def damaged_part(file: IO[bytes]) -> str | None:
+    """The first part of a zip file, such as torch.save writes, whose bytes have changed since it was saved.
+
+    torch.load does not compare the CRC-32 that torch.save writes (unless
+    `torch.serialization.set_crc32_options(False)` was called: such files look damaged here).
+
+    Returns:
+        The name of the part; None if there is none, or the file is no zip file.
+    """
+    if not zipfile.is_zipfile(file):
+        return None
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip()
 
 
 def _reason(error: Exception) -> str:

@@ -43,7 +43,7 @@ class MPIProcessGroup(dist.ProcessGroup):
         MPI: the module mpi4py.MPI.
         comm: a communicator of this group's own; freed with it.
         progress: watches the operations.
-        timeout: of every operation.
+        timeout: the limit for every operation.
     """
 
     def __init__(self, MPI: Any, comm: Any, progress: Progress, timeout: timedelta) -> None:

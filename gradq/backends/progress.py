@@ -36,7 +36,7 @@ class Operation:
         finish: run when all are done; returns the tensors that were written.
         name: for error messages, such as "allreduce".
         timeout_s: seconds until it fails.
-        fail: called with the error if it does.
+        fail: a function that is called with the error if it does.
         keep: buffers that MPI reads and writes.
         statuses: one for each request, filled when all are done; None where nobody asks.
     """

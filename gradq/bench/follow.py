@@ -32,7 +32,7 @@ def follow_torchrun(
 
     Args:
         script: a script that takes `--log-file` and writes JSON lines there.
-        options: its options by name; underscores become dashes.
+        options: the options of the command by name; underscores become dashes.
         num_ranks: processes on this machine.
         log: the file; an old one is removed.
         flags: further arguments.

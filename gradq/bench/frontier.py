@@ -46,8 +46,8 @@ class Speed:
     """As a fraction of memcpy of the same buffer, at each one's best round.
 
     Attributes:
-        encode: with error feedback where the codec wants it.
-        decode: of one payload.
+        encode: the time to encode, with error feedback where the codec wants it.
+        decode: the time to decode one payload.
     """
 
     encode: float
@@ -63,7 +63,7 @@ class Row:
         bits: on the wire, an element.
         errors: NMSE by input.
         means: error of the mean by number of ranks.
-        speed: None if not measured.
+        speed: the speed of the kernels, None if not measured.
     """
 
     codec: str

@@ -66,7 +66,7 @@ class Recorder:
     """Appends to the record of a scenario, and puts the ranks' halves of a block together.
 
     Args:
-        path: made with its folder; an unfinished one of the same scenario is continued.
+        path: the file, which is made with its folder; an unfinished one of the same scenario is continued.
         scenario: what is measured.
         facts: what the header says of the runner: its name, its link.
     """

@@ -81,9 +81,9 @@ def write_record(folder: Path, benchmark: str, **fields: Any) -> Path:
     """Write `<benchmark>_<hardware>_<date>.json`, replacing an older one of the same day.
 
     Args:
-        folder: made if missing.
+        folder: the folder of the records, which is made if missing.
         benchmark: what was measured.
-        **fields: settings and results; "environment" and "commit" are filled in unless given.
+        **fields: the settings and results; "environment" and "commit" are filled in unless given.
 
     Returns:
         The file.

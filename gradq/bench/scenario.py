@@ -1,12 +1,10 @@
-"""Scenarios: one benchmark as data: a TOML file in `benchmarks/scenarios/`, or options of `gradq bench`."""
+"""Scenarios: one benchmark as data, from a file (`scenario_file`) or from the options of `gradq bench`."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ from gradq.bench.link import Link, parse_delay, parse_rate
 from gradq.errors import ConfigError
 from gradq.policy import Spec
 
-__all__ = ["COMPUTE", "PLAIN", "Scenario", "load_scenario"]
+__all__ = ["COMPUTE", "PLAIN", "Scenario", "at"]
 
 PLAIN = "none"
 COMPUTE = "compute"
@@ -156,6 +154,8 @@ class Scenario:
                 raise ConfigError(f"{name} = {value!r}: a finite number above 0")
         if not self.timeout_s <= 1e7:
             raise ConfigError(f"timeout_s = {self.timeout_s!r}: seconds, at most 10^7")
+        if not self.codecs:
+            raise ConfigError('codecs = []: name at least one, for instance codecs = ["int8"]')
         for codec in self.codecs:
             _check_codec(codec)
 
@@ -199,7 +199,7 @@ class Scenario:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "scenario") -> Scenario:
-        """The scenario of a table; see `load_scenario`.
+        """The scenario of a table; see `gradq.bench.scenario_file`.
 
         Raises:
             ConfigError: a key does not exist or a value has the wrong type; says where.
@@ -209,7 +209,7 @@ class Scenario:
         try:
             return cls(link=link, **checked(cls, fields, where, remedies=_REMEDIES))
         except ConfigError as error:
-            raise _prefixed(error, where) from None
+            raise at(error, where) from None
 
 
 def _link(table: Any, where: str) -> Link:
@@ -237,10 +237,11 @@ def _link(table: Any, where: str) -> Link:
     try:
         return Link(**checked(Link, table, place, remedies=_LINK_REMEDIES, written=_LINK_KEYS))
     except ConfigError as error:
-        raise _prefixed(error, place) from None
+        raise at(error, place) from None
 
 
-def _prefixed(error: ConfigError, where: str) -> ConfigError:
+def at(error: ConfigError, where: str) -> ConfigError:
+    """The error with the place of what is wrong in front of its message, once."""
     text = str(error)
     return ConfigError(text if text.startswith(where) else f"{where}: {text}")
 
@@ -274,43 +275,3 @@ def _check_codec(codec: str) -> None:
                 f"codec {shown(codec)}: a free codec sends the bytes of a codec, and {spec} has none; write "
                 "for instance free:int4, or powersgd:4 and torch-powersgd:4 beside each other"
             )
-
-
-def load_scenario(path: Path) -> Scenario:
-    """Read a scenario file.
-
-    Its keys are the fields of `Scenario`; `link` is a table of `rate` ("1gbit"), `delay` ("0.2ms") and
-    `loss`. The name defaults to the file's.
-
-    Raises:
-        ConfigError: the file cannot be read, is not TOML, or says something that makes no sense.
-    """
-    toml = _toml()
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # some editors begin a file with a byte order mark
-        values = toml.loads(text)
-    except OSError as error:
-        raise ConfigError(f"cannot read the scenario {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
-        raise ConfigError(
-            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8: save the file as UTF-8"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a syntax error, a number too long, tables too deep
-        raise ConfigError(f"{path} is not TOML: {error}; examples are in benchmarks/scenarios/") from None
-    if not values:
-        raise ConfigError(f'{path} says nothing: write at least one key, such as model = "gpt-1m"')
-    scenario = Scenario.from_dict({"name": path.stem, **values}, where=str(path))
-    try:
-        scenario.check_files()
-    except ConfigError as error:
-        raise _prefixed(error, str(path)) from None
-    return scenario
-
-
-def _toml() -> Any:
-    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ConfigError(f"a scenario file needs {name}: pip install 'gradq[cli]'") from None

@@ -52,9 +52,9 @@ class Losses:
 
     Attributes:
         values: a loss a seed.
-        mean: of them.
+        mean: the mean of them.
         sd: their standard deviation; None below two seeds.
-        difference: of the means, to the baseline.
+        difference: the difference of the means to the baseline's.
         pooled_sd: sqrt of the mean of both variances.
         within_two_sd: |difference| <= 2 pooled_sd; None below three seeds: two say too little.
         paired: mean difference with the same seed and data; a sharper test.

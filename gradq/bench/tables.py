@@ -45,7 +45,7 @@ class Table:
 
     Attributes:
         head: a text a column.
-        rows: as many texts each.
+        rows: the rows, as many texts each as there are columns.
         below: sentences under the table.
         texts: how many columns from the left are words, not numbers.
     """

@@ -8,7 +8,11 @@ in the process that loads it. Load checkpoints of people you trust only. The ten
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,12 @@ from torch import Tensor
 
 from gradq.checkpoint.state import to_row
 from gradq.errors import CheckpointError
+from gradq.saved import damaged_part
 from gradq.sync.gradient_sync import GradientSync
 
-__all__ = ["Folder", "open_state"]
+__all__ = ["LIST", "Folder", "listed", "open_state", "size_and_crc"]
+
+LIST = "gradq-files.json"  # sizes and CRC-32 of the files, in folders that `gradq.save_checkpoint` wrote
 
 _EARLIER = "use an earlier checkpoint"
 
@@ -29,7 +36,8 @@ class Folder:
     """A checkpoint of DCP.
 
     Args:
-        checkpoint_id: the folder.
+        checkpoint_id: the folder. Where `gradq.save_checkpoint` wrote it, its `.metadata` is compared with
+            the list of files first; elsewhere damage of it may go unnoticed.
 
     Raises:
         CheckpointError: it is none, its `.metadata` is missing or damaged, or a file that it names is missing
@@ -55,15 +63,25 @@ class Folder:
                 "which is written last: the save did not finish, or the folder is of something else; "
                 f"{_EARLIER}"
             )
+        known = listed(self.path).get(".metadata")
+        if known is not None and size_and_crc(self.path / ".metadata") != known:
+            raise CheckpointError(
+                f"{self.path / '.metadata'} is not as it was saved: it has another size or digest; {_EARLIER}"
+            )
         self._reader = FileSystemReader(self.path)
         try:
             self._metadata = self._reader.read_metadata()
             self.entries: dict[str, Any] = dict(self._metadata.state_dict_metadata)
             stored = dict(self._metadata.storage_data or {})
-            self._files: dict[str, dict[int, tuple[str, int]]] = {}  # by entry and first row: file, its end
+            # by entry and first row: file, and where in it the row begins and ends
+            self._files: dict[str, dict[int, tuple[str, int, int]]] = {}
             for key, at in stored.items():
                 rows = self._files.setdefault(key.fqn, {})
-                rows[int((key.offset or (0,))[0])] = (str(at.relative_path), int(at.offset + at.length))
+                rows[int((key.offset or (0,))[0])] = (
+                    str(at.relative_path),
+                    int(at.offset),
+                    int(at.offset + at.length),
+                )
         except Exception as error:  # unpickling can raise anything
             raise CheckpointError(
                 f"{self.path / '.metadata'} is damaged ({type(error).__name__}: {error}); {_EARLIER}"
@@ -77,7 +95,7 @@ class Folder:
         """
         sizes: dict[str, int] = {}
         for name, rows in self._files.items():
-            for file, end in rows.values() if key is None or name.startswith(f"{key}.") else ():
+            for file, _, end in rows.values() if key is None or name.startswith(f"{key}.") else ():
                 sizes[file] = max(sizes.get(file, 0), end)
         for file, size in sizes.items():
             path = self.path / file
@@ -89,6 +107,32 @@ class Folder:
             if path.stat().st_size < size:
                 raise CheckpointError(
                     f"{path} has {path.stat().st_size} bytes and must have {size}: it is torn; {_EARLIER}"
+                )
+
+    def check_bytes(self, key: str, rank: int, world_size: int) -> None:
+        """Whether a rank's share of the tensors under a key is as it was saved.
+
+        Raises:
+            CheckpointError: a tensor has another CRC-32 than torch.save wrote beside it; names its file.
+        """
+        pieces = [
+            (name, *place)
+            for name, rows in sorted(self._files.items())
+            for _, place in sorted(rows.items())
+            if name.startswith(f"{key}.")
+        ]
+        for name, file, begin, end in pieces[rank::world_size]:
+            with (self.path / file).open("rb") as stored:
+                stored.seek(begin)
+                piece = io.BytesIO(stored.read(end - begin))
+            try:
+                is_damaged = damaged_part(piece) is not None
+            except zipfile.BadZipFile:
+                is_damaged = True
+            if is_damaged:
+                raise CheckpointError(
+                    f"{name!r} is damaged: it has another CRC-32 than when it was saved (in the file "
+                    f"{self.path / file}); {_EARLIER}"
                 )
 
     def shapes(self, prefix: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -127,6 +171,32 @@ class Folder:
             raise CheckpointError(
                 f"{names} cannot be read ({type(error).__name__}: {error}); {_EARLIER}"
             ) from error
+
+
+def listed(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and CRC-32 of every file, by name, as `gradq.save_checkpoint` noted them; empty if it did not.
+
+    Raises:
+        CheckpointError: the list is damaged.
+    """
+    path = folder / LIST
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            str(name): (int(size), int(crc)) for name, (size, crc) in json.loads(path.read_text()).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {_EARLIER}") from error
+
+
+def size_and_crc(path: Path) -> tuple[int, int]:
+    """The size of a file in bytes, and the CRC-32 of what it holds."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return path.stat().st_size, crc
 
 
 def _names(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -35,9 +35,9 @@ def load_state_dict(
 
     Args:
         sync: what to load into; its plan decides which residuals are wanted.
-        state: from `gradq.checkpoint.state_dict`, after dcp.load; or from `gather_rows`, with full tensors
-            [W, n] in the place of DTensors, of any number of ranks.
-        path: where in the state this rank's part stands.
+        state: the state from `gradq.checkpoint.state_dict`, after dcp.load; or from `gather_rows`, with full
+            tensors [W, n] in the place of DTensors, of any number of ranks.
+        path: the keys under which this rank's part of the state stands.
         groups: the ranks that must all be able to load, see `together`; the sync's own by default.
 
     Raises:

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gradq.checkpoint.files import Folder
+from gradq.checkpoint.files import LIST, Folder, listed, size_and_crc
 from gradq.checkpoint.restore import together
 from gradq.errors import CheckpointError
 from gradq.transport.handshake import gather
 
 __all__ = ["check_files", "load_newest", "save_checkpoint"]
 
-_LIST = "gradq-files.json"
 _log = logging.getLogger("gradq")
 
 
@@ -41,7 +39,7 @@ def save_checkpoint(
     """Save by torch.distributed.checkpoint so that the folder is there whole, or not at all. Collective.
 
     Args:
-        state: as for dcp.save: {"model": ..., "gradq": handle.state_dict()}.
+        state: what dcp.save takes: {"model": ..., "gradq": handle.state_dict()}.
         checkpoint_id: the folder, which must not exist yet; `load_newest` goes by the last number in its
             name, such as step-00001000. It is written as .<name>.partial beside, synced to the disk and
             renamed.
@@ -67,12 +65,12 @@ def save_checkpoint(
         save(dict(state), checkpoint_id=partial, process_group=group)
     own: dict[str, tuple[int, int]] = {}
     with together([group], failed):
-        own = {name: _size_and_crc(partial / name) for name in _share(partial, group)}
+        own = {name: size_and_crc(partial / name) for name in _share(partial, group)}
     files = {name: found for theirs in gather(own, group) for name, found in theirs.items()}
     with together([group], failed):
         if group.rank() == 0:
-            (partial / _LIST).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
-            _sync(partial / _LIST)
+            (partial / LIST).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
+            _sync(partial / LIST)
             _sync(partial)
             partial.rename(path)
             _sync(path.parent)
@@ -87,7 +85,7 @@ def load_newest(
     """Load the newest good checkpoint of a folder. Collective.
 
     Args:
-        folder: where the checkpoints are; those with a number in their name, the largest first.
+        folder: the folder of the checkpoints; those with a number in their name are tried, the largest first.
         load: loads everything from the folder that it is given, model, optimizer and handle. If it raises on
             a rank, the next older one is loaded, so it must not leave anything that the next call keeps.
         group: the ranks; the default group if None.
@@ -138,25 +136,15 @@ def check_files(path: Path, group: dist.ProcessGroup) -> None:
         CheckpointError: naming the file.
     """
     Folder(path).check_complete()
-    if not (path / _LIST).is_file():
-        return
-    try:
-        files = {str(name): (int(size), int(crc)) for name, (size, crc) in _listed(path).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path / _LIST} is damaged: {error}; use an earlier checkpoint") from error
+    files = listed(path)
     for name in sorted(files)[group.rank() :: group.size()]:
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing; use an earlier checkpoint")
-        if _size_and_crc(path / name) != files[name]:
+        if size_and_crc(path / name) != files[name]:
             raise CheckpointError(
                 f"{path / name} is not as it was saved: it has another size or digest; use an "
                 "earlier checkpoint"
             )
-
-
-def _listed(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / _LIST).read_text())
-    return found
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -172,14 +160,6 @@ def _candidates(folder: Path) -> list[Path]:
 def _share(folder: Path, group: dist.ProcessGroup) -> list[str]:
     """The files of which this rank takes the digest."""
     return sorted(path.name for path in folder.iterdir())[group.rank() :: group.size()]
-
-
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return path.stat().st_size, crc
 
 
 def _sync(path: Path) -> None:

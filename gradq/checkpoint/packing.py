@@ -26,7 +26,7 @@ class Piece:
     Attributes:
         name: parameter.
         begin: the first element of the residual that is in this piece.
-        start: where it stands in the flat.
+        start: the place in the flat where it begins.
         length: elements.
         number: among the pieces of its kind.
     """
@@ -63,7 +63,7 @@ def flats(packed: Iterable[list[Piece]], values: Mapping[str, Tensor]) -> Iterat
     """The flats [n], fp32 on the CPU, one after another.
 
     Args:
-        packed: from `pack`.
+        packed: the pieces of each flat, from `pack`.
         values: flat residuals by name. One that is missing or too short is filled up with zeros.
     """
     for pieces in packed:

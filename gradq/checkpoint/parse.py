@@ -41,7 +41,7 @@ class Saved:
         bases: flat bases of low rank.
         policy: state of an adaptive policy and what this rank had measured; None if this run has none.
         has_plan: whether an adaptive policy saved the state.
-        norms: by which outliers are told, fp64; None if there were other ranks, or none were saved.
+        norms: the norms by which outliers are told, fp64; None if there were other ranks, or none were saved.
         gone: saved names that this run has no parameter for.
         kept: names that have a saved local residual, whether this run uses it or not.
     """
@@ -74,7 +74,7 @@ def parse(sync: GradientSync, saved_state: object) -> Saved:
 
     Args:
         sync: what it is to be loaded into.
-        saved_state: from `state_dict` or `gather_rows`, of this format or of format 1.
+        saved_state: the state from `state_dict` or `gather_rows`, of this format or of format 1.
 
     Raises:
         CheckpointError: the state cannot be loaded.

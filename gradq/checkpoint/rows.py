@@ -25,7 +25,7 @@ class Rows:
 
     Attributes:
         same: whether as many ranks saved as load.
-        ranks: of the rows that `take` gives.
+        ranks: the ranks of the rows that `take` gives.
 
     Raises:
         CheckpointError: the rows are of another rank, or not of as many ranks as were said to save.
@@ -60,9 +60,9 @@ class Rows:
 
         Args:
             value: an entry of the state.
-            what: its name.
+            what: the name of the entry.
             numel: n.
-            dtype: of the entry; any real floating one if None.
+            dtype: the dtype of the entry; any real floating one if None.
 
         Raises:
             CheckpointError: it is something else.
@@ -119,7 +119,7 @@ def check_tensor(
 
     Args:
         value: an entry of a state.
-        what: its name.
+        what: the name of the entry.
         shape: what it must have; None for any size, or any shape.
         dtype: what it must have. None: any without a shape, a floating one with.
 

@@ -123,8 +123,8 @@ def gather_rows(state: Mapping[str, Any], sync: GradientSync) -> dict[str, Any]:
     Collective: all ranks of the group call it.
 
     Args:
-        state: from `state_dict`, or a mapping that has such states in it.
-        sync: whose ranks the rows are of.
+        state: the state from `state_dict`, or a mapping that has such states in it.
+        sync: the sync whose ranks the rows are of.
 
     Returns:
         On rank 0 a plain dictionary of CPU tensors, which torch.save and torch.load(weights_only=True) take;

@@ -13,7 +13,8 @@ from gradq.bench.link import Link, parse_delay, parse_rate
 from gradq.bench.models import check_model
 from gradq.bench.reading import parse_json, read_text
 from gradq.bench.runners.base import Runner
-from gradq.bench.scenario import Scenario, load_scenario
+from gradq.bench.scenario import Scenario
+from gradq.bench.scenario_file import load_scenario
 from gradq.cli.bench_terminal import measure_scenario
 from gradq.errors import ConfigError
 
@@ -131,10 +132,7 @@ def bench(
     given = {key: value for key, value in asked.items() if value is not None}
     chosen = dataclasses.replace(base, link=shaped, **given)
     chosen.check_files()
-    try:
-        check_model(chosen.model)
-    except ConfigError as error:
-        raise ConfigError(f"{scenario}: {error}" if scenario and model is None else str(error)) from None
+    check_model(chosen.model)
     runner = choose_runner(chosen, cluster, link_record)
     measure_scenario(runner, out / f"{chosen.name}.jsonl", as_json=as_json)
 

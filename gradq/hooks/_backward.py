@@ -37,9 +37,10 @@ class OutermostBackward:
     A backward that raises never ends; the next one begins all the same, after `abandon`.
 
     Args:
-        begin: called by the first `enter` of an outermost backward.
-        end: called when that backward is over, after all other callbacks at its end.
-        abandon: called in the place of end, by the first `enter` afterwards, if that backward raised.
+        begin: a function that is called by the first `enter` of an outermost backward.
+        end: a function that is called when that backward is over, after all other callbacks at its end.
+        abandon: a function that is called in the place of end if that backward raised, by the first
+            `enter` afterwards.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class _Mark:
     """What a backward that has not ended holds.
 
     Attributes:
-        task: whose end it waits for, by `backward_id`; None for the one around that.
+        task: the backward whose end it waits for, by `backward_id`; None for the one around that.
     """
 
     task: int | None = None
@@ -121,7 +122,7 @@ class _End(_Mark):
     """A callback at the end of a backward.
 
     Attributes:
-        entries: how often `enter` had been called when it was queued, -1 if that does not matter.
+        entries: the number of calls of `enter` when it was queued, -1 if that does not matter.
     """
 
     def __init__(self, owner: OutermostBackward, task: int | None, entries: int) -> None:
@@ -135,7 +136,7 @@ class _Bridge(_Mark):
     """A hook before a node that the outer backward evaluates after the nested one.
 
     Attributes:
-        handles: to remove it by.
+        handles: the handles that remove it.
     """
 
     def __init__(self, owner: OutermostBackward) -> None:

@@ -53,12 +53,12 @@ class Shard:
     """One parameter of a unit.
 
     Attributes:
-        name: as in `named_parameters()`, without the names of wrappers.
-        shape: of the whole parameter.
+        name: the name in `named_parameters()`, without the names of wrappers.
+        shape: the shape of the whole parameter.
         dim: the dimension that is sharded.
         chunk: elements every rank holds, padding included.
-        reduce_dtype: of its gradient when it is reduced.
-        gather_dtype: of the parameter when it is gathered.
+        reduce_dtype: the dtype of its gradient when it is reduced.
+        gather_dtype: the dtype of the parameter when it is gathered.
         handle: torch's FSDPParam.
     """
 
@@ -92,8 +92,8 @@ class Unit:
 
     Attributes:
         index: position in the model.
-        path: of the module in the model.
-        shards: its parameters, in the order of FSDP's buffers.
+        path: the path of the module in the model.
+        shards: the shards of its parameters, in the order of FSDP's buffers.
         reducing: the names whose gradients the reduction under way holds.
     """
 

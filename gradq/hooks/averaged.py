@@ -55,7 +55,7 @@ def find_wrapper(
     Args:
         module: DDP itself, or what it wraps.
         group: the group that was asked for, None for DDP's own.
-        parameter: that DDP averages; the module's first one that is trained, by default.
+        parameter: a parameter that DDP averages; the module's first one that is trained, by default.
 
     Raises:
         ConfigError: DDP averages over other ranks than the group's, or there are several DDP models over
@@ -89,7 +89,7 @@ def confirm_group(parameter: Tensor, group: dist.ProcessGroup, *, asked: bool) -
     """Check, when DDP averages a parameter, that it does so over the ranks of a group.
 
     Args:
-        parameter: from DDP's bucket.
+        parameter: a parameter from DDP's bucket.
         group: the one that gradq averages over.
         asked: whether the user named it; otherwise it was taken to be the default group.
 

@@ -151,8 +151,6 @@ class GradientHandle(Handle):
         """Measure the error of phase 1 in the next step, for `stats().nmse`. Costs one more decode."""
         self.sync.sample_next = True
 
-    sample_nmse = measure_next_step  # its name before 0.2
-
     @property
     def checkpoint_path(self) -> tuple[str, ...]:
         """Where this rank's state stands under the key of a checkpoint."""

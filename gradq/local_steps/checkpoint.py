@@ -71,8 +71,9 @@ def load_state_dict(local: LocalSteps, state: dict[str, Any]) -> None:
     """Continue from a state. All ranks call it together.
 
     Args:
-        local: made with the same model, optimizer and schedule.
-        state: from `state_dict`, after dcp.load; or with full tensors [W, ...] in the place of DTensors.
+        local: the local steps, made with the same model, optimizer and schedule.
+        state: the state from `state_dict`, after dcp.load; or with full tensors [W, ...] in the place of
+            DTensors.
 
     Raises:
         CheckpointError: the state does not fit, or holds another rank's rows.
@@ -95,6 +96,7 @@ def load_checkpoint(local: LocalSteps, checkpoint_id: str | os.PathLike[str], ke
         saved = checkpoint.read_sync(local.sync, checkpoint_id, f"{key}.sync")
         folder = checkpoint.Folder(checkpoint_id)
         folder.check_complete(key)
+        folder.check_bytes(key, local.sync.rank, local.sync.world_size)
         state, shapes = _template(local, folder, key)
         folder.read({key: state})
         for name, (shape, dtype) in shapes.items():  # of another world size: all ranks' rows of one tensor

@@ -30,9 +30,9 @@ class Bucket:
 
     Attributes:
         index: among all buckets.
-        parameters: by name.
-        anchor: where the ranks started from, flat [n], on the CPU; equal on all ranks.
-        momentum: of the outer step, flat [n]; None without.
+        parameters: the parameters by name.
+        anchor: the values that the ranks started from, flat [n], on the CPU; equal on all ranks.
+        momentum: the momentum of the outer step, flat [n]; None without one.
     """
 
     index: int
@@ -95,8 +95,8 @@ def fragments_of(parameters: dict[str, Tensor], count: int, every: int, has_mome
     """Cut a model; anchors and momentum are zeros.
 
     Args:
-        parameters: by name, of dtypes in `WORK_DTYPES`.
-        count: of fragments.
+        parameters: the parameters by name, of dtypes in `WORK_DTYPES`.
+        count: the number of fragments.
         every: steps between two averages of a fragment.
         has_momentum: whether the outer step keeps any.
 

@@ -75,9 +75,9 @@ class StepCounter:
     """Calls counted once for every step of an optimizer.
 
     Args:
-        optimizer: checked by `check`.
+        optimizer: the optimizer, which `check` has checked.
         scaler: the GradScaler that steps it, if any.
-        counted: called after each step, and after each that the scaler skipped.
+        counted: a function that is called after each step, and after each that the scaler skipped.
     """
 
     def __init__(self, optimizer: Optimizer, scaler: Any, counted: Callable[[], None]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -329,6 +331,48 @@ def test_ranks_join_and_leave_between_runs(tmp_path: Path, world_size: int) -> N
         for name, p in after.items():
             assert torch.isfinite(p).all()
             assert torch.equal(p, results[0][1][name])
+
+
+def load_flipped(rank: int, folder: str, count: int) -> int:
+    """Load copies of a checkpoint with one flipped byte each: it is refused, or loaded as it was saved."""
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    local = wrap(model, optimizer, RESUMED["streaming, with an average under way"][0])
+    gradq.load_checkpoint(local, f"{folder}/good")
+    good, refused = snapshot(model), 0
+    for number in range(count):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        message = ""
+        try:
+            gradq.load_checkpoint(local, f"{folder}/{number}")
+        except gradq.CheckpointError as error:
+            message = str(error)
+        found = snapshot(model)
+        if message:
+            refused += 1
+            assert f"{folder}/{number}" in message
+            assert not any(parameter.any() for parameter in found.values()), "nothing is changed"
+        else:
+            assert all(torch.equal(parameter, good[name]) for name, parameter in found.items()), number
+    local.close()
+    return refused
+
+
+def test_a_flipped_byte_of_any_entry_is_found(tmp_path: Path) -> None:
+    job, steps = RESUMED["streaming, with an average under way"]
+    run_ranks(save, 2, str(tmp_path / "good"), job, steps)
+    count = 24
+    for number in range(count):
+        shutil.copytree(tmp_path / "good", tmp_path / str(number))
+        shard = tmp_path / str(number) / f"__{number % 2}_0.distcp"
+        data = bytearray(shard.read_bytes())
+        data[random.Random(number).randrange(len(data))] ^= 8
+        shard.write_bytes(data)
+    first, second = run_ranks(load_flipped, 2, str(tmp_path), count)
+    assert first == second
+    assert first > count // 2, "most bytes are of tensors"
 
 
 # --- what cannot work ----------------------------------------------------------------------------------

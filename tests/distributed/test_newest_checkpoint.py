@@ -69,6 +69,13 @@ def load_thrice(rank: int, folder: str):
             told = str(error)
         found.append((told, handle.sync.step, residuals(handle), list(records.lines)))
         records.lines.clear()
+    if rank == 0:
+        flip(metadata := at / "step-2" / ".metadata", metadata.stat().st_size // 2)
+    torch.distributed.barrier()
+    try:
+        gradq.load_checkpoint(handle, at / "step-2")
+    except gradq.CheckpointError as error:
+        found.append(str(error))
     handle.close()
     return found
 
@@ -84,7 +91,8 @@ def test_the_newest_good_checkpoint_is_loaded_and_the_others_are_named(tmp_path:
     names = sorted(path.name for path in folder.iterdir())
     assert names == [".step-5.partial", "file", "step-1", "step-2", "step-3"]
 
-    for (states, _), (good, damaged, none) in zip(saved, run_ranks(load_thrice, 2, str(folder)), strict=True):
+    loaded = run_ranks(load_thrice, 2, str(folder))
+    for (states, _), (good, damaged, none, metadata) in zip(saved, loaded, strict=True):
         assert good[:2] == ("step-3", 3)
         assert equal(good[2], states[2])
         assert not good[3]
@@ -98,3 +106,4 @@ def test_the_newest_good_checkpoint_is_loaded_and_the_others_are_named(tmp_path:
         assert "step-1" in last
         assert "none of the 3 checkpoints" in none[0]
         assert equal(none[2], states[0]), "nothing was changed"
+        assert "step-2/.metadata is not as it was saved" in metadata

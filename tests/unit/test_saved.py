@@ -77,6 +77,7 @@ BROKEN = {
     "half.npy": (ARRAY[: len(ARRAY) // 2], "cut off"),
     "start.npy": (ARRAY[:8], "cut off"),
     "flipped.npz": (flipped(ARRAYS), "cut off, damaged"),
+    "flipped.pt": (flipped(STATE), "has another CRC-32 than when it was saved"),
     "numpy.pt": (ARRAYS, "damaged or of another format"),
     "torch.npz": (STATE, "damaged or of another format|no such file|only running"),
     "onnx.pt": (bytes(range(256)) * 8, "cut off, damaged or of another format|only running"),

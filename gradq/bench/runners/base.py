@@ -73,7 +73,7 @@ def execute(runner: Runner, path: Path, show: Callable[[Record], None] = lambda 
     """Measure what is not in the record yet.
 
     Args:
-        runner: not open.
+        runner: the runner, not open yet.
         path: path of the record; a finished one is left alone.
         show: a function that is called with every line that is written.
 

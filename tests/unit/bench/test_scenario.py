@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gradq.bench.link import Link, parse_delay, parse_rate
-from gradq.bench.scenario import Scenario, load_scenario
+from gradq.bench.scenario import Scenario
+from gradq.bench.scenario_file import load_scenario
 from gradq.errors import ConfigError
 
 SHIPPED = sorted((Path(__file__).parents[3] / "benchmarks" / "scenarios").glob("*.toml"))
@@ -141,6 +142,9 @@ def test_there_are_shipped_scenarios():
         ),
         ("[link]\ndealy = '1ms'", "link: no such key: dealy = '1ms'; did you mean delay"),
         ("codecs = ['int9']", "codec 'int9'"),
+        ("codecs = []", "name at least one"),
+        ("model = 'gpt-9t'", "model='gpt-9t': choose from"),
+        ("model = 'nowhere.py:net'", "there is no file nowhere.py"),
         ("codecs = ['']", "codec ''"),
         ("codecs = ['free:powersgd:4']", "write for instance free:int4"),
         ("codecs = ['free:none']", "write for instance free:int4"),
