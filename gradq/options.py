@@ -125,7 +125,7 @@ class Options:
         """The options of a call, checked.
 
         Args:
-            trainer: who asks: "DDP", "FSDP2" or "local steps".
+            trainer: the trainer that asks: "DDP", "FSDP2" or "local steps".
             options: the object that was given, if any.
             overrides: the keyword arguments that were given beside it.
 
@@ -205,7 +205,7 @@ class SyncConfig:
         residual_dtype: "fp32" or "bf16".
         timeout: the limit for one exchange; None takes the process group's. See `as_timedelta`.
         loss_scale: a function that is asked for the loss scale at the start of every step.
-        piece_numel: on the CPU a bucket travels in parts of as many elements for each rank; see
+        piece_numel: the number of elements for each rank in a part of a bucket, on the CPU; see
             `collectives.parts`.
 
     Raises:

@@ -54,7 +54,7 @@ def init(timeout: timedelta | None = None) -> None:
     An exception that nobody catches ends the whole job from then on.
 
     Args:
-        timeout: after which an operation fails; 30 minutes by default, as for Gloo.
+        timeout: the limit after which an operation fails; 30 minutes by default, as for Gloo.
 
     Raises:
         ConfigError: mpi4py or an MPI library is missing, the launcher belongs to another MPI, the library

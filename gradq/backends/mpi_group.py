@@ -42,7 +42,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     Args:
         MPI: the module mpi4py.MPI.
         comm: a communicator of this group's own; freed with it.
-        progress: watches the operations.
+        progress: the thread that watches the operations.
         timeout: the limit for every operation.
     """
 
@@ -468,8 +468,8 @@ class _Work(dist.Work):
     """An operation under way; unlike the work that torch makes of a future, it raises when it failed.
 
     Args:
-        done: holds the tensors, or the error.
-        status: MPI's, of a receive from any rank.
+        done: the future of the tensors, or of the error.
+        status: MPI's status of a receive from any rank.
     """
 
     def __init__(self, done: Future[Any], status: Any = None) -> None:

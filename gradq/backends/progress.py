@@ -32,12 +32,12 @@ class Operation:
     """MPI requests under way that end together.
 
     Attributes:
-        requests: what MPI gave.
-        finish: run when all are done; returns the tensors that were written.
-        name: for error messages, such as "allreduce".
-        timeout_s: seconds until it fails.
+        requests: the requests that MPI gave.
+        finish: a function that is called when all are done; it returns the tensors that were written.
+        name: the name in error messages, such as "allreduce".
+        timeout_s: the time until it fails, in seconds.
         fail: a function that is called with the error if it does.
-        keep: buffers that MPI reads and writes.
+        keep: the buffers that MPI reads and writes.
         statuses: one for each request, filled when all are done; None where nobody asks.
     """
 
@@ -56,7 +56,7 @@ class Progress:
     """Watches operations until they end; its thread starts with the first.
 
     Args:
-        test_all: `MPI.Request.Testall`.
+        test_all: the function `MPI.Request.Testall`.
     """
 
     def __init__(self, test_all: Callable[..., bool]) -> None:

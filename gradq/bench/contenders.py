@@ -126,8 +126,8 @@ class Contender:
             counts.
         communicates: whether gradients are averaged at all.
         learns: whether its loss means anything.
-        handle: gradq's, where it is one of gradq's codecs.
-        close: gives threads and process groups back.
+        handle: the handle of gradq, where it is one of gradq's codecs.
+        close: a function that gives threads and process groups back.
     """
 
     name: str

@@ -45,8 +45,8 @@ class Text(Dataset):
     """Windows of bytes; the target of each byte is the next one.
 
     Args:
-        train: uint8 [n].
-        val: uint8 [m].
+        train: the bytes to learn from, uint8 [n].
+        val: the bytes held out, uint8 [m].
         seq_len: number of bytes in a window.
     """
 
@@ -136,7 +136,7 @@ class Images(Dataset):
 
     Args:
         folder: a folder with one folder for each class; if it has folders "train" and "val", these are used.
-        size: images are resized to its side and cropped in the middle.
+        size: the side to which images are resized; they are cropped in the middle.
     """
 
     def __init__(self, folder: Path, size: int = 224) -> None:
@@ -216,7 +216,7 @@ def standard_library_text(limit: int = 4_000_000) -> tuple[Tensor, Tensor]:
     """The source of Python's standard library as uint8: for training, and every 16th file for validation.
 
     Args:
-        limit: largest number of bytes in all.
+        limit: the largest number of bytes in all.
 
     Raises:
         ConfigError: the library's source is not here.

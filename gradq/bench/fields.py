@@ -39,8 +39,8 @@ def checked(
 
     Args:
         cls: the dataclass.
-        values: what was written.
-        where: file and table, for the messages.
+        values: the values that were written, by key.
+        where: the file and table, for the messages.
         remedies: key → what to write instead, for keys that people try and that do not exist.
         written: field → the key that files have for it, where that is another one.
 

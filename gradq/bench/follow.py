@@ -33,9 +33,9 @@ def follow_torchrun(
     Args:
         script: a script that takes `--log-file` and writes JSON lines there.
         options: the options of the command by name; underscores become dashes.
-        num_ranks: processes on this machine.
+        num_ranks: the number of processes on this machine.
         log: the file; an old one is removed.
-        flags: further arguments.
+        flags: the further arguments.
         show: a function that is called with all lines so far, every `poll_s` seconds.
         poll_s: time between two calls of `show`, in seconds.
 

@@ -60,9 +60,9 @@ class Row:
 
     Attributes:
         codec: spec of the codec.
-        bits: on the wire, an element.
-        errors: NMSE by input.
-        means: error of the mean by number of ranks.
+        bits: the bits on the wire for an element.
+        errors: the NMSE by input.
+        means: the error of the mean by number of ranks.
         speed: the speed of the kernels, None if not measured.
     """
 
@@ -172,9 +172,9 @@ def measure_errors(
     """One row, without its speed.
 
     Args:
-        codec: what to measure.
-        inputs: tensors by column; bits are those of the first column's largest tensor.
-        ranks: for the error of the mean, of as many ranks of `WORLD_SIZES` as there are.
+        codec: the codec to measure.
+        inputs: the tensors by column; bits are those of the first column's largest tensor.
+        ranks: tensors of several ranks, for the error of the mean over as many as `WORLD_SIZES` says.
         num_seeds: number of seeds to average the error over.
     """
     largest = max(x.numel() for x in next(iter(inputs.values())))
@@ -197,9 +197,9 @@ def measure_speeds(chosen: Sequence[Codec], *, numel: int, rounds: int) -> dict[
     """All codecs and memcpy in the same rounds, one thread.
 
     Args:
-        chosen: codecs.
-        numel: elements of the buffer, normal numbers.
-        rounds: samples of each.
+        chosen: the codecs to measure.
+        numel: the number of elements of the buffer, which holds normal numbers.
+        rounds: the number of samples of each.
 
     Returns:
         Speeds by spec.

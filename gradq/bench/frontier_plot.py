@@ -41,8 +41,8 @@ def plot_frontier(rows: Sequence[Row], path: Path, *, title: str) -> None:
 
     Args:
         rows: results of `gradq.bench.frontier`; the first panel shows their last input.
-        path: ends in .png.
-        title: what was measured, where.
+        path: the file to write, which ends in .png.
+        title: the title, which says what was measured and where.
 
     Raises:
         ConfigError: matplotlib is missing.

@@ -25,7 +25,7 @@ def synthetic(numel: int) -> dict[str, Tensor]:
     """Numbers of three distributions: normal, Laplace, and Student's with 3 degrees of freedom.
 
     Args:
-        numel: how many of each.
+        numel: the number of elements of each.
 
     Returns:
         fp32 [numel] by name; the same ones every time.
@@ -70,7 +70,7 @@ def from_function(spec: str, num_ranks: int) -> Gradients:
     Args:
         spec: "path.py:function". The function takes the number of ranks and returns a list of as many dicts
             of tensors by name.
-        num_ranks: argument of that function.
+        num_ranks: the argument of that function.
 
     Raises:
         ConfigError: no such file or function, it fails, or what `check` refuses.

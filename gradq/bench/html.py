@@ -49,11 +49,11 @@ class Section:
     """A part of the report.
 
     Attributes:
-        title: heading.
+        title: the heading.
         verdict: one sentence, "" for none.
         table: the table, None for none.
-        figures: SVG texts with the PNG's name.
-        notes: what else must be said.
+        figures: the figures as SVG texts, each with the name of its PNG.
+        notes: the sentences below the figures.
     """
 
     title: str

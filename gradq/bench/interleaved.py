@@ -24,9 +24,11 @@ def interleave(
     """Time calls against each other.
 
     Args:
-        calls: what to time, by name. Each is run once before, so that nothing is compiled in a round.
-        rounds: samples of each.
-        clock: seconds; `time.thread_time` leaves out the time in which other processes had the processor.
+        calls: the functions to time, by name. Each is run once before, so that nothing is compiled in a
+            round.
+        rounds: the number of samples of each.
+        clock: a clock that gives seconds; `time.thread_time` leaves out the time in which other processes had
+            the processor.
 
     Returns:
         Seconds of each call in each round.
@@ -54,7 +56,7 @@ def fastest_copy(x: Tensor, out: Tensor) -> tuple[str, Call]:
 
     Args:
         x: a CPU tensor.
-        out: another of its shape and dtype.
+        out: another tensor of its shape and dtype.
 
     Returns:
         Its name and the call.

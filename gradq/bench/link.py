@@ -48,9 +48,9 @@ class Link:
     """The link of every host, the same in both directions.
 
     Attributes:
-        rate_bps: bits a second; None leaves it unshaped.
-        delay_ms: added one way, from host to host.
-        loss: fraction of packets dropped.
+        rate_bps: the rate in bits a second; None leaves it unshaped.
+        delay_ms: the delay that is added one way, from host to host.
+        loss: the fraction of packets that are dropped.
 
     Raises:
         ConfigError: a value is out of its range, or not a number.

@@ -108,7 +108,7 @@ class Task:
 
     Attributes:
         build: a model from a seed; the same seed gives the same weights.
-        dataset: what the model is trained on; see `Dataset`.
+        dataset: the data that the model is trained on; see `Dataset`.
         optimizer: "sgd" or "adamw".
         lr: learning rate.
     """

@@ -95,7 +95,7 @@ class Network:
     """Makes the hosts; `close` removes everything.
 
     Args:
-        num_hosts: 2 or more.
+        num_hosts: the number of hosts, 2 or more.
         link: rate and delay of the link of every host.
 
     Raises:
@@ -251,7 +251,7 @@ class Network:
 
         Args:
             seconds: duration of each measurement, after the start-up.
-            attempts: until one is within 5 % of what the rate allows.
+            attempts: the number of tries until one is within 5 % of what the rate allows.
 
         Returns:
             "asked", "measured" (a list of from, to, mbit_s, round_trip_ms) and "verified": whether every

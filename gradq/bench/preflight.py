@@ -36,8 +36,8 @@ def preflight(
     """Run all-reduces and say what was found. All ranks call this together.
 
     Args:
-        interface: that should carry the traffic; "" if it is not known.
-        ranks_on_host: that share it.
+        interface: the interface that should carry the traffic; "" if it is not known.
+        ranks_on_host: the number of ranks that share it.
         rate_bps: rate of the link as stated, in bits per second, or None.
         device: device on which the gradients will be.
         control: a Gloo group of all ranks.

@@ -67,7 +67,7 @@ class Recorder:
 
     Args:
         path: the file, which is made with its folder; an unfinished one of the same scenario is continued.
-        scenario: what is measured.
+        scenario: the scenario that is measured.
         facts: what the header says of the runner: its name, its link.
     """
 

@@ -82,7 +82,7 @@ def write_record(folder: Path, benchmark: str, **fields: Any) -> Path:
 
     Args:
         folder: the folder of the records, which is made if missing.
-        benchmark: what was measured.
+        benchmark: the name of what was measured.
         **fields: the settings and results; "environment" and "commit" are filled in unless given.
 
     Returns:

@@ -73,25 +73,25 @@ class Scenario:
         codecs: gradq specs ("int8", "int4+int4") and peers ("torch-fp16", "torch-powersgd:4", "free:int4",
             "path.py:function"; see `gradq.bench.contenders`). Plain DDP, bf16, torch's PowerSGD and a free
             codec are added where missing.
-        nodes: hosts.
-        ranks_per_node: processes on each.
+        nodes: the number of hosts.
+        ranks_per_node: the number of processes on each host.
         link: rate and delay of the link of every host.
         seeds: seeds of weights, data and rounding; at least 3 for a statement about the loss.
         steps: optimizer steps of each codec.
-        block: steps a codec makes before the next one takes its turn.
-        warmup: turns that are not measured: buckets are rebuilt, buffers made, PowerSGD starts at its third
-            step.
-        budget_s: stop after the first turn that ends later than this, if `min_turns` were measured; None: no
-            limit.
-        min_turns: measured whatever the budget says.
-        batch_size: samples a rank and batch.
+        block: the steps that a codec makes before the next one takes its turn.
+        warmup: the turns that are not measured: buckets are rebuilt, buffers made, PowerSGD starts at its
+            third step.
+        budget_s: the time in seconds after which no further turn begins, if `min_turns` were measured;
+            None: no limit.
+        min_turns: the number of turns that are measured whatever the budget says.
+        batch_size: the number of samples for a rank in a batch.
         seq_len: number of bytes in a sequence, for text.
-        accumulate: batches a step; one exchange for all.
+        accumulate: the number of batches in a step; there is one exchange for all.
         precision: "fp32", or "bf16" for autocast.
         optimizer: "auto" (the model's own), "sgd" or "adamw".
         lr: learning rate; None takes the model's own.
         evaluate: whether to compute the final metric on held-out data.
-        gpus_per_rank: 0 computes on the CPU. Not run on a GPU.
+        gpus_per_rank: the number of GPUs for a rank; 0 computes on the CPU. Not run on a GPU.
         timeout_s: limit for one operation of the process group, in seconds.
         checkpoint_every: turns between checkpoints; 0: none. Only the Ray runner restarts from them.
     """

@@ -53,11 +53,11 @@ class Losses:
     Attributes:
         values: a loss a seed.
         mean: the mean of them.
-        sd: their standard deviation; None below two seeds.
+        sd: the standard deviation of the seeds' values; None below two seeds.
         difference: the difference of the means to the baseline's.
-        pooled_sd: sqrt of the mean of both variances.
+        pooled_sd: the root of the mean of both variances.
         within_two_sd: |difference| <= 2 pooled_sd; None below three seeds: two say too little.
-        paired: mean difference with the same seed and data; a sharper test.
+        paired: the mean difference with the same seed and data; a sharper test.
     """
 
     values: tuple[float, ...]
@@ -130,8 +130,8 @@ class Summary:
         rows: a codec each, in the order of the scenario.
         refused: codecs that could not run, and why.
         events: failures, restarts, warnings.
-        seeds: that have samples.
-        finished: those that ran to the end.
+        seeds: the seeds that have samples.
+        finished: the seeds that ran to the end.
         parameters: number of parameters of the model.
         left_out: a sentence for each line of the record that could not be used.
     """

@@ -19,9 +19,9 @@ class Group:
     """Scenarios that differ in their link only, slowest first; an unshaped link stands last.
 
     Attributes:
-        title: what they have in common.
+        title: the title, which says what they have in common.
         summaries: one summary for each link.
-        others: more of the same links, for their losses.
+        others: further records of the same links, for their losses.
     """
 
     title: str

@@ -46,8 +46,8 @@ class Table:
     Attributes:
         head: a text a column.
         rows: the rows, as many texts each as there are columns.
-        below: sentences under the table.
-        texts: how many columns from the left are words, not numbers.
+        below: the sentences under the table.
+        texts: the number of columns from the left that hold words, not numbers.
     """
 
     head: Sequence[str]

@@ -45,18 +45,18 @@ class Job:
     """One rank's part of one seed of a scenario.
 
     Attributes:
-        scenario: what is measured.
+        scenario: the scenario that is measured.
         seed: one of the scenario's seeds.
         rank: rank of this process.
         init_method: address where ranks meet: "file://..." or "tcp://host:port".
-        interface: that carries the gradients; "" is left to Gloo and not counted.
-        interface_ranks: ranks that share it.
+        interface: the interface that carries the gradients; "" is left to Gloo and not counted.
+        interface_ranks: the number of ranks that share it.
         threads: number of threads to compute with.
         snapshots: folder of checkpoints; "" for none.
         preflight: whether to check collectives first; see `gradq.bench.preflight`.
-        phases: links to measure over, one after another, with the same models: (turns, budget_s) of each.
+        phases: the links to measure over, one after another, with the same models: (turns, budget_s) of each.
             Empty means one, as the scenario says.
-        collective_bytes: measure all-reduces of these sizes instead of training.
+        collective_bytes: the sizes of all-reduces to measure instead of training.
     """
 
     scenario: Scenario

@@ -34,7 +34,7 @@ def load_state_dict(
     """Continue from a state. All ranks call it together, before a step.
 
     Args:
-        sync: what to load into; its plan decides which residuals are wanted.
+        sync: the sync to load into; its plan decides which residuals are wanted.
         state: the state from `gradq.checkpoint.state_dict`, after dcp.load; or from `gather_rows`, with full
             tensors [W, n] in the place of DTensors, of any number of ranks.
         path: the keys under which this rank's part of the state stands.

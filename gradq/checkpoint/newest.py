@@ -86,7 +86,7 @@ def load_newest(
 
     Args:
         folder: the folder of the checkpoints; those with a number in their name are tried, the largest first.
-        load: loads everything from the folder that it is given, model, optimizer and handle. If it raises on
+        load: a function that loads everything from a folder: model, optimizer and handle. If it raises on
             a rank, the next older one is loaded, so it must not leave anything that the next call keeps.
         group: the ranks; the default group if None.
 

@@ -24,11 +24,11 @@ class Piece:
     """The part of one residual in one flat.
 
     Attributes:
-        name: parameter.
+        name: the name of the parameter.
         begin: the first element of the residual that is in this piece.
         start: the place in the flat where it begins.
-        length: elements.
-        number: among the pieces of its kind.
+        length: the number of its elements.
+        number: its place among the pieces of its kind.
     """
 
     name: str
@@ -42,8 +42,9 @@ def pack(numels: Mapping[str, int], most: int) -> list[list[Piece]]:
     """The pieces of each flat, for residuals of these sizes.
 
     Args:
-        numels: elements by parameter name, in the order in which they stand. Empty ones have no piece.
-        most: elements of a flat.
+        numels: the numbers of elements by parameter name, in the order in which they stand. Empty ones have
+            no piece.
+        most: the largest number of elements of a flat.
     """
     found: list[list[Piece]] = []
     filled, number = most, 0

@@ -33,9 +33,9 @@ class Saved:
     """A state that fits this run.
 
     Attributes:
-        step: optimizer steps done.
-        world_size: ranks that saved.
-        spec: what they ran; None if the state does not say.
+        step: the number of optimizer steps done.
+        world_size: the number of ranks that saved.
+        spec: the spec that they ran; None if the state does not say.
         local: flat local residuals by this run's names: this rank's, or the mean over the old ranks.
         shard: padded flat shard residuals of this rank; empty if there were other ranks.
         bases: flat bases of low rank.
@@ -73,7 +73,7 @@ def parse(sync: GradientSync, saved_state: object) -> Saved:
     """Check a state and take out what this rank needs; nothing is exchanged.
 
     Args:
-        sync: what it is to be loaded into.
+        sync: the sync that it is to be loaded into.
         saved_state: the state from `state_dict` or `gather_rows`, of this format or of format 1.
 
     Raises:

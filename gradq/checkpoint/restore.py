@@ -27,7 +27,7 @@ def together(
 
     Args:
         groups: all ranks of the first hear of each other; then those of the second, and so on.
-        failed: what to say on ranks that could do it when another could not.
+        failed: the message for ranks that could do it when another could not.
 
     Yields:
         A dictionary for what must be equal on all ranks of the first group.

@@ -18,8 +18,8 @@ class Rows:
     """Which rows of a state this rank uses: its own if as many ranks saved it, else all.
 
     Args:
-        sync: what is loaded into.
-        saved_world_size: ranks that saved.
+        sync: the sync that is loaded into.
+        saved_world_size: the number of ranks that saved.
         ranks: the entry "rank" of the state: a row-sharded DTensor [W, 1], a plain tensor [W, 1] of all
             ranks' rows, or [1, 1] of this rank's.
 
@@ -61,7 +61,7 @@ class Rows:
         Args:
             value: an entry of the state.
             what: the name of the entry.
-            numel: n.
+            numel: the number n of elements in a row.
             dtype: the dtype of the entry; any real floating one if None.
 
         Raises:
@@ -120,8 +120,8 @@ def check_tensor(
     Args:
         value: an entry of a state.
         what: the name of the entry.
-        shape: what it must have; None for any size, or any shape.
-        dtype: what it must have. None: any without a shape, a floating one with.
+        shape: the shape that it must have; None for any size, or any shape.
+        dtype: the dtype that it must have. None: any without a shape, a floating one with.
 
     Raises:
         CheckpointError: it is something else.

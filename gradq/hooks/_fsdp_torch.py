@@ -56,10 +56,10 @@ class Shard:
         name: the name in `named_parameters()`, without the names of wrappers.
         shape: the shape of the whole parameter.
         dim: the dimension that is sharded.
-        chunk: elements every rank holds, padding included.
+        chunk: the number of elements that every rank holds, padding included.
         reduce_dtype: the dtype of its gradient when it is reduced.
         gather_dtype: the dtype of the parameter when it is gathered.
-        handle: torch's FSDPParam.
+        handle: the FSDPParam of torch.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Unit:
     """What one call of `fully_shard` manages: parameters that are gathered and reduced together.
 
     Attributes:
-        index: position in the model.
+        index: the position in the model.
         path: the path of the module in the model.
         shards: the shards of its parameters, in the order of FSDP's buffers.
         reducing: the names whose gradients the reduction under way holds.

@@ -53,7 +53,7 @@ def find_wrapper(
     """The DDP model that averages a module's gradients, None if there is none yet.
 
     Args:
-        module: DDP itself, or what it wraps.
+        module: DistributedDataParallel itself, or the module that it wraps.
         group: the group that was asked for, None for DDP's own.
         parameter: a parameter that DDP averages; the module's first one that is trained, by default.
 
@@ -115,8 +115,9 @@ def averaged_names(module: nn.Module, wrapper: DistributedDataParallel | None) -
     """The names of the parameters that DDP averages.
 
     Args:
-        module: what DDP wraps.
-        wrapper: DDP. Without it: what requires a gradient and is not to be ignored by DDP.
+        module: the module that DDP wraps.
+        wrapper: the DDP model. Without it, parameters that require a gradient and that DDP is not told to
+            ignore are meant.
 
     Raises:
         UnsupportedError: there are none.

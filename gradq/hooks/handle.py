@@ -32,7 +32,7 @@ class Handle(checkpoint.Resumable):
     A copied or pickled handle, such as that in `copy.deepcopy(model)`, is a `CopiedHandle`.
 
     Attributes:
-        sync: what averages.
+        sync: the sync that averages.
     """
 
     sync: GradientSync
@@ -103,7 +103,7 @@ class GradientHandle(Handle):
     """The handle of a model whose gradients are averaged, which `gradq.compress` returns.
 
     Attributes:
-        spec: what was asked for.
+        spec: the spec or policy that was asked for.
     """
 
     spec: Spec | Policy

@@ -29,7 +29,7 @@ class Bucket:
     """Parameters of one work dtype in one fragment.
 
     Attributes:
-        index: among all buckets.
+        index: the place among all buckets.
         parameters: the parameters by name.
         anchor: the values that the ranks started from, flat [n], on the CPU; equal on all ranks.
         momentum: the momentum of the outer step, flat [n]; None without one.
@@ -64,7 +64,7 @@ class Fragment:
     """What is averaged together.
 
     Attributes:
-        offset: averaged at the steps that equal this modulo `every`.
+        offset: the fragment is averaged at the steps that equal this modulo `every`.
         buckets: one a work dtype.
     """
 

@@ -137,9 +137,9 @@ class Notes:
         """Send this rank's note.
 
         Args:
-            inner_step: steps of the inner optimizer so far.
+            inner_step: the number of steps of the inner optimizer so far.
             final: whether `synchronize` averages, rather than the schedule.
-            members: digest of what is trained now.
+            members: the digest of what is trained now.
         """
         note = torch.tensor([inner_step, final, members])
         self._rows = [torch.empty_like(note) for _ in range(self._group.size())]

@@ -87,7 +87,7 @@ class Pending:
     Attributes:
         fragment: the index of the fragment.
         due: the inner step at which to apply it.
-        means: pseudo-gradients, flat, a bucket each; their means when the futures are done.
+        means: the pseudo-gradients, flat, a bucket each; their means when the futures are done.
         sent: the parameters as they were when it started, a bucket each; empty without a delay.
         futures: the futures of the means.
     """
@@ -116,7 +116,7 @@ class LocalSteps(Handle):
     Attributes:
         inner_step: the number of inner steps so far, those before a checkpoint too.
         pending: the average under way, if there is one.
-        fragments: what is averaged, in parts.
+        fragments: the parts of the model that are averaged.
     """
 
     has_momentum = False
@@ -187,7 +187,7 @@ class LocalSteps(Handle):
         Args:
             anchor: the starting point, flat.
             mean: the mean pseudo-gradient; scratch afterwards.
-            momentum: what the last outer step left, if the class has momentum.
+            momentum: the momentum that the last outer step left, if the class has one.
         """
 
     def _cut(self, parameters: dict[str, Tensor]) -> list[Fragment]:

@@ -41,8 +41,8 @@ class GradientStatistics:
     """What was measured of one parameter's gradients.
 
     Attributes:
-        numel: elements.
-        energy: sum of squares, over the sampled steps and the ranks.
+        numel: the number of elements.
+        energy: the sum of squares, over the sampled steps and the ranks.
         errors: ‖x - Q(x)‖² by candidate spec, over the same; inf or nan rules a candidate out.
     """
 
@@ -57,8 +57,8 @@ class Allocation:
 
     Attributes:
         specs: codec specs by parameter name; they also serve as rules of a `MixedPolicy`.
-        nbytes: payload of phase 1, summed.
-        error: summed.
+        nbytes: the payload bytes of phase 1 of all parameters.
+        error: the error of all parameters, summed.
         lower_bound: proven: no allocation within the budget has less error (given `budget_bytes`) or fewer
             bytes (given `error_budget`). Equal to error or nbytes if this one is optimal.
     """
@@ -82,10 +82,10 @@ def allocate_bits(
     in one gradient vector; errors of ranks add up to W² times that of their mean, if they are independent.
 
     Args:
-        statistics: what was measured, by parameter name.
+        statistics: the statistics that were measured, by parameter name.
         candidates: codecs or their specs; every parameter's errors must have them.
-        budget_bytes: payload bytes of phase 1, at most.
-        error_budget: summed error, at most. Give one of the two.
+        budget_bytes: the largest number of payload bytes of phase 1.
+        error_budget: the largest summed error. Give one of the two.
 
     Returns:
         The allocation; the optimal one but for instances beyond 200 000 undominated states.

@@ -33,17 +33,17 @@ class BitAllocation:
     that travel exact are no part of it. One object serves one model.
 
     Args:
-        average_bits: bits an element, scales included: "int4" has 4.0625.
+        average_bits: the mean number of bits for an element, scales included: "int4" has 4.0625.
         bytes_of: a spec whose bytes to spend.
         error_of: a spec whose error to keep. Give one of the three.
         candidates: specs of one codec each to choose from.
-        every: steps between plans. The first comes after so many.
-        samples: steps of them in which the candidates are measured; the last one, and others evenly before.
-            One costs as much as encoding and decoding the gradients once for every candidate.
+        every: the number of steps between plans; the first comes after so many.
+        samples: the number of steps of them in which the candidates are measured; the last one, and others
+            evenly before. One costs as much as encoding and decoding the gradients once for every candidate.
         weighting: "energy": a parameter counts by the size of its error, as in the gradient vector;
             "relative": by the error's share of its gradient times its elements, so that loud parameters get
             no more than quiet ones. See docs/bits.md for what was measured.
-        exact: what travels exact besides small parameters; see `FixedPolicy`.
+        exact: the rule that says which parameters travel exact; see `FixedPolicy`.
         feedback: error feedback; see `FixedPolicy`. A parameter that moves to a codec without feedback
             loses its residual.
 

@@ -21,7 +21,8 @@ def expected_step_ms(compute_ms: float, codec_ms: float, wire_bytes: float, gbps
     Args:
         compute_ms: time of forward, backward and optimizer, without communication.
         codec_ms: encoding and decoding, in a step.
-        wire_bytes: what the busiest rank sends in a step; receiving as much is free on a full-duplex link.
+        wire_bytes: the bytes that the busiest rank sends in a step; receiving as much is free on a
+            full-duplex link.
         gbps: rate of that rank's link, in 10**9 bits a second.
 
     Returns:

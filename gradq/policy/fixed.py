@@ -42,7 +42,7 @@ class FixedPolicy:
     """The same spec for every parameter that is not exact.
 
     Attributes:
-        spec: must not be "none".
+        spec: the spec, which must not be "none".
         exact: the rule that says which parameters travel exact, in their own dtype. A predicate over
             `ParameterInfo` is the whole rule. Names and shell patterns are short for "what the default rule
             selects, and these". The default rule is `small_or_1d` for specs that quantize, and nothing for

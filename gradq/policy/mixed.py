@@ -37,7 +37,7 @@ class MixedPolicy:
         rules: pairs (selector, spec), or a mapping. A selector is a parameter's name, a shell pattern over
             names, a role such as "role:embedding" (see `roles`), or a predicate over `ParameterInfo`.
         default: the spec of what no rule selects; None: there must be nothing left.
-        exact: what travels exact besides small parameters; see `FixedPolicy`.
+        exact: the rule that says which parameters travel exact; see `FixedPolicy`.
         feedback: error feedback; see `FixedPolicy`.
 
     Raises:

@@ -23,7 +23,7 @@ def resolve(
 
     Args:
         asked: a string, a codec, a `Spec`, a mapping of rules, or a policy object.
-        exact: what travels exact; see `FixedPolicy`. Policy objects ignore it.
+        exact: the rule that says which parameters travel exact; see `FixedPolicy`. Policy objects ignore it.
         feedback: error feedback; see `FixedPolicy`. Policy objects ignore it.
 
     Raises:

@@ -18,7 +18,7 @@ def warm_up_calls(
     """Calls that run every kernel of some codecs once, for `gradq.kernels.turns.in_turns`.
 
     Args:
-        codecs: what will be used, each with or without a residual.
+        codecs: the codecs that will be used, each with or without a residual.
         device: device of the gradients.
         world_size: number of ranks.
 

@@ -25,7 +25,7 @@ class Runner(ABC):
     """Runs one seed of a scenario after another on the same hosts. A context manager: leaving it cleans up.
 
     Args:
-        scenario: what is measured.
+        scenario: the scenario that is measured.
     """
 
     name: str

@@ -59,7 +59,8 @@ class SweepRunner(NamespacesRunner):
     """Scenarios that differ in their link only, by the same ranks: models are made and warmed up once.
 
     Args:
-        scenarios: measured one after another; the phase of a record is an index of this list.
+        scenarios: the scenarios, which are measured one after another; the phase of a record is an index of
+            this list.
         budgets_s: time limits of each, in seconds; see `Scenario.budget_s`.
 
     Raises:

@@ -38,12 +38,13 @@ class RayRunner(Runner):
     """Actors in a placement group.
 
     Args:
-        scenario: what is measured; its link says what the preflight should expect, nothing is shaped.
+        scenario: the scenario that is measured; its link says what the preflight should expect, nothing is
+            shaped.
         cluster: "ray://head:10001", "head:6379", "auto" (the cluster of this machine), or "local" for one
             node of its own.
         link: what is known of the link, for the record's header.
         max_restarts: number of restarts of a seed before it is given up.
-        patience_s: how long to wait for nodes and CPUs.
+        patience_s: the time to wait for nodes and CPUs, in seconds.
 
     Raises:
         ConfigError: Ray is not installed.
