@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from gradq.checkpoint.files import Folder, open_state
-from gradq.checkpoint.parse import Saved, mapping, parse
+from gradq.checkpoint.parse import Saved, parse
 from gradq.checkpoint.restore import restore, together
+from gradq.checkpoint.rows import mapping
 from gradq.errors import CheckpointError, UnsupportedError
 from gradq.sync.gradient_sync import GradientSync
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from gradq.checkpoint.packing import Piece, digest, pack
-from gradq.checkpoint.rows import Rows, check_tensor
+from gradq.checkpoint.rows import Rows, check_tensor, integer, mapping
 from gradq.checkpoint.state import FORMAT, bases_shapes, head_digest, residual_shapes
 from gradq.errors import CheckpointError
 from gradq.policy import canonical_name
 from gradq.sync.finite import WINDOW
 from gradq.sync.gradient_sync import GradientSync
 
-__all__ = ["Saved", "check_fit", "integer", "mapping", "parse"]
+__all__ = ["Saved", "parse"]
 
 _ENTRIES = ("format", "step", "world_size", "rank", "local", "shard")
 _OPTIONAL = ("bases", "policy", "index", "digests", "norms")
@@ -101,7 +101,7 @@ def parse(sync: GradientSync, saved_state: object) -> Saved:
     names = _Names(sync)
     for kind in ("local", "shard", "bases"):
         names.check(contents.numels[kind], kind)
-    check_fit({names.ours(n): size for n, size in contents.numels["local"].items()}, sync)
+    _check_fit({names.ours(n): size for n, size in contents.numels["local"].items()}, sync)
     saved.has_plan = "policy" in state
     saved.policy = _policy(sync, state, rows)
     saved.gone = [name for name in contents.numels["local"] if names.ours(name) is None]
@@ -337,7 +337,7 @@ def _policy(
     return found, own
 
 
-def check_fit(saved_numel: Mapping[str | None, int], sync: GradientSync) -> None:
+def _check_fit(saved_numel: Mapping[str | None, int], sync: GradientSync) -> None:
     """Whether saved residuals have the sizes of this run's parameters.
 
     Raises:
@@ -350,44 +350,6 @@ def check_fit(saved_numel: Mapping[str | None, int], sync: GradientSync) -> None
                 f"the saved residual of {name!r} has {numel} elements, the parameter of this model has "
                 f"{info.numel}; this checkpoint is of another model"
             )
-
-
-def mapping(value: object, what: str) -> Mapping[str, Any]:
-    """The value if it is a mapping with strings for keys.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    if not isinstance(value, Mapping):
-        raise CheckpointError(
-            f"{what} must be a dictionary from handle.state_dict() or handle.gathered_state_dict(), got "
-            f"{type(value).__name__}; every rank loads it"
-        )
-    if odd := [key for key in value if not isinstance(key, str)]:
-        raise CheckpointError(f"{what} has the key {odd[0]!r}, which is no name")
-    return value
-
-
-def integer(state: Mapping[str, Any], name: str, least: int, below: int) -> int:
-    """An entry that is one integer of a range, as a number or a tensor.
-
-    Raises:
-        CheckpointError: it is missing, or something else.
-    """
-    if name not in state:
-        raise CheckpointError(f"the saved state has no {name!r}; it is incomplete or of something else")
-    value = state[name]
-    if isinstance(value, Tensor):
-        whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
-        check_tensor(value, name)
-        if not whole or value.numel() != 1:
-            raise CheckpointError(f"{name!r} must be one integer, got {tuple(value.shape)} of {value.dtype}")
-        value = int(value)
-    if type(value) is not int:
-        raise CheckpointError(f"{name!r} must be one integer, got {value!r}")
-    if not least <= value < below:
-        raise CheckpointError(f"{name!r} is {value}, and must be in [{least}, {below})")
-    return value
 
 
 def _row_numel(entries: Mapping[str, Any], name: str, what: str) -> int:

@@ -1,8 +1,9 @@
-"""Rows [W, ...], one a rank: whose they are, and which of them this rank uses."""
+"""Entries of a state: rows [W, ...], one a rank, of which this rank uses some; tensors and numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch import Tensor
 from gradq.errors import CheckpointError
 from gradq.sync.gradient_sync import GradientSync
 
-__all__ = ["Rows", "check_tensor", "own_row"]
+__all__ = ["Rows", "check_tensor", "integer", "mapping", "own_row"]
 
 
 class Rows:
@@ -146,6 +147,44 @@ def check_tensor(
     if dtype is None and shape is not None and not value.is_floating_point():
         raise CheckpointError(f"{what} must have real floating-point numbers, got {value.dtype}")
     return value.detach().cpu()
+
+
+def mapping(value: object, what: str) -> Mapping[str, Any]:
+    """The value if it is a mapping with strings for keys.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"{what} must be a dictionary from handle.state_dict() or handle.gathered_state_dict(), got "
+            f"{type(value).__name__}; every rank loads it"
+        )
+    if odd := [key for key in value if not isinstance(key, str)]:
+        raise CheckpointError(f"{what} has the key {odd[0]!r}, which is no name")
+    return value
+
+
+def integer(state: Mapping[str, Any], name: str, least: int, below: int) -> int:
+    """An entry that is one integer of a range, as a number or a tensor.
+
+    Raises:
+        CheckpointError: it is missing, or something else.
+    """
+    if name not in state:
+        raise CheckpointError(f"the saved state has no {name!r}; it is incomplete or of something else")
+    value = state[name]
+    if isinstance(value, Tensor):
+        whole = not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool
+        check_tensor(value, name)
+        if not whole or value.numel() != 1:
+            raise CheckpointError(f"{name!r} must be one integer, got {tuple(value.shape)} of {value.dtype}")
+        value = int(value)
+    if type(value) is not int:
+        raise CheckpointError(f"{name!r} must be one integer, got {value!r}")
+    if not least <= value < below:
+        raise CheckpointError(f"{name!r} is {value}, and must be in [{least}, {below})")
+    return value
 
 
 def own_row(rows: Tensor, sync: GradientSync, same: bool) -> Tensor:

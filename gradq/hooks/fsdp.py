@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from gradq.codecs import Codec, ExactCodec
 from gradq.errors import ConfigError, UnsupportedError
 from gradq.hooks import _fsdp_torch
 from gradq.hooks._backward import OutermostBackward
+from gradq.hooks._fsdp_comm import AllGatherComm, ReduceScatterComm
 from gradq.hooks._fsdp_torch import Shard, Unit
 from gradq.hooks.averaged import DTYPES
 from gradq.hooks.handle import GradientHandle
@@ -243,13 +245,13 @@ class ShardedHandle(GradientHandle):
     def _install(self, *, has_replicas: bool) -> None:
         for unit in self._units:
             if not has_replicas or self._shards.plan:
-                unit.set_reduce_scatter(_ReduceScatterComm(self, unit))
+                unit.set_reduce_scatter(ReduceScatterComm(partial(self.reduce, unit)))
             if has_replicas:
                 if not self._shards.plan:
                     unit.watch()
-                unit.set_replica_hook(_replica_hook(self, unit))
+                unit.set_replica_hook(partial(self.average_replicas, unit))
             if self._shards.gather_plan:
-                unit.set_all_gather(_AllGatherComm(self._shards, unit))
+                unit.set_all_gather(AllGatherComm(partial(self.gather, unit)))
 
     def _begin_step(self) -> None:
         """The first reduction of an outermost backward."""
@@ -278,6 +280,11 @@ class ShardedHandle(GradientHandle):
         shards.reduce_scatter(
             flat, out, unit.reducing, index=unit.index, factor=_factor(op, unit, shards.world_size)
         )
+
+    def gather(self, unit: Unit, flat: Tensor) -> None:
+        """Gather the parameters of one unit; what FSDP calls in the place of its all-gather."""
+        names = [shard.name for shard in unit.shards]
+        self._shards.all_gather(flat, names, index=unit.index)
 
     def average_replicas(self, unit: Unit, shard: Tensor) -> None:
         """Average the reduced gradients of one unit over the replicas.
@@ -390,51 +397,6 @@ class _ForWhole:
     def plan(self, parameters: Sequence[ParameterInfo]) -> Plan:
         """The plan for the whole parameters, which have the same names."""
         return self._policy.plan(self._infos)
-
-
-class _ReduceScatterComm:
-    """FSDP's interface of a reduction."""
-
-    def __init__(self, state: ShardedHandle, unit: Unit) -> None:
-        self._state, self._unit = state, unit
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for the input or the output."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        self._state.reduce(self._unit, output_tensor, input_tensor, op, group)
-
-
-class _AllGatherComm(_ReduceScatterComm):
-    """FSDP's interface of a gathering."""
-
-    def __init__(self, shards: ShardedSync, unit: Unit) -> None:
-        self._shards, self._unit = shards, unit
-
-    def __call__(  # type: ignore[override]
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> None:
-        numel = input_tensor.numel()
-        row = output_tensor[group.rank() * numel : (group.rank() + 1) * numel]
-        if row.data_ptr() != input_tensor.data_ptr():
-            row.copy_(input_tensor)
-        names = [shard.name for shard in self._unit.shards]
-        self._shards.all_gather(output_tensor, names, index=self._unit.index)
-
-
-def _replica_hook(state: ShardedHandle, unit: Unit) -> Any:
-    def hook(reduced: Tensor) -> None:
-        state.average_replicas(unit, reduced)
-
-    return hook
 
 
 def _factor(op: Any, unit: Unit, world_size: int) -> float:

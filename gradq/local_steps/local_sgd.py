@@ -44,7 +44,8 @@ from torch.optim import Optimizer
 
 from gradq.errors import ConfigError
 from gradq.local_steps import checkpoint
-from gradq.local_steps.steps import LocalSteps, Schedule
+from gradq.local_steps.schedule import Schedule
+from gradq.local_steps.steps import LocalSteps
 from gradq.options import Options
 from gradq.policy import Asked
 

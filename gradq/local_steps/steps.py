@@ -15,69 +15,22 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from gradq import wire
-from gradq.errors import ConfigError, MismatchError, PeerError, UnsupportedError
+from gradq.errors import MismatchError, PeerError, UnsupportedError
 from gradq.hooks import averaged
 from gradq.hooks.handle import Handle
 from gradq.local_steps import inner_optimizer as inner
 from gradq.local_steps import membership
 from gradq.local_steps.fragments import WORK_DTYPES, Bucket, Fragment, fragments_of
+from gradq.local_steps.schedule import Schedule
 from gradq.metrics import Event, Stats
 from gradq.options import Options, asked_for
 from gradq.policy import AdaptivePolicy, Asked, ParameterInfo, Policy, label, resolve
 from gradq.sync.gradient_sync import GradientSync
 from gradq.transport.handshake import agree, telling
 
-__all__ = ["LocalSteps", "Pending", "Schedule"]
+__all__ = ["LocalSteps", "Pending"]
 
 _log = logging.getLogger("gradq")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """When fragments are averaged, in inner steps.
-
-    Attributes:
-        every: steps between two averages of a parameter.
-        fragments: the number of parts of the model, averaged one after another.
-        delay: steps that an average may take.
-        alpha: the share of a rank's own parameters that stays when an average is applied; None adds what was
-            learned meanwhile.
-
-    Raises:
-        ConfigError: they do not fit together.
-    """
-
-    every: int
-    fragments: int
-    delay: int
-    alpha: float | None
-
-    def __post_init__(self) -> None:
-        for name in ("every", "fragments", "delay"):
-            if type(getattr(self, name)) is not int:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r:.200}: it is a number of inner steps, an integer"
-                )
-        if self.every < 1:
-            raise ConfigError(f"every={self.every}: ranks average after 1 inner step or more")
-        if not 1 <= self.fragments <= self.every:
-            raise ConfigError(
-                f"fragments={self.fragments}: choose from 1 to every={self.every}, one a step at most"
-            )
-        if not 0 <= self.delay <= self.every // self.fragments:
-            raise ConfigError(
-                f"delay={self.delay}: choose from 0 to every // fragments = {self.every // self.fragments}, "
-                "so that one average is applied before the next one starts"
-            )
-        if self.alpha is not None and not (self.delay and 0 <= self.alpha <= 1):
-            raise ConfigError(
-                f"fragment_update_alpha={self.alpha}: choose from 0 to 1, together with a delay of 1 or "
-                "more: without one there are no steps of the rank's own to mix in"
-            )
-
-    def __str__(self) -> str:
-        mixing = "" if self.alpha is None else f", alpha={self.alpha}"
-        return f"every={self.every}, fragments={self.fragments}, delay={self.delay}{mixing}"
 
 
 @dataclass
