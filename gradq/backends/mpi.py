@@ -157,7 +157,7 @@ def _own_address() -> str:
     """An address of this host that other hosts can reach.
 
     Raises:
-        ConfigError: there is none to be found.
+        ConfigError: this host has no such address.
     """
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if interface:

@@ -122,10 +122,10 @@ def default_codecs() -> list[Codec]:
 
 
 def choose(text: str) -> list[Codec]:
-    """The codecs of `split_specs`, or all if there is none.
+    """The codecs of `split_specs`, or all codecs if the text is empty.
 
     Raises:
-        SpecError: a spec is none.
+        SpecError: a part of the text is not a spec.
     """
     return [codecs.from_spec(spec) for spec in split_specs(text)] or default_codecs()
 

@@ -86,7 +86,7 @@ def check(loaded: Any, where: str) -> Gradients:
         where: name of the source, for error messages.
 
     Raises:
-        ConfigError: it is none of these, is empty, all zeros, or not of floats; holds NaN or Inf; or ranks
+        ConfigError: it is something else, is empty, all zeros, or not of floats; holds NaN or Inf; or ranks
             differ in names or sizes.
     """
     if isinstance(loaded, Tensor):

@@ -23,7 +23,7 @@ def parse_rate(text: str) -> float:
     match = re.fullmatch(rf"{_NUMBER}([kmgt]?)(?:bit|bps|bit/s|b/s)\s*", text.lower())
     rate = 0.0 if match is None else float(match[1]) * _RATE_UNITS[match[2]]
     if not rate > 0:
-        raise ConfigError(f"{_short(text)} is no rate: write for instance 250mbit, 1gbit or 2.5Gbit/s")
+        raise ConfigError(f"{_short(text)} is not a rate: write for instance 250mbit, 1gbit or 2.5Gbit/s")
     return rate
 
 
@@ -35,7 +35,7 @@ def parse_delay(text: str) -> float:
     """
     match = re.fullmatch(rf"{_NUMBER}(us|ms|s)\s*", text.lower())
     if match is None:
-        raise ConfigError(f"{_short(text)} is no delay: write for instance 0.2ms, 500us or 1s")
+        raise ConfigError(f"{_short(text)} is not a delay: write for instance 0.2ms, 500us or 1s")
     return float(match[1]) * _DELAY_UNITS[match[2]]
 
 

@@ -51,7 +51,7 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path} is not text in UTF-8 (byte {error.start}): this is no record of gradq's"
+            f"{path} is not text in UTF-8 (byte {error.start}): this is not a record of gradq's"
         ) from None
 
 
@@ -76,8 +76,8 @@ def read_lines(path: Path) -> list[Record]:
             lines.append(_object(line))
         except ValueError:
             raise ConfigError(
-                f"{path}, line {number} is not JSON: this is no record of gradq's, or it is damaged; remove "
-                "it, or write to another folder (--out)"
+                f"{path}, line {number} is not JSON: this is not a record of gradq's, or it is damaged; "
+                "remove it, or write to another folder (--out)"
             ) from None
     return lines
 
@@ -103,7 +103,7 @@ def read_record(path: Path) -> Reading:
         header = _object(first)
     except ValueError:
         state = "not JSON" if others else "cut off"
-        raise ConfigError(f"{path} is no record of gradq bench, or damaged: line 1 is {state}") from None
+        raise ConfigError(f"{path} is not a record of gradq bench, or damaged: line 1 is {state}") from None
     _check_header(header, path)
     kept: list[Record] = []
     left_out: list[str] = []
@@ -124,7 +124,7 @@ def read_record(path: Path) -> Reading:
 
 def _check_header(header: Record, path: Path) -> None:
     if header.get("record") != "header" or header.get("benchmark") != "bench":
-        raise ConfigError(f"{path} is no record of gradq bench")
+        raise ConfigError(f"{path} is not a record of gradq bench")
     _check_schema(header, path)
     for key in ("scenario", "environment"):
         if not isinstance(header.get(key), dict):

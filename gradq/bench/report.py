@@ -115,7 +115,7 @@ def _take_bench(path: Path, found: _Found) -> None:
 
 
 def _take_collectives(path: Path, found: _Found) -> None:
-    """Add a file of `gradq bench collectives`; other JSON is none of ours.
+    """Add a file of `gradq bench collectives`; other JSON is left alone.
 
     Raises:
         ConfigError: it is not JSON, or damaged.

@@ -37,7 +37,7 @@ def load_scenario(path: Path) -> Scenario:
     except (ValueError, RecursionError) as error:  # a syntax error, a number too long, tables too deep
         raise ConfigError(f"{path} is not TOML: {error}; examples are in benchmarks/scenarios/") from None
     if not values:
-        raise ConfigError(f'{path} says nothing: write at least one key, such as model = "gpt-1m"')
+        raise ConfigError(f'{path} is empty: write at least one key, such as model = "gpt-1m"')
     scenario = Scenario.from_dict({"name": path.stem, **values}, where=str(path))
     try:
         check_model(scenario.model)

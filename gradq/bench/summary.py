@@ -244,7 +244,7 @@ def summarise(path: Path) -> Summary:
     """Read a record and work it out.
 
     Raises:
-        ConfigError: it is no record of `gradq bench`, of another schema, or damaged as a whole. Lines that
+        ConfigError: it is not a record of `gradq bench`, of another schema, or damaged as a whole. Lines that
             are damaged are left out, and named in the summary.
     """
     reading = read_record(path)
@@ -258,7 +258,7 @@ def summarise(path: Path) -> Summary:
     starts = [r for r in lines if r["record"] == "start"]
     shared = starts[0].get("interface_ranks", 1) if starts else 1
     if starts and starts[0]["interface"] == "lo":
-        shared = 0  # everyone's on this machine: it says nothing
+        shared = 0  # the loopback counts the bytes of all ranks, so it tells nothing of one
     known = dict.fromkeys(codec for *_, codec in blocks)
     names = dict.fromkeys([codec for codec in scenario.contenders if codec in known] + [*known])
     rows = [_row(codec, blocks, shared) for codec in names]

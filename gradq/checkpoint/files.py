@@ -40,8 +40,8 @@ class Folder:
             the list of files first; elsewhere damage of it may go unnoticed.
 
     Raises:
-        CheckpointError: it is none, its `.metadata` is missing or damaged, or a file that it names is missing
-            or too short.
+        CheckpointError: it is not a checkpoint, its `.metadata` is missing or damaged, or a file that it
+            names is missing or too short.
     """
 
     def __init__(self, checkpoint_id: str | os.PathLike[str]) -> None:

@@ -116,7 +116,7 @@ def restore(sync: GradientSync, saved: Saved) -> None:
 
 
 def _restore_policy(sync: GradientSync, saved: Saved) -> None:
-    """Make the saved plan current, or say that there is none to make."""
+    """Make the saved plan current, or log that there is none."""
     policy = sync.learner.adaptive
     if policy is None:
         if saved.has_plan:

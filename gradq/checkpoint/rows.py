@@ -29,7 +29,7 @@ class Rows:
         ranks: the ranks of the rows that `take` gives.
 
     Raises:
-        CheckpointError: the rows are of another rank, or not of as many ranks as were said to save.
+        CheckpointError: the rows are of another rank, or of another number of ranks than saved.
     """
 
     def __init__(self, sync: GradientSync, saved_world_size: int, ranks: object) -> None:
@@ -161,7 +161,7 @@ def mapping(value: object, what: str) -> Mapping[str, Any]:
             f"{type(value).__name__}; every rank loads it"
         )
     if odd := [key for key in value if not isinstance(key, str)]:
-        raise CheckpointError(f"{what} has the key {odd[0]!r}, which is no name")
+        raise CheckpointError(f"{what} has the key {odd[0]!r}, which is not a string")
     return value
 
 

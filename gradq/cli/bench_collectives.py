@@ -24,11 +24,11 @@ def parse_bytes(text: str) -> int:
     """Bytes of "1KB", "64MB"; a KB is 1024 bytes, as in nccl-tests.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is not a size.
     """
     match = re.fullmatch(r"\s*([0-9]{1,15})\s*(B|KB|MB|GB|K|M|G)?\s*", text.upper())
     if match is None:
-        raise ConfigError(f"{text!r} is no size: write for instance 1KB or 64MB")
+        raise ConfigError(f"{text!r} is not a size: write for instance 1KB or 64MB")
     return int(match[1]) << {"B": 0, "K": 10, "M": 20, "G": 30}[(match[2] or "B")[0]]
 
 

@@ -56,7 +56,7 @@ class OutermostBackward:
         """Note that something happens in the backward under way.
 
         Raises:
-            UnsupportedError: there is none.
+            UnsupportedError: no backward is under way.
         """
         task = backward_id()
         if task == -1:

@@ -33,7 +33,7 @@ def check_group(group: object) -> dist.ProcessGroup:
     """The group, if this rank is in it.
 
     Raises:
-        ConfigError: it is not, or this is no process group.
+        ConfigError: this rank is not in the group, or group is not a process group.
     """
     if not dist.is_initialized():
         raise ConfigError('no process group: call torch.distributed.init_process_group("gloo") first')
@@ -50,7 +50,7 @@ def check_group(group: object) -> dist.ProcessGroup:
 def find_wrapper(
     module: nn.Module, group: dist.ProcessGroup | None, parameter: Tensor | None = None
 ) -> DistributedDataParallel | None:
-    """The DDP model that averages a module's gradients, None if there is none yet.
+    """The DDP model that averages a module's gradients; None where the module is not wrapped yet.
 
     Args:
         module: DistributedDataParallel itself, or the module that it wraps.
@@ -120,7 +120,7 @@ def averaged_names(module: nn.Module, wrapper: DistributedDataParallel | None) -
             ignore are meant.
 
     Raises:
-        UnsupportedError: there are none.
+        UnsupportedError: DDP averages no parameter of the module.
     """
     names = named_parameters(module)
     if wrapper is not None:

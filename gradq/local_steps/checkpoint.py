@@ -283,7 +283,7 @@ def _restore_tensor(
         tensor.copy_(rows[f"parameter.{plain}"])
         membership.mean_over_ranks(tensor, local.sync.group)
     else:
-        _log.warning("resumed: no value of %r was saved, which is frozen; it stays rank 0's", plain)
+        _log.warning("resumed: no value of the frozen parameter %r was saved; all ranks keep rank 0's", plain)
 
 
 def _restore_shared(local: LocalSteps, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ def resolve(
         feedback: error feedback; see `FixedPolicy`. Policy objects ignore it.
 
     Raises:
-        SpecError: it is none of these; ConfigError: exact or feedback has a value that cannot work.
+        SpecError: asked is something else; ConfigError: exact or feedback has a value that cannot work.
     """
     if isinstance(asked, Mapping):
         mixed = MixedPolicy(rules=asked, exact=exact, feedback=feedback)

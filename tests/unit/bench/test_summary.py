@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_made_is_explained(tmp_path):
 def test_what_is_no_record(tmp_path):
     path = tmp_path / "other.jsonl"
     path.write_text('{"record": "step"}\n')
-    with pytest.raises(ConfigError, match="is no record of gradq bench"):
+    with pytest.raises(ConfigError, match="is not a record of gradq bench"):
         summarise(path)
     path.write_text("not json\n")
     with pytest.raises(ConfigError, match="line 1 is not JSON"):
