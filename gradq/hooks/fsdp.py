@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 
 from gradq.codecs import Codec, ExactCodec
 from gradq.errors import ConfigError, UnsupportedError
-from gradq.hooks import _fsdp_torch
+from gradq.hooks import _fsdp_torch, sharded
 from gradq.hooks._backward import OutermostBackward
 from gradq.hooks._fsdp_comm import AllGatherComm, ReduceScatterComm
 from gradq.hooks._fsdp_torch import Shard, Unit
-from gradq.hooks.averaged import DTYPES
 from gradq.hooks.handle import GradientHandle
 from gradq.metrics import Event, Stats
 from gradq.options import Options, SyncConfig, asked_for
@@ -79,10 +77,10 @@ class ShardedHandle(GradientHandle):
         self._units = _fsdp_torch.find_units(model)
         if not self._units:
             raise UnsupportedError("fully_shard was applied to modules without parameters only")
-        shard_group, self._alone = _same_group(self._units, "shard_group"), None
+        shard_group, self._alone = sharded.common_group(self._units, "shard_group"), None
         if shard_group is None:  # `replicate`: a rank holds everything, as if it were the only shard
             shard_group = self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        native = _same_group(self._units, "replicate_group")
+        native = sharded.common_group(self._units, "replicate_group")
         asked_group = asked_for("replicate_group", options, overrides)
         self._own_replicas = native is None and isinstance(asked_group, dist.ProcessGroup)
         replicate_group: dist.ProcessGroup | None = asked_group if self._own_replicas else native
@@ -103,14 +101,14 @@ class ShardedHandle(GradientHandle):
                 raise ConfigError(
                     "shard_spec= is for models with replicas; spec is the reduce-scatter's here"
                 )
-            self._check(model)
+            sharded.check(model, self._units)
             self.spec, policy = self._resolve(spec)
             shard_label, shard_policy = (label(self.spec), policy)
             if self._has_replicas:
                 asked, shard_policy = resolve(chosen.shard_spec, exact=chosen.exact, feedback=False)
                 shard_label = label(asked)
             self._shards = ShardedSync(
-                [_info(shard, index, shard.reduce_dtype) for index, shard in enumerate(self._all())],
+                sharded.describe(self._all()),
                 {shard.name: shard.chunk for shard in self._all()},
                 shard_policy,
                 shard_label,
@@ -134,8 +132,8 @@ class ShardedHandle(GradientHandle):
         else:
             self.sync = self._shards
         try:
-            self._check_feedback(self._shards.plan)
-            self._check_device(self.sync.plan)
+            self._check_feedback(self._shards.plan, of_whole=True)
+            self._check_feedback(self.sync.plan)
             self._install(has_replicas=self._has_replicas)
         except BaseException:
             self.close()
@@ -160,53 +158,14 @@ class ShardedHandle(GradientHandle):
             policy = self._for_shards(policy)
         if policy is not None:
             plan = policy.plan(list(self.sync.parameters.values()))
-            self._check_device(plan)
-            if self.sync is self._shards:
-                self._check_feedback(plan)
+            self._check_feedback(plan, of_whole=self.sync is self._shards)
         return asked, policy, ""
 
     def _all(self) -> list[Shard]:
         return [shard for unit in self._units for shard in unit.shards]
 
-    def _check(self, model: nn.Module) -> None:
-        """Raise what cannot be compressed, by name."""
-        for unit in self._units:
-            if unit.device.type not in ("cpu", "cuda"):
-                raise UnsupportedError(
-                    f"module {unit.path!r} is on {unit.device}; gradq runs on CPU and CUDA tensors"
-                )
-        for shard in self._all():
-            if shard.requires_grad and shard.reduce_dtype not in DTYPES:
-                raise UnsupportedError(
-                    f"the gradient of {shard.name!r} is reduced in {shard.reduce_dtype}; gradq averages "
-                    "fp32, bf16, fp16 and fp64 gradients"
-                )
-        if not any(shard.requires_grad for shard in self._all()):
-            raise UnsupportedError("the model has no sharded parameters that require gradients")
-        left_out = list(_fsdp_torch.unmanaged_parameters(model, self._units))
-        if left_out:
-            _log.warning(
-                "%d parameters (%s, ...) are in no fully_shard unit: neither FSDP nor gradq averages them",
-                len(left_out),
-                left_out[0],
-            )
-
-    def _check_feedback(self, plan: Plan) -> None:
-        """Residuals lie in the order of the parameter, and so do shards of its first dimension only."""
-        for shard in self._all():
-            if shard.dim != 0 and shard.name in plan and plan[shard.name].feedback1:
-                raise UnsupportedError(
-                    f"{shard.name!r} is sharded along dimension {shard.dim}; error feedback needs dimension 0"
-                )
-
-    def _check_device(self, plan: Plan) -> None:
-        """Whether a step was finite is asked of the host, which would wait for the GPU in every backward."""
-        kept = [name for name, entry in plan.items() if entry.feedback1 or entry.feedback2]
-        kind = self._units[0].device.type
-        if kept and kind != "cpu":
-            raise UnsupportedError(
-                f"FSDP2 on {kind} has no error feedback, which {kept[0]!r} asks for: pass feedback=False"
-            )
+    def _check_feedback(self, plan: Plan, *, of_whole: bool = False) -> None:
+        sharded.check_feedback(plan, self._all(), self._units[0].device, of_whole=of_whole)
 
     def _gather_plan(self, spec: str | Codec | Spec) -> Plan:
         parsed = Spec.parse(spec)
@@ -220,7 +179,7 @@ class ShardedHandle(GradientHandle):
                     f"module {unit.path!r} reshards to fewer ranks after forward; gather_spec= needs "
                     "reshard_after_forward to be True or False"
                 )
-        infos = [_info(shard, index, shard.gather_dtype) for index, shard in enumerate(self._all())]
+        infos = sharded.describe(self._all(), "gather_dtype")
         return FixedPolicy(spec=parsed, exact=self._options.exact, feedback=False).plan(infos)
 
     def _replicas(self, policy: Policy | None, group: dist.ProcessGroup, config: SyncConfig) -> GradientSync:
@@ -238,7 +197,7 @@ class ShardedHandle(GradientHandle):
             raise UnsupportedError(
                 f"{label(self.spec)} plans again during training, which FSDP2 has no place for"
             )
-        return None if policy is None else _ForWhole(policy, self._all())
+        return None if policy is None else sharded.ForWhole(policy, self._all())
 
     # --- what FSDP calls --------------------------------------------------------------------------------
 
@@ -387,18 +346,6 @@ class ShardedHandle(GradientHandle):
             )
 
 
-class _ForWhole:
-    """A policy for shards that decides by the whole parameters."""
-
-    def __init__(self, policy: Policy, shards: Sequence[Shard]) -> None:
-        self._policy = policy
-        self._infos = [_info(shard, index, shard.reduce_dtype) for index, shard in enumerate(shards)]
-
-    def plan(self, parameters: Sequence[ParameterInfo]) -> Plan:
-        """The plan for the whole parameters, which have the same names."""
-        return self._policy.plan(self._infos)
-
-
 def _factor(op: Any, unit: Unit, world_size: int) -> float:
     """What to multiply the mean by for the reduction that FSDP asks for."""
     if op == dist.ReduceOp.AVG:
@@ -409,27 +356,6 @@ def _factor(op: Any, unit: Unit, world_size: int) -> float:
     if divide_factor is None:
         raise UnsupportedError(f"module {unit.path!r} reduces gradients with {op}; gradq knows mean and sum")
     return world_size / divide_factor
-
-
-def _info(shard: Shard, index: int, dtype: torch.dtype) -> ParameterInfo:
-    return ParameterInfo(name=shard.name, shape=shard.shape, dtype=dtype, index=index)
-
-
-def _same_group(units: Sequence[Unit], what: str) -> dist.ProcessGroup | None:
-    """The group that all units have in common.
-
-    Raises:
-        UnsupportedError: they have different ones.
-    """
-    groups = [getattr(unit, what) for unit in units]
-    ranks = [None if group is None else tuple(dist.get_process_group_ranks(group)) for group in groups]
-    for unit, own in zip(units, ranks, strict=True):
-        if own != ranks[0]:
-            raise UnsupportedError(
-                f"module {unit.path!r} is sharded or replicated over other ranks than "
-                f"{units[0].path!r}; gradq compresses models of one mesh"
-            )
-    return groups[0] if groups else None
 
 
 def _shard_seed(seed: int, rank: int) -> int:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gradq.errors import ConfigError
+from gradq.policy import ParameterInfo
 
-__all__ = ["WORK_DTYPES", "Bucket", "Fragment", "cut", "fragments_of"]
+__all__ = ["WORK_DTYPES", "Bucket", "Fragment", "cut", "fragments_of", "infos"]
 
 WORK_DTYPES = {
     torch.float32: torch.float32,
@@ -117,3 +118,11 @@ def fragments_of(parameters: dict[str, Tensor], count: int, every: int, has_mome
                 index += 1
         fragments.append(Fragment((fragment + 1) * every // count % every, buckets))
     return fragments
+
+
+def infos(parameters: dict[str, Tensor]) -> list[ParameterInfo]:
+    """What a policy is to know of the pseudo-gradients, which have the work dtype."""
+    return [
+        ParameterInfo(name=name, shape=tuple(p.shape), dtype=WORK_DTYPES[p.dtype], index=index)
+        for index, (name, p) in enumerate(parameters.items())
+    ]

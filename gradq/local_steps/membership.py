@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradq.errors import MismatchError, UnsupportedError
 from gradq.local_steps.fragments import WORK_DTYPES
 from gradq.policy import canonical_name, named_parameters
+from gradq.sync.gradient_sync import GradientSync
 
 __all__ = [
     "Notes",
@@ -29,6 +30,7 @@ __all__ = [
     "give_from_first",
     "mean_over_ranks",
     "named",
+    "take_residuals",
     "trained",
 ]
 
@@ -116,6 +118,19 @@ def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup) -> None:
     mean = mean.contiguous().clone()
     dist.all_reduce(mean, group=group)
     tensor.copy_(mean.div_(group.size()))
+
+
+def take_residuals(old: GradientSync, new: GradientSync) -> None:
+    """Keep what is owed to parameters that go on; shard residuals where this rank still owns the piece."""
+    for name in old.feedback.local.names():
+        residual = old.feedback.local.current(name)
+        if name in new.plan and new.plan[name].feedback1 and new.parameters[name].numel == residual.numel():
+            new.feedback.local.replace(name, residual)
+    for name in old.feedback.shard.names():
+        if name in new.plan and new.plan[name].feedback2:
+            pieces = [sync.segment(name).piece(sync.world_size, sync.rank) for sync in (old, new)]
+            if pieces[0] == pieces[1]:
+                new.feedback.shard.replace(name, old.feedback.shard.current(name))
 
 
 class Notes:

@@ -20,11 +20,11 @@ from gradq.hooks import averaged
 from gradq.hooks.handle import Handle
 from gradq.local_steps import inner_optimizer as inner
 from gradq.local_steps import membership
-from gradq.local_steps.fragments import WORK_DTYPES, Bucket, Fragment, fragments_of
+from gradq.local_steps.fragments import WORK_DTYPES, Bucket, Fragment, fragments_of, infos
 from gradq.local_steps.schedule import Schedule
 from gradq.metrics import Event, Stats
 from gradq.options import Options, asked_for
-from gradq.policy import AdaptivePolicy, Asked, ParameterInfo, Policy, label, resolve
+from gradq.policy import AdaptivePolicy, Asked, Policy, label, resolve
 from gradq.sync.gradient_sync import GradientSync
 from gradq.transport.handshake import agree, telling
 
@@ -149,7 +149,7 @@ class LocalSteps(Handle):
         return fragments_of(parameters, schedule.fragments, schedule.every, self.has_momentum)
 
     def _make_sync(self, parameters: dict[str, Tensor], group: dist.ProcessGroup) -> GradientSync:
-        return GradientSync(_describe(parameters), self._policy, self._spec_label, group, self._config)
+        return GradientSync(infos(parameters), self._policy, self._spec_label, group, self._config)
 
     def _count_dense_bytes(self, parameters: dict[str, Tensor]) -> None:
         nbytes = sum(parameter.nbytes for parameter in parameters.values())
@@ -304,7 +304,7 @@ class LocalSteps(Handle):
                     momenta[name].copy_(momentum)
         self.sync = self._make_sync(now, group)
         self.sync.step = old.step
-        _take_residuals(old, self.sync)
+        membership.take_residuals(old, self.sync)
         for sink in self._sinks:
             self.sync.metrics.add_sink(sink)
         self._before = _added(self._before, old.stats())
@@ -382,14 +382,6 @@ class LocalSteps(Handle):
         return f"<gradq {self.settings()}, {self.stats()}>"
 
 
-def _describe(parameters: dict[str, Tensor]) -> list[ParameterInfo]:
-    """Pseudo-gradients have the work dtype."""
-    return [
-        ParameterInfo(name=name, shape=tuple(p.shape), dtype=WORK_DTYPES[p.dtype], index=index)
-        for index, (name, p) in enumerate(parameters.items())
-    ]
-
-
 def _policy(spec: Asked, options: Options) -> tuple[Policy | None, str]:
     """The policy a spec stands for, and what to call it."""
     if isinstance(spec, AdaptivePolicy):
@@ -399,19 +391,6 @@ def _policy(spec: Asked, options: Options) -> tuple[Policy | None, str]:
         )
     asked, policy = resolve(spec, exact=options.exact, feedback=options.feedback)
     return policy, label(asked)
-
-
-def _take_residuals(old: GradientSync, new: GradientSync) -> None:
-    """Keep what is owed to parameters that go on; shard residuals where this rank still owns the piece."""
-    for name in old.feedback.local.names():
-        residual = old.feedback.local.current(name)
-        if name in new.plan and new.plan[name].feedback1 and new.parameters[name].numel == residual.numel():
-            new.feedback.local.replace(name, residual)
-    for name in old.feedback.shard.names():
-        if name in new.plan and new.plan[name].feedback2:
-            pieces = [sync.segment(name).piece(sync.world_size, sync.rank) for sync in (old, new)]
-            if pieces[0] == pieces[1]:
-                new.feedback.shard.replace(name, old.feedback.shard.current(name))
 
 
 def _added(stats: Stats, earlier: Stats) -> Stats:
