@@ -114,11 +114,10 @@ class Options:
     def __post_init__(self) -> None:
         check_feedback(self.feedback)
         if not callable(self.exact):
-            exact_patterns(self.exact)
+            object.__setattr__(self, "exact", exact_patterns(self.exact))
         if not isinstance(self.replicate_group, dist.ProcessGroup | None):
             raise ConfigError(f"replicate_group={self.replicate_group!r:.200}: it is a process group or None")
-        config = self.config()
-        object.__setattr__(self, "seed", config.seed)
+        object.__setattr__(self, "seed", self.config().seed)
 
     @classmethod
     def of(cls, trainer: str, options: Options | None, overrides: Mapping[str, Any]) -> Options:

@@ -44,6 +44,14 @@ def test_repr_shows_what_differs():
     assert repr(Options(seed=torch.tensor(3), exact=("a",))) == "Options(exact=('a',), seed=3)"
 
 
+def test_patterns_are_kept_however_they_are_given():
+    for exact in (["a", "b*"], ("a", "b*"), (name for name in ("a", "b*"))):
+        options = Options(exact=exact)
+        assert options.exact == ("a", "b*")
+        assert hash(options) == hash(Options(exact=("a", "b*")))
+    assert Options(exact="a").exact == ("a",)
+
+
 def test_it_stays_as_it_is():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().seed = 1
