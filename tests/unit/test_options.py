@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import typing
 
 import pytest
@@ -107,3 +108,13 @@ def test_keyword_arguments_replace_fields():
     assert Options.of("DDP", base, {"gather_spec": "none"}) == base, "a default is no choice"
     with pytest.raises(gradq.errors.ConfigError, match=r"options=\{'seed': 3\}: it is a gradq.Options"):
         Options.of("DDP", {"seed": 3}, {})
+
+
+@pytest.mark.parametrize("trainer", ["DDP", "FSDP2", "local steps"])
+def test_the_refusal_names_all_that_a_trainer_does_not_have(trainer):
+    missing = [
+        name for name, field in FIELDS.items() if trainer not in field.metadata.get("trainers", trainer)
+    ]
+    with pytest.raises(gradq.errors.ConfigError) as caught:
+        Options.of(trainer, None, {missing[-1]: 5 if missing[-1] == "local_world_size" else "int8"})
+    assert re.findall(r"\b(\w+)=", str(caught.value)) == missing
