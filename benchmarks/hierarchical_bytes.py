@@ -65,7 +65,7 @@ def worker(args: argparse.Namespace) -> None:
         before = link_bytes()
         for _ in range(args.steps):
             averaged.copy_(flat)
-            sync.average(averaged, [i.name for i in infos], index=0, last=True).wait()
+            sync.average_buckets([(averaged, [i.name for i in infos])])[0].wait()
         dist.barrier()
         sent = link_bytes() - before
         stats = sync.stats()

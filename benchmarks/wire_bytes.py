@@ -36,7 +36,7 @@ def one_step(rank: int, spec: str) -> tuple[int, int, int]:
     ]
     sync = GradientSync(infos, FixedPolicy(spec=Spec.parse(spec)), spec, dist.group.WORLD, SyncConfig())
     flat = torch.randn(sum(info.numel for info in infos))
-    sync.average(flat, [info.name for info in infos], index=0, last=True).wait()
+    sync.average_buckets([(flat, [info.name for info in infos])])[0].wait()
     stats = sync.stats()
     sync.close()
     return stats.wire_bytes, stats.dense_bytes, flat.numel()

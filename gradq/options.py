@@ -204,8 +204,8 @@ class SyncConfig:
         residual_dtype: "fp32" or "bf16".
         timeout: the limit for one exchange; None takes the process group's. See `as_timedelta`.
         loss_scale: a function that is asked for the loss scale at the start of every step.
-        piece_numel: the number of elements for each rank in a part of a bucket, on the CPU; see
-            `collectives.parts`.
+        chunk_numel: the number of elements for each rank in a chunk of a bucket, on the CPU; see
+            `gradq.sync.layout`.
 
     Raises:
         ConfigError: a seed, collective or dtype of the wrong kind.
@@ -217,7 +217,7 @@ class SyncConfig:
     residual_dtype: str = "fp32"
     timeout: timedelta | None = None
     loss_scale: Callable[[], float] = lambda: 1.0
-    piece_numel: int = 1 << 19
+    chunk_numel: int = 1 << 19
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", _as_seed(self.seed))

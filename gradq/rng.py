@@ -1,4 +1,4 @@
-"""Counter-based random bits: a pure function of (seed, step, parameter, phase, block, element).
+"""Counter-based random bits: a pure function of (seed, step, parameter, purpose, block, element).
 
 Nothing is drawn from a stream, so results do not depend on thread timing, on the bucket layout or on the
 device. Ranks share the bits and differ by a shift of the dither (`dither_shift`): rank-stratified dither
@@ -16,7 +16,24 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-__all__ = ["EncodeContext", "dither_key", "dither_shift", "name_id"]
+__all__ = [
+    "BASIS",
+    "CANDIDATE",
+    "GRADIENT",
+    "MEAN",
+    "WEIGHT",
+    "EncodeContext",
+    "dither_key",
+    "dither_shift",
+    "name_id",
+]
+
+# What random bits are for, as a number in `dither_key`.
+GRADIENT, MEAN = 1, 2  # phase 1: a rank's own gradient; phase 2: the mean that a shard's owner sends
+# Of one parameter no two of these are compared with each other, so they may share their bits:
+BASIS = 3  # the random vectors of `collectives.low_rank`
+WEIGHT = 3  # a parameter that `collectives.all_gather` sends
+CANDIDATE = 3  # a codec that `sync.learner` tries
 
 _MASK64 = (1 << 64) - 1
 
@@ -50,21 +67,20 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def dither_key(seed: int, step: int, parameter: int, phase: int) -> int:
+def dither_key(seed: int, step: int, parameter: int, purpose: int) -> int:
     """The 64-bit key of one encoding.
 
     Args:
         seed: the run's seed.
         step: optimizer step, from 0.
         parameter: `name_id` of the parameter.
-        phase: 1 for a rank's own gradient, 2 for the mean that a shard's owner sends, 3 for the random
-            vectors of `collectives.low_rank`.
+        purpose: what the bits are for: `GRADIENT`, `MEAN`, `BASIS`, `WEIGHT` or `CANDIDATE`.
 
     Returns:
         An integer in [0, 2**64). The kernels use its two 32-bit halves.
     """
     key = 0
-    for part in (seed, step, parameter, phase):
+    for part in (seed, step, parameter, purpose):
         key = _splitmix64(key ^ (part & _MASK64))
     return key
 

@@ -1,13 +1,14 @@
 """Where each byte of a payload stands: headers, offsets, shards. Computes sizes, moves nothing.
 
-One message goes from one rank to another in one phase of one bucket::
+One message goes from one rank to another in one phase of one chunk of a bucket::
 
-    header                16 bytes: magic, version, phase, sender, bucket, step, layout digest
-    segment of piece 0    starts at a multiple of 8
-    segment of piece 1    ...
+    header                  16 bytes: magic, version, phase, sender, bucket, step, layout digest
+    payload of segment 0    starts at a multiple of 8
+    payload of segment 1    ...
 
-A piece is the part of one parameter that one rank owns. Every parameter is cut by itself, at multiples of
-its block size, so ownership, residuals and random bits do not depend on DDP's buckets.
+A segment is one parameter of the chunk, or some of one; a shard is what one rank owns of it. Every parameter
+is cut by itself, at multiples of its block size, so ownership, residuals and random bits do not depend on
+DDP's buckets.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Header:
         sender: rank of the sender in the group.
         bucket: index of the bucket (modulo 2**16).
         step: optimizer step (modulo 2**32).
-        layout: digest of the parameters, their codecs and sizes in this bucket.
+        layout: digest of the parameters, their codecs and sizes in this chunk.
     """
 
     phase: int
@@ -98,7 +99,7 @@ class Header:
 
 
 def layout_digest(description: str) -> int:
-    """A 32-bit digest of a bucket's layout."""
+    """A 32-bit digest of a chunk's layout."""
     return zlib.crc32(description.encode())
 
 
@@ -107,10 +108,10 @@ def align(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def message_offsets(segment_bytes: Sequence[int]) -> tuple[list[int], int]:
-    """Where each segment of a message starts, and the size of the message in bytes."""
+def message_offsets(payload_bytes: Sequence[int]) -> tuple[list[int], int]:
+    """Where each payload of a message starts, and the size of the message in bytes."""
     offsets, position = [], HEADER_BYTES
-    for nbytes in segment_bytes:
+    for nbytes in payload_bytes:
         offsets.append(position)
         position += align(nbytes)
     return offsets, position
@@ -121,10 +122,10 @@ def shard(numel: int, block_size: int, world_size: int, owner: int, rotation: in
 
     Args:
         numel: elements of the parameter.
-        block_size: pieces start at multiples of it.
+        block_size: shards start at multiples of it.
         world_size: number of ranks.
         owner: the rank.
-        rotation: shifts which rank gets which piece, so that small parameters spread over the ranks.
+        rotation: shifts which rank gets which shard, so that small parameters spread over the ranks.
     """
     num_blocks = -(-numel // block_size)
     position = (owner + rotation) % world_size

@@ -61,7 +61,7 @@ def measure_collectives(
                     dist.all_reduce(flat)
                     flat /= dist.get_world_size()
                 else:
-                    sync.average(flat, ["flat"], index=0, last=True).wait()
+                    sync.average_buckets([(flat, ["flat"])])[0].wait()
                 if repeat >= _WARM_UP:
                     times[codec].append(1e3 * (time.perf_counter() - begin))
                 else:

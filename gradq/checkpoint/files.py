@@ -23,7 +23,7 @@ from torch import Tensor
 from gradq.checkpoint.state import to_row
 from gradq.errors import CheckpointError
 from gradq.saved import damaged_part
-from gradq.sync.gradient_sync import GradientSync
+from gradq.sync.base import Sync
 
 __all__ = ["LIST", "Folder", "listed", "open_state", "size_and_crc"]
 
@@ -207,7 +207,7 @@ def _names(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def open_state(sync: GradientSync, folder: Folder, key: str) -> dict[str, Any]:
+def open_state(sync: Sync, folder: Folder, key: str) -> dict[str, Any]:
     """The state under a key; residuals are read when they are asked for, one entry at a time.
 
     Raises:
@@ -242,7 +242,7 @@ class _Entries(Mapping[str, Tensor]):
 
     def __init__(
         self,
-        sync: GradientSync,
+        sync: Sync,
         folder: Folder,
         prefix: str,
         shapes: Mapping[str, tuple[torch.Size, torch.dtype]],

@@ -13,7 +13,7 @@ from gradq.checkpoint.parse import Saved, parse
 from gradq.checkpoint.restore import restore, together
 from gradq.checkpoint.rows import mapping
 from gradq.errors import CheckpointError, UnsupportedError
-from gradq.sync.gradient_sync import GradientSync
+from gradq.sync.base import Sync
 
 __all__ = ["Resumable", "load_checkpoint", "load_state_dict", "load_sync", "read_sync"]
 
@@ -27,7 +27,7 @@ class Resumable(ABC):
 
 
 def load_state_dict(
-    sync: GradientSync,
+    sync: Sync,
     state: object,
     path: Sequence[str] = (),
     groups: Sequence[dist.ProcessGroup] | None = None,
@@ -79,7 +79,7 @@ def load_checkpoint(handle: Resumable, checkpoint_id: str | os.PathLike[str], ke
 
 
 def load_sync(
-    sync: GradientSync,
+    sync: Sync,
     checkpoint_id: str | os.PathLike[str],
     key: str,
     groups: Sequence[dist.ProcessGroup] | None = None,
@@ -91,7 +91,7 @@ def load_sync(
     restore(sync, saved)
 
 
-def read_sync(sync: GradientSync, checkpoint_id: str | os.PathLike[str], key: str) -> Saved:
+def read_sync(sync: Sync, checkpoint_id: str | os.PathLike[str], key: str) -> Saved:
     """Read and check the sync's part; nothing is changed, and nothing exchanged.
 
     Raises:

@@ -18,8 +18,8 @@ from gradq.checkpoint.rows import Rows, check_tensor, integer, mapping
 from gradq.checkpoint.state import FORMAT, bases_shapes, head_digest, residual_shapes
 from gradq.errors import CheckpointError
 from gradq.policy import canonical_name
+from gradq.sync.base import Sync
 from gradq.sync.finite import WINDOW
-from gradq.sync.gradient_sync import GradientSync
 
 __all__ = ["Saved", "parse"]
 
@@ -69,7 +69,7 @@ class Saved:
         }
 
 
-def parse(sync: GradientSync, saved_state: object) -> Saved:
+def parse(sync: Sync, saved_state: object) -> Saved:
     """Check a state and take out what this rank needs; nothing is exchanged.
 
     Args:
@@ -128,7 +128,7 @@ def parse(sync: GradientSync, saved_state: object) -> Saved:
 class _Names:
     """This run's name of a saved parameter; wrappers' names do not count."""
 
-    def __init__(self, sync: GradientSync) -> None:
+    def __init__(self, sync: Sync) -> None:
         self._own = {canonical_name(name): name for name in sync.parameters}
 
     def ours(self, saved: str) -> str | None:
@@ -301,9 +301,7 @@ def _norms(state: Mapping[str, Any], rows: Rows, digests: Tensor) -> Tensor | No
     return rows_of[0][0] if rows.same else None
 
 
-def _policy(
-    sync: GradientSync, state: Mapping[str, Any], rows: Rows
-) -> tuple[dict[str, Tensor], list[float]] | None:
+def _policy(sync: Sync, state: Mapping[str, Any], rows: Rows) -> tuple[dict[str, Tensor], list[float]] | None:
     """The saved state of an adaptive policy, if this run has one; tried on it, and taken back."""
     if "policy" not in state:
         return None
@@ -337,7 +335,7 @@ def _policy(
     return found, own
 
 
-def _check_fit(saved_numel: Mapping[str | None, int], sync: GradientSync) -> None:
+def _check_fit(saved_numel: Mapping[str | None, int], sync: Sync) -> None:
     """Whether saved residuals have the sizes of this run's parameters.
 
     Raises:

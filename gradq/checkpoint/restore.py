@@ -11,7 +11,7 @@ import torch.distributed as dist
 from gradq.checkpoint.parse import Saved
 from gradq.checkpoint.state import bases_shapes, residual_shapes
 from gradq.errors import CheckpointError, GradqError
-from gradq.sync.gradient_sync import GradientSync
+from gradq.sync.base import Sync
 from gradq.transport.handshake import gather
 
 __all__ = ["restore", "together"]
@@ -70,7 +70,7 @@ def _differences(everyone: Sequence[Mapping[str, object]]) -> list[str]:
     return []
 
 
-def restore(sync: GradientSync, saved: Saved) -> None:
+def restore(sync: Sync, saved: Saved) -> None:
     """Make a saved state current. All ranks call it together, after they have agreed that it fits."""
     same = saved.world_size == sync.world_size
     _restore_policy(sync, saved)
@@ -87,7 +87,8 @@ def restore(sync: GradientSync, saved: Saved) -> None:
     for name, row in local.items():
         feedback.local.replace(name, row)
     for name, row in shard.items():
-        feedback.shard.replace(name, row[: sync.piece_numel(name, sync.rank)])
+        start, stop = sync.shard(name, sync.rank)
+        feedback.shard.replace(name, row[: stop - start])
     sync.step = saved.step
     sync.check.start(saved.norms)
     if not same:
@@ -115,7 +116,7 @@ def restore(sync: GradientSync, saved: Saved) -> None:
         _say("have no saved shard residual that fits and start at zero", wanted_shard, shard)
 
 
-def _restore_policy(sync: GradientSync, saved: Saved) -> None:
+def _restore_policy(sync: Sync, saved: Saved) -> None:
     """Make the saved plan current, or log that there is none."""
     policy = sync.learner.adaptive
     if policy is None:

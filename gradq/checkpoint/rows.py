@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradq.errors import CheckpointError
-from gradq.sync.gradient_sync import GradientSync
+from gradq.sync.base import Sync
 
 __all__ = ["Rows", "check_tensor", "integer", "mapping", "own_row"]
 
@@ -32,7 +32,7 @@ class Rows:
         CheckpointError: the rows are of another rank, or of another number of ranks than saved.
     """
 
-    def __init__(self, sync: GradientSync, saved_world_size: int, ranks: object) -> None:
+    def __init__(self, sync: Sync, saved_world_size: int, ranks: object) -> None:
         self._group, self._own = sync.group, sync.rank
         self._saved = saved_world_size
         self.same = saved_world_size == sync.world_size
@@ -187,7 +187,7 @@ def integer(state: Mapping[str, Any], name: str, least: int, below: int) -> int:
     return value
 
 
-def own_row(rows: Tensor, sync: GradientSync, same: bool) -> Tensor:
+def own_row(rows: Tensor, sync: Sync, same: bool) -> Tensor:
     """This rank's part of rows [W, ...]; without a row of its own the mean, or of integers the first."""
     from torch.distributed.tensor import DTensor
 

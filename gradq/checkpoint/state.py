@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradq.checkpoint.packing import FLAT_NUMEL, digest, flats, pack
-from gradq.collectives import basis_numel
+from gradq.collectives import LowRankSegment
 from gradq.errors import CheckpointError
+from gradq.sync.base import Sync
 from gradq.sync.feedback import Residuals
-from gradq.sync.gradient_sync import GradientSync
 from gradq.transport.handshake import by_all_ranks
 
 __all__ = [
@@ -54,7 +54,7 @@ class RowsState(dict[str, Any]):
         return RowsState({key: copy.deepcopy(value, memo) for key, value in self.items()})
 
 
-def state_dict(sync: GradientSync) -> dict[str, Any]:
+def state_dict(sync: Sync) -> dict[str, Any]:
     """What a run needs to continue. All ranks call it between the same two steps; nothing is exchanged.
 
     Returns:
@@ -117,7 +117,7 @@ def head_digest(rank: int, state: Mapping[str, Any]) -> int:
     )
 
 
-def gather_rows(state: Mapping[str, Any], sync: GradientSync) -> dict[str, Any]:
+def gather_rows(state: Mapping[str, Any], sync: Sync) -> dict[str, Any]:
     """The whole state on rank 0 of the sync's group: every row-sharded DTensor as a plain tensor [W, ...].
 
     Collective: all ranks of the group call it.
@@ -134,7 +134,7 @@ def gather_rows(state: Mapping[str, Any], sync: GradientSync) -> dict[str, Any]:
     return gathered if sync.rank == 0 else {}
 
 
-def _gathered(value: Any, sync: GradientSync) -> Any:
+def _gathered(value: Any, sync: Sync) -> Any:
     from torch.distributed.tensor import DTensor  # DTensor takes 0.6 s to import
 
     if isinstance(value, Mapping):
@@ -159,22 +159,27 @@ def to_row(row: Tensor, group: dist.ProcessGroup) -> Tensor:
     return DTensor.from_local(row[None], DeviceMesh.from_group(group, "cpu"), [Shard(0)])
 
 
-def residual_shapes(sync: GradientSync) -> tuple[dict[str, int], dict[str, int]]:
+def residual_shapes(sync: Sync) -> tuple[dict[str, int], dict[str, int]]:
     """Elements of the local residuals, and of the padded shard residuals, by name."""
     segments = [sync.segment(name) for name in sync.plan]
     local = {segment.name: segment.numel for segment in segments if segment.feedback1}
     shard = {
-        segment.name: max(sync.piece_numel(segment.name, rank) for rank in range(sync.world_size))
+        segment.name: max(stop - start for start, stop in _shards_of(sync, segment.name))
         for segment in segments
         if segment.feedback2
     }
     return local, shard
 
 
-def bases_shapes(sync: GradientSync) -> dict[str, int]:
+def _shards_of(sync: Sync, name: str) -> list[tuple[int, int]]:
+    """The elements [start, stop) of a parameter that each rank owns."""
+    return [sync.shard(name, owner) for owner in range(sync.world_size)]
+
+
+def bases_shapes(sync: Sync) -> dict[str, int]:
     """Elements of what low rank remembers, by name."""
-    segments = [sync.segment(name) for name, entry in sync.plan.items() if entry.low_rank]
-    return {segment.name: basis_numel(segment.matrix, segment.low_rank) for segment in segments}
+    segments = [sync.segment(name) for name in sync.plan]
+    return {s.name: s.basis_numel for s in segments if isinstance(s, LowRankSegment)}
 
 
 def _current(residuals: Residuals) -> dict[str, Tensor]:

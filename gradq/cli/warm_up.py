@@ -11,7 +11,7 @@ import typer
 from gradq.kernels.loader import backend_name
 from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
-from gradq.sync.layout import Ways
+from gradq.sync.plan import ResolvedPlan
 
 __all__ = ["warm_up"]
 
@@ -43,7 +43,7 @@ def warm_up(
     for text in specs:
         start = time.perf_counter()
         policy = FixedPolicy(spec=Spec.parse(text))
-        Ways.of(policy, text, by_name, SyncConfig(), world_size).warm_up(_CPU)
+        ResolvedPlan.of(policy, text, by_name, SyncConfig(), world_size).warm_up(_CPU)
         typer.echo(f"{text}: ready after {time.perf_counter() - start:.1f} s")
     folder = folders()[1]
     if folder is None:

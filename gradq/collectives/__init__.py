@@ -3,49 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from gradq.collectives import dense
 from gradq.collectives.all_gather import AllGather
-from gradq.collectives.base import Collective, Scratch, Segment, Setting, Step
+from gradq.collectives.base import Collective, Segment, Setting, Step, Transfer
+from gradq.collectives.composite import Composite, compose
 from gradq.collectives.direct import Direct
 from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
-from gradq.collectives.joined import Joined
-from gradq.collectives.low_rank.collective import LowRank, basis_numel
-from gradq.collectives.reduce_scatter import ReduceScatter, ShardSegment
+from gradq.collectives.low_rank.collective import LowRank, LowRankSegment
+from gradq.collectives.reduce_scatter import ReduceScatter, Scratch, ShardSegment
 from gradq.collectives.sparse import sparse
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
 
 __all__ = [
     "COLLECTIVES",
-    "PER_PARAMETER",
     "AllGather",
     "Collective",
+    "Composite",
+    "Direct",
     "Hierarchical",
-    "Joined",
     "LowRank",
+    "LowRankSegment",
     "ReduceScatter",
     "Scratch",
     "Segment",
     "Setting",
     "ShardSegment",
     "Step",
-    "basis_numel",
+    "Transfer",
+    "TwoPhase",
     "choose",
+    "compose",
     "dense",
+    "num_channels",
     "ranks_per_node",
 ]
 
-# for a whole model or for single parameters
-COLLECTIVES: dict[str, type[Collective]] = {
-    "direct": Direct,
-    "two_phase": TwoPhase,
-    "hierarchical": Hierarchical,
-}
-# only for single parameters; by number of ranks
-PER_PARAMETER: dict[str, Callable[[int], type[Collective]]] = {
-    "low_rank": lambda _: LowRank,
-    "sparse": sparse,
+
+class Entry(NamedTuple):
+    """A collective by name.
+
+    Attributes:
+        of: the collective for a number of ranks.
+        for_models: whether it can carry a whole model; the others are for single parameters only.
+    """
+
+    of: Callable[[int], type[Collective]]
+    for_models: bool = True
+
+
+COLLECTIVES: dict[str, Entry] = {
+    "direct": Entry(lambda _: Direct),
+    "two_phase": Entry(lambda _: TwoPhase),
+    "hierarchical": Entry(lambda _: Hierarchical),
+    "low_rank": Entry(lambda _: LowRank, for_models=False),
+    "sparse": Entry(sparse, for_models=False),
 }
 
 _SMALL_BYTES = 64 * 1024
@@ -60,7 +74,7 @@ def choose(
     depend on how DDP groups parameters into buckets.
 
     Args:
-        name: "auto", or a key of `COLLECTIVES`; for a parameter also one of `PER_PARAMETER`.
+        name: "auto", or a key of `COLLECTIVES`.
         world_size: number of ranks.
         payload_bytes: encoded size of the whole model's gradients.
         plain: the collective of the model.
@@ -70,13 +84,24 @@ def choose(
         (latency decides there), else `TwoPhase`.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or one for single parameters only; "hierarchical" for a parameter of a
+            model that is averaged otherwise: then nobody has said how many ranks a node has.
     """
     if name == "auto":
         direct = world_size <= 2 or (world_size - 1) * payload_bytes <= _SMALL_BYTES
         return plain or (Direct if direct else TwoPhase)
-    if plain is not None and name in PER_PARAMETER:
-        return PER_PARAMETER[name](world_size)
-    if name not in COLLECTIVES:
-        raise ConfigError(f"collective={name!r}: choose from auto, {', '.join(COLLECTIVES)}")
-    return COLLECTIVES[name]
+    entry = COLLECTIVES.get(name)
+    if entry is None or (plain is None and not entry.for_models):
+        known = [known for known, entry in COLLECTIVES.items() if entry.for_models]
+        raise ConfigError(f"collective={name!r}: choose from auto, {', '.join(known)}")
+    if name == "hierarchical" and plain not in (None, Hierarchical):
+        raise ConfigError(
+            'Assignment(collective="hierarchical") is for models that are averaged by it: pass '
+            'collective="hierarchical" to gradq.compress too, and give the others "direct" or "two_phase"'
+        )
+    return entry.of(world_size)
+
+
+def num_channels(plain: type[Collective]) -> int:
+    """The channels that a run needs: for its own collective, and for two phases, which any plan may use."""
+    return max(plain.num_channels, TwoPhase.num_channels)

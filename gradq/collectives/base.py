@@ -1,9 +1,10 @@
-"""What a collective is: a generator that averages one bucket over ranks and yields where it waits.
+"""What a collective is: a generator that averages one chunk over ranks and yields where it waits.
 
-Shapes: W ranks; a bucket is a flat tensor of segments (one a parameter); a piece is the part of a segment
-that one rank owns. A collective never blocks: it posts an exchange and yields its `Pending`. Whoever drives
-the generator (`executor.Executor`, a simulator, a test) waits for it and resumes. What runs between two
-yields is a *stage*; stage k posts on channel k only, so every channel sees the same order on all ranks.
+Shapes: W ranks; a chunk is a flat tensor of segments (each a parameter, or some of one); a shard is what one
+rank owns of a segment. A collective never blocks: it posts an exchange and yields its `Pending`. Whoever
+drives the generator (`executor.Executor`, `gradq.testing.Network`) waits for it and resumes. What runs
+between two yields is a *stage*; stage k posts on channel k only, so every channel sees the same order on all
+ranks.
 """
 
 from __future__ import annotations
@@ -19,79 +20,52 @@ import torch
 from torch import Tensor
 
 from gradq import rng, wire
+from gradq.codecs import Codec
 from gradq.metrics import Event, Metrics
 from gradq.transport.contract import Channel, Pending
 
-__all__ = [
-    "Collective",
-    "Residuals",
-    "Scratch",
-    "Segment",
-    "SegmentCodec",
-    "Setting",
-    "Step",
-    "Way",
-]
-
-
-class SegmentCodec(Protocol):
-    """The part of a codec that a collective needs; every `gradq.codecs.Codec` has it."""
-
-    @property
-    def block_size(self) -> int:
-        """A segment may be cut at multiples of it."""
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of an element if a payload is just the elements, each by itself, in order; else 0."""
-
-    def nbytes(self, numel: int) -> int:
-        """Payload bytes of numel elements."""
-
-    def encode(
-        self,
-        x: Tensor,
-        payload: Tensor,
-        *,
-        context: rng.EncodeContext,
-        residual: Tensor | None = None,
-        new_residual: Tensor | None = None,
-    ) -> None:
-        """Encode x into payload."""
-
-    def decode(self, payload: Tensor, out: Tensor) -> None:
-        """Decode payload into out."""
-
-    def decode_mean(self, payloads: Tensor, out: Tensor) -> None:
-        """Mean over the rows of payloads into out."""
+__all__ = ["Collective", "Feedback", "Residuals", "Segment", "Setting", "Slot", "Step", "Transfer"]
 
 
 class Residuals(Protocol):
-    """The part of `gradq.sync.feedback.Residuals` that a collective needs."""
+    """What a collective needs of `gradq.sync.feedback.Residuals`."""
 
-    def piece(
+    def update(
         self, name: str, numel: int, start: int, stop: int
     ) -> AbstractContextManager[tuple[Tensor, Tensor]]:
         """Old and new residual of elements [start, stop)."""
 
 
+class Feedback(Protocol):
+    """What a collective needs of `gradq.sync.feedback.Feedback`."""
+
+    @property
+    def local(self) -> Residuals:
+        """What phase 1 failed to send of this rank's gradients."""
+
+    @property
+    def shard(self) -> Residuals:
+        """What phase 2 failed to send of the means that this rank owns."""
+
+    @property
+    def bases(self) -> Residuals:
+        """What `low_rank` remembers from step to step."""
+
+
 @dataclass(frozen=True)
 class Segment:
-    """One parameter of a bucket and how it travels.
+    """One parameter of a chunk, or some of one, and how it travels.
 
     Attributes:
         name: the parameter's name.
-        start: index of its first element in the bucket.
+        start: index of its first element in the chunk.
         numel: number of its elements.
-        rotation: number that shifts which rank owns which piece; see `wire.shard`.
+        rotation: number that shifts which rank owns which shard; see `wire.shard`.
         phase1: codec of the gradients.
         phase2: codec of the means.
         feedback1: whether phase 1 uses the local residual.
         feedback2: whether phase 2 uses the shard residual.
-        matrix: rows and columns of the parameter, for `low_rank`.
-        low_rank: the rank it is approximated with there; 0 elsewhere.
-        local_world_size: ranks a node, if they share the parameter out among themselves first (hierarchical).
-        offset: if the segment is a part of its parameter, where in the parameter it starts.
+        offset: if the segment is some of its parameter, where in the parameter it starts.
         whole: elements of the parameter then; 0 if the segment is all of it.
     """
 
@@ -99,13 +73,10 @@ class Segment:
     start: int
     numel: int
     rotation: int
-    phase1: SegmentCodec
-    phase2: SegmentCodec
+    phase1: Codec
+    phase2: Codec
     feedback1: bool
     feedback2: bool
-    matrix: tuple[int, int] = (0, 0)
-    low_rank: int = 0
-    local_world_size: int = 1
     offset: int = 0
     whole: int = 0
 
@@ -114,19 +85,48 @@ class Segment:
         """The parameter is cut at multiples of this many elements."""
         return math.lcm(self.phase1.block_size, self.phase2.block_size)
 
-    def piece(self, world_size: int, owner: int) -> tuple[int, int]:
+    def shard(self, world_size: int, owner: int) -> tuple[int, int]:
         """The elements [start, stop) of this segment that a rank owns."""
-        if self.local_world_size == 1:
-            return wire.shard(self.numel, self.grain, world_size, owner, self.rotation)
-        node, local_rank = divmod(owner, self.local_world_size)
-        first, last = self.local_piece(local_rank)
-        num_nodes = world_size // self.local_world_size
-        start, stop = wire.shard(last - first, self.grain, num_nodes, node, self.rotation)
-        return first + start, first + stop
+        return wire.shard(self.numel, self.grain, world_size, owner, self.rotation)
 
-    def local_piece(self, local_rank: int) -> tuple[int, int]:
-        """The elements [start, stop) that one rank of every node sums for its node."""
-        return wire.shard(self.numel, self.grain, self.local_world_size, local_rank, self.rotation)
+    def position(self, element: int) -> int:
+        """Where an element of this segment stands in the chunk."""
+        return self.start + element
+
+    def first_block(self, element: int) -> int:
+        """The block of phase 1 that starts at an element, counted within the parameter: for its dither."""
+        return (self.offset + element) // self.phase1.block_size
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where some elements of a segment stand.
+
+    Attributes:
+        segment: the segment.
+        start: the first of the elements, counted within the segment.
+        stop: one past the last.
+        flat: where they stand in the chunk.
+        payload1: where their payload stands in a message of phase 1, in bytes.
+        payload2: the same in a message of phase 2.
+        first_block: the block of phase 1's dither that they start with.
+    """
+
+    segment: Segment
+    start: int
+    stop: int
+    flat: slice
+    payload1: slice
+    payload2: slice
+    first_block: int
+
+    @property
+    def numel(self) -> int:
+        """Number of the elements."""
+        return self.stop - self.start
+
+
+Transfer = tuple[type["Collective"], Segment]  # a segment, and the collective that it travels by
 
 
 @dataclass(frozen=True)
@@ -146,62 +146,38 @@ class Step:
     sample: bool = False
 
 
-class Scratch:
-    """Buffers of bytes by name, each as large as the largest request so far."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, nbytes: int) -> Tensor:
-        """The first nbytes of a buffer, uint8; whatever the last user left is in it."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._buffers[name] = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
-        return buffer[:nbytes]
-
-    def nbytes(self) -> int:
-        """Memory held."""
-        return sum(buffer.numel() for buffer in self._buffers.values())
-
-
 @dataclass(frozen=True)
 class Setting:
-    """Everything around a collective that outlives a bucket.
+    """Everything around a collective that outlives a chunk.
 
     Attributes:
-        rank: rank of this process in the group.
-        world_size: number of ranks.
+        rank: rank of this process among those that take part.
+        world_size: number of ranks that take part.
         seed: seed of all random bits.
-        channels: one channel for each stage.
-        local: local residuals.
-        shard: shard residuals.
+        channels: one for each stage that posts; phase p of a collective goes over channel p - 1.
+        feedback: residuals.
         metrics: receiver of everything that is measured.
-        device: device of the buckets.
-        bases: what `low_rank` remembers from step to step.
-        plain: the collective of the whole model, for a part of another collective's work that needs one.
+        device: device of the chunks.
+        local_world_size: ranks a node where the collective of the run knows nodes, else 1.
+        byte_kinds: kinds of `metrics.Event` that the bytes sent count as.
     """
 
     rank: int
     world_size: int
     seed: int
     channels: Sequence[Channel]
-    local: Residuals
-    shard: Residuals
+    feedback: Feedback
     metrics: Metrics
     device: torch.device
-    bases: Residuals | None = None
-    plain: type[Collective] | None = None
     local_world_size: int = 1
-    byte_kinds: tuple[str, ...] = ("wire_bytes",)  # what the bytes sent count as
-    scratch: Scratch | None = None  # shared by collectives that never run at the same time
+    byte_kinds: tuple[str, ...] = ("wire_bytes",)
 
 
 class Collective(ABC):
-    """Averages the buckets of one layout; made once per layout, owns its buffers.
+    """Averages the chunks of one layout; made once per layout, owns its buffers.
 
     Args:
-        segments: what the bucket holds, in order.
+        segments: what the chunk holds, in order.
         dtype: dtype of the flat tensors handed to `average`: fp32, or fp64.
         setting: ranks, channels, residuals.
 
@@ -212,8 +188,8 @@ class Collective(ABC):
         ids: number of each parameter, by name, for its random bits.
     """
 
-    num_channels: ClassVar[int]
-    cuts_segments: ClassVar[bool] = False  # whether a part of a parameter is averaged as it is in the whole
+    num_channels: ClassVar[int]  # the exchanges that it waits for, at most
+    cuts_segments: ClassVar[bool] = False  # whether some of a parameter is averaged as it is in the whole
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, setting: Setting) -> None:
         self.segments = tuple(segments)
@@ -225,7 +201,7 @@ class Collective(ABC):
             + ((s.offset, s.whole) if s.whole else ())
             for s in self.segments
         ]
-        self._layout = wire.layout_digest(f"{type(self).__name__} {described}")
+        self._digest = wire.layout_digest(f"{type(self).__name__} {described}")
 
     @classmethod
     def warm_up(cls, device: torch.device) -> None:
@@ -241,6 +217,13 @@ class Collective(ABC):
         """Whether means are encoded again on their way back."""
         return cls.num_channels > 1
 
+    @classmethod
+    def shard_of(
+        cls, segment: Segment, world_size: int, local_world_size: int, owner: int
+    ) -> tuple[int, int]:
+        """The elements [start, stop) of a segment whose mean a rank encodes in phase 2."""
+        return segment.shard(world_size, owner)
+
     @abstractmethod
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
         """Replace flat by its mean over ranks; the same bits on every rank."""
@@ -253,36 +236,23 @@ class Collective(ABC):
         self, setting: Setting, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step
     ) -> Pending:
         """As `post`, among the ranks of a setting of its own: `hierarchical` has one for each node."""
-        header = wire.Header(phase, setting.rank, step.bucket, step.index, self._layout)
+        header = wire.Header(phase, setting.rank, step.bucket, step.index, self._digest)
         sent = sum(message.numel() for peer, message in enumerate(send) if peer != setting.rank)
         for kind in setting.byte_kinds:
             setting.metrics.record(Event(kind, sent, step.index, step.bucket, phase))
         return setting.channels[phase - 1].post(send, receive, header)
 
     def timed(self, kind: str, step: Step, phase: int) -> AbstractContextManager[None]:
-        """Record the duration of a block as an event."""
+        """Record the duration of a block of code as an event."""
         return self.setting.metrics.timed(kind, step=step.index, bucket=step.bucket, phase=phase)
 
-    def encode1(
-        self,
-        segment: Segment,
-        start: int,
-        stop: int,
-        x: Tensor,
-        payload: Tensor,
-        step: Step,
-        first_block: int | None = None,
-    ) -> None:
-        """Phase 1: encode elements [start, stop) of a segment, x being just those.
-
-        Pieces that do not start at a multiple of the block size must say which blocks of the dither they use.
-        """
-        codec = segment.phase1
-        start, stop = segment.offset + start, segment.offset + stop
+    def encode1(self, slot: Slot, x: Tensor, payload: Tensor, step: Step) -> None:
+        """Phase 1: encode the gradient of a slot's elements, x, into payload."""
+        segment, codec = slot.segment, slot.segment.phase1
         context = rng.EncodeContext(
-            key=rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], 1),
+            key=rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], rng.GRADIENT),
             shift=rng.dither_shift(self.setting.rank, self.setting.world_size),
-            first_block=start // codec.block_size if first_block is None else first_block,
+            first_block=slot.first_block,
             loss_scale=step.loss_scale,
         )
         if not segment.feedback1:
@@ -290,26 +260,25 @@ class Collective(ABC):
             if step.sample:
                 self._sample(segment, x, payload, step)
             return
+        start, stop = segment.offset + slot.start, segment.offset + slot.stop
         numel = segment.whole or segment.numel
-        with self.setting.local.piece(segment.name, numel, start, stop) as (old, new):
+        with self.setting.feedback.local.update(segment.name, numel, start, stop) as (old, new):
             codec.encode(x, payload, context=context, residual=old, new_residual=new)
             if step.sample:
                 self._sample(segment, x + step.loss_scale * old, payload, step)
 
-    def encode2(
-        self, segment: Segment, start: int, stop: int, x: Tensor, payload: Tensor, step: Step
-    ) -> None:
-        """Phase 2: encode the mean of elements [start, stop) of a segment, which this rank owns."""
-        codec = segment.phase2
+    def encode2(self, slot: Slot, x: Tensor, payload: Tensor, step: Step) -> None:
+        """Phase 2: encode the mean of a slot's elements, x, which this rank owns, into payload."""
+        segment, codec = slot.segment, slot.segment.phase2
         context = rng.EncodeContext(
-            key=rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], 2),
-            first_block=(segment.offset + start) // codec.block_size,
+            key=rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], rng.MEAN),
+            first_block=(segment.offset + slot.start) // codec.block_size,
             loss_scale=step.loss_scale,
         )
         if not segment.feedback2:
             codec.encode(x, payload, context=context)
             return
-        with self.setting.shard.piece(segment.name, stop - start, 0, stop - start) as (old, new):
+        with self.setting.feedback.shard.update(segment.name, slot.numel, 0, slot.numel) as (old, new):
             codec.encode(x, payload, context=context, residual=old, new_residual=new)
 
     def _sample(self, segment: Segment, value: Tensor, payload: Tensor, step: Step) -> None:
@@ -321,6 +290,3 @@ class Collective(ABC):
         }
         for kind, energy in energies.items():
             self.setting.metrics.record(Event(kind, energy, step.index, step.bucket, 1, segment.name))
-
-
-Way = tuple[type[Collective], Segment]  # how one parameter, or a part of it, travels

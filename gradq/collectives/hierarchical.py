@@ -1,7 +1,7 @@
 """Hierarchical: exact inside a node, compressed between nodes.
 
-The L ranks of a node share every parameter out among themselves. Each sums its piece for the node in fp32,
-averages it with the ranks of the other nodes that own the same piece (compressed: `Direct` at two nodes, else
+The L ranks of a node share every parameter out among themselves. Each sums its shard for the node in fp32,
+averages it with the ranks of the other nodes that own the same shard (compressed: `Direct` at two nodes, else
 `TwoPhase`), and hands the mean to its node. So a node sends what one rank would: 1/L of the flat form. What
 travels inside the node is exact and counted apart ("intra_node_bytes").
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from gradq import wire
 from gradq.collectives.base import Collective, Segment, Setting, Step
 from gradq.collectives.direct import Direct
+from gradq.collectives.message_layout import MessageLayout
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
 from gradq.transport.contract import Channel, Pending
@@ -71,7 +72,7 @@ class _Among:
         self._nothing = torch.empty(0, dtype=torch.uint8)
 
     def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> Pending:
-        """See `gradq.collectives.base.Channel.post`; nothing is exchanged with the others."""
+        """See `gradq.transport.contract.Channel.post`; nothing is exchanged with the others."""
         everyone_send = [self._nothing] * self._world_size
         everyone_receive = [self._nothing] * self._world_size
         for position, rank in enumerate(self._ranks):
@@ -85,7 +86,7 @@ class Hierarchical(Collective):
 
     Ranks are numbered node by node: rank = node * local_world_size + local rank, as torchrun does.
 
-    The local residuals are those of the pieces this rank owns for its node, in units of a node's sum.
+    The local residuals are those of the shards this rank owns for its node, in units of a node's sum.
     """
 
     num_channels = 4
@@ -124,48 +125,44 @@ class Hierarchical(Collective):
         )
         self._local_rank, self._local_world_size = local_rank, local_world_size
 
-        # by local owner: where each of its pieces stands in flat
-        self._pieces = [
-            [
-                slice(segment.start + start, segment.start + stop)
-                for segment in self.segments
-                for start, stop in [segment.local_piece(owner)]
-                if start < stop
-            ]
-            for owner in range(local_world_size)
-        ]
-        self._numels = [sum(piece.stop - piece.start for piece in pieces) for pieces in self._pieces]
-        own_bytes = [wire.HEADER_BYTES + numel * dtype.itemsize for numel in self._numels]
+        layouts = [MessageLayout(segments, local_world_size, owner) for owner in range(local_world_size)]
+        # by local owner: where each of its shards stands in flat; in a message one follows another
+        self._shards = [[slot.flat for slot in layout.slots] for layout in layouts]
+        own_bytes = [wire.HEADER_BYTES + layout.numel * dtype.itemsize for layout in layouts]
 
         def buffer(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.uint8, device=setting.device)
 
-        self._gathered_LN = buffer(local_world_size, own_bytes[local_rank])  # one piece, from all mates
+        self._gathered_LN = buffer(local_world_size, own_bytes[local_rank])  # one shard, from all mates
         self._messages = [
             self._gathered_LN[local_rank] if owner == local_rank else buffer(own_bytes[owner])
             for owner in range(local_world_size)
-        ]  # the pieces of all, from this rank; later the means, from all
+        ]  # the shards of all, from this rank; later the means, from all
 
     @classmethod
     def has_phase2(cls, world_size: int, local_world_size: int) -> bool:
         """Between two nodes there is one phase."""
         return world_size // local_world_size > 2
 
+    @classmethod
+    def shard_of(
+        cls, segment: Segment, world_size: int, local_world_size: int, owner: int
+    ) -> tuple[int, int]:
+        """Of what a rank sums for its node, what it owns among the nodes."""
+        node, local_rank = divmod(owner, local_world_size)
+        first, last = segment.shard(local_world_size, local_rank)
+        own = replace(segment, numel=last - first)
+        start, stop = own.shard(world_size // local_world_size, node)
+        return first + start, first + stop
+
     def _own_segments(self, local_rank: int) -> list[Segment]:
-        """The pieces of this rank as segments of a flat tensor of their own."""
+        """The shards of this rank as segments of a flat tensor of their own."""
         own, position = [], 0
         for segment in self.segments:
-            start, stop = segment.local_piece(local_rank)
+            start, stop = segment.shard(self.setting.local_world_size, local_rank)
             if start < stop:
                 own.append(
-                    replace(
-                        segment,
-                        start=position,
-                        numel=stop - start,
-                        local_world_size=1,
-                        offset=start,
-                        whole=segment.numel,
-                    )
+                    replace(segment, start=position, numel=stop - start, offset=start, whole=segment.numel)
                 )
                 position += stop - start
         return own
@@ -177,15 +174,15 @@ class Hierarchical(Collective):
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
         """See `Collective.average`.
 
-        1. Inside the node: send every piece, exact, to the rank that owns it.
-        2. Sum the own pieces in the order of local ranks.
+        1. Inside the node: send every shard, exact, to the rank that owns it.
+        2. Sum the own shards in the order of local ranks.
         3. Average them over nodes, compressed (`Direct` or `TwoPhase`); divide by the ranks a node.
         4. Inside the node: hand the own means to all, exact.
         """
         mates = self._local_world_size
-        for pieces, message in zip(self._pieces, self._messages, strict=True):
-            for part, piece in zip(self._split(message, pieces), pieces, strict=True):
-                part.copy_(flat[piece])
+        for shards, message in zip(self._shards, self._messages, strict=True):
+            for there, shard in zip(self._split(message, shards), shards, strict=True):
+                there.copy_(flat[shard])
         if mates > 1:
             yield self._post_inside(1, self._messages, list(self._gathered_LN), step)
         total = self._body(self._gathered_LN[0])
@@ -198,12 +195,12 @@ class Hierarchical(Collective):
         self._body(own).copy_(total)
         if mates > 1:
             yield self._post_inside(2, [own] * mates, self._messages, step)
-        for pieces, message in zip(self._pieces, self._messages, strict=True):
-            for part, piece in zip(self._split(message, pieces), pieces, strict=True):
-                flat[piece] = part
+        for shards, message in zip(self._shards, self._messages, strict=True):
+            for there, shard in zip(self._split(message, shards), shards, strict=True):
+                flat[shard] = there
 
-    def _split(self, message: Tensor, pieces: Sequence[slice]) -> Sequence[Tensor]:
-        return torch.split(self._body(message), [piece.stop - piece.start for piece in pieces])
+    def _split(self, message: Tensor, shards: Sequence[slice]) -> Sequence[Tensor]:
+        return torch.split(self._body(message), [shard.stop - shard.start for shard in shards])
 
     def _post_inside(
         self, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step

@@ -2,7 +2,7 @@
 
 Two exchanges fit, for n bytes of one rank's sparse gradient and W ranks:
 
-    direct       every rank sends its pieces to every other; one error           (W - 1) n
+    direct       every rank sends to every other; one error                      (W - 1) n
     two_phase    owners average, keep the largest of the mean, and send those;    (W - 1) / W (n + n₂)
                  what they leave out waits in the shard residual
 

@@ -140,16 +140,20 @@ class HookState(GradientHandle):
         if self._trainer is not None:
             self._trainer.check_join()
             self._watch(self._trainer, bucket)
-        if not self.sync.plan:
-            return self.sync.average(flat, [], index=bucket.index(), last=bucket.is_last())
+        if bucket.index() == 0:
+            self.sync.begin_step()
+        names = [] if self.sync.is_plain else self._names_of(flat, parameters)
+        mean = self.sync.average(flat, names, index=bucket.index())
+        return self.sync.end_step(mean) if bucket.is_last() else mean
+
+    def _names_of(self, flat: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[str]:
         if flat.is_sparse:
             raise UnsupportedError(
                 "sparse gradients cannot be compressed; build nn.Embedding with sparse=False, or use the "
                 'spec "none"'
             )
         self._check_parameters(parameters)
-        names = [self._names[parameter] for parameter in parameters]
-        return self.sync.average(flat, names, index=bucket.index(), last=bucket.is_last())
+        return [self._names[parameter] for parameter in parameters]
 
     def _watch(self, trainer: Trainer, bucket: GradBucket) -> None:
         """See to it that residuals stay where DDP throws the mean away."""

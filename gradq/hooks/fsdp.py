@@ -120,12 +120,12 @@ class ShardedHandle(GradientHandle):
         except BaseException as error:
             problem = error
             tell(error, shard_group)  # the others are waiting in the handshake
-        self.sync: GradientSync
         if replicate_group is not None:  # ... and those in the other dimension of the mesh
             if problem is not None:
                 tell(problem, replicate_group)
                 raise problem
-            self.sync = self._shards.replicas = self._replicas(policy, replicate_group, config)
+            self._replicated = self._shards.replicas = self._replicas(policy, replicate_group, config)
+            self.sync = self._replicated
             self._checkpoint_path = (f"shard{shard_group.rank()}of{shard_group.size()}",)
         elif problem is not None:
             raise problem
@@ -215,12 +215,12 @@ class ShardedHandle(GradientHandle):
     def _begin_step(self) -> None:
         """The first reduction of an outermost backward."""
         self._shards.step = self.sync.step  # a checkpoint may have set it
-        self._shards.begin()
+        self._shards.begin_step()
 
     def _end_step(self) -> None:
         """The end of the outermost backward."""
         if self.failure is None:
-            self._shards.finish()
+            self._shards.end_step()
 
     def _abandon_step(self) -> None:
         """The last backward raised half-way."""
@@ -230,7 +230,7 @@ class ShardedHandle(GradientHandle):
         """Reduce the gradients of one unit; what FSDP calls in the place of its reduce-scatter."""
         shards = self._shards
         self._backward.enter()
-        if not shards.plan or shards.world_size == 1:  # torch 2.9 reduces over one rank, later ones do not
+        if shards.is_plain or shards.world_size == 1:  # torch 2.9 reduces over one rank, later ones do not
             nbytes = flat.nbytes * (shards.world_size - 1) // shards.world_size
             for kind in ("dense_bytes", "wire_bytes"):
                 shards.metrics.record(Event(kind, nbytes, shards.step, unit.index))
@@ -251,9 +251,9 @@ class ShardedHandle(GradientHandle):
         As in FSDP itself, with `set_gradient_divide_factor` replicas are summed, and while
         `set_requires_all_reduce(False)` holds they are only collected.
         """
-        sync = self.sync
+        sync = self._replicated
         self._backward.enter()
-        if not self._shards.plan:
+        if self._shards.is_plain:
             self._shards.enter(unit.index)
         if not unit.all_reduces:
             partial = self._partial.setdefault(unit.index, torch.zeros_like(shard))
@@ -265,7 +265,7 @@ class ShardedHandle(GradientHandle):
         if sync.failure is not None:
             raise sync.failure
         try:
-            sync.average(shard, unit.reducing, index=unit.index + 1, last=False).wait()
+            sync.average(shard, unit.reducing, index=unit.index + 1).wait()  # as it is in the header
         except RuntimeError:
             if sync.failure is not None:
                 raise sync.failure from None

@@ -15,7 +15,7 @@ from gradq import checkpoint
 from gradq.errors import ConfigError
 from gradq.metrics import Event, Stats
 from gradq.policy import Asked, Policy, Spec, label
-from gradq.sync.gradient_sync import GradientSync
+from gradq.sync.base import Sync
 from gradq.transport.handshake import meeting
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Handle(checkpoint.Resumable):
         sync: the sync that averages.
     """
 
-    sync: GradientSync
+    sync: Sync
     _closed = False
 
     @property
@@ -121,7 +121,7 @@ class GradientHandle(Handle):
         """Use another spec from the next step on.
 
         All ranks call it between the same two steps. Residuals of parameters that no longer use feedback are
-        dropped, and shard residuals where ranks own other pieces than before; the log says so.
+        dropped, and shard residuals where ranks own other shards than before; the log says so.
 
         Raises:
             SpecError, ConfigError: the spec is wrong, or the handle is closed; MismatchError: the ranks

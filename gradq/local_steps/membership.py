@@ -121,16 +121,15 @@ def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def take_residuals(old: GradientSync, new: GradientSync) -> None:
-    """Keep what is owed to parameters that go on; shard residuals where this rank still owns the piece."""
+    """Keep what is owed to parameters that go on; shard residuals where this rank owns the same shard."""
     for name in old.feedback.local.names():
         residual = old.feedback.local.current(name)
         if name in new.plan and new.plan[name].feedback1 and new.parameters[name].numel == residual.numel():
             new.feedback.local.replace(name, residual)
     for name in old.feedback.shard.names():
-        if name in new.plan and new.plan[name].feedback2:
-            pieces = [sync.segment(name).piece(sync.world_size, sync.rank) for sync in (old, new)]
-            if pieces[0] == pieces[1]:
-                new.feedback.shard.replace(name, old.feedback.shard.current(name))
+        kept = name in new.plan and new.plan[name].feedback2
+        if kept and old.shard(name, old.rank) == new.shard(name, new.rank):
+            new.feedback.shard.replace(name, old.feedback.shard.current(name))
 
 
 class Notes:

@@ -212,23 +212,19 @@ class LocalSteps(Handle):
     def _start(self, index: int, due: int, final: bool = False) -> None:
         """Start to average a fragment; what the rank learns meanwhile can be kept on top of the outcome."""
         self._post_note(final)
-        buckets = self.fragments[index].buckets
-        pending = Pending(index, due, [], [])
-        for place, bucket in enumerate(buckets):
-            flat = torch.empty_like(bucket.anchor)
-            bucket.read(flat)
-            if self.schedule.delay and not final:
-                pending.sent.append(flat.clone())
-            torch.sub(bucket.anchor, flat, out=flat)
-            pending.means.append(flat)
-            future = self.sync.average(
-                flat,
-                list(bucket.parameters),
-                index=bucket.index,
-                first=place == 0,
-                last=place == len(buckets) - 1,
-            )
-            pending.futures.append(future)
+        buckets, pending = self.fragments[index].buckets, Pending(index, due, [], [])
+
+        def pseudo_gradients() -> Iterator[tuple[Tensor, list[str]]]:
+            for bucket in buckets:
+                flat = torch.empty_like(bucket.anchor)
+                bucket.read(flat)
+                if self.schedule.delay and not final:
+                    pending.sent.append(flat.clone())
+                torch.sub(bucket.anchor, flat, out=flat)
+                pending.means.append(flat)
+                yield flat, list(bucket.parameters)
+
+        pending.futures += self.sync.average_buckets(pseudo_gradients(), buckets[0].index)
         self.pending = pending
 
     def _apply(self, plain: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from gradq.codecs import Codec, ExactCodec
-from gradq.collectives import COLLECTIVES, PER_PARAMETER
+from gradq.collectives import COLLECTIVES
 from gradq.errors import ConfigError
 from gradq.metrics import Event
 
@@ -74,8 +74,7 @@ class Assignment:
         phase2: codec of the means.
         feedback1: whether phase 1 keeps a local residual.
         feedback2: whether phase 2, where the collective has one, keeps a shard residual.
-        collective: a name in `gradq.collectives.COLLECTIVES` or `PER_PARAMETER`, or "auto": see
-            `resolve`.
+        collective: a name in `gradq.collectives.COLLECTIVES`, or "auto": see `resolve`.
         low_rank: rank of the approximation, with collective="low_rank". phase1 and phase2 then carry its
             factors, exact, and feedback1 is always on.
 
@@ -92,7 +91,7 @@ class Assignment:
     low_rank: int = 0
 
     def __post_init__(self) -> None:
-        known = ("auto", *COLLECTIVES, *PER_PARAMETER)
+        known = ("auto", *COLLECTIVES)
         if self.collective not in known:
             raise ConfigError(f"Assignment(collective={self.collective!r}): choose from {', '.join(known)}")
         if (self.collective == "low_rank") != (self.low_rank > 0):

@@ -75,7 +75,7 @@ class Residuals:
         return name in self._pairs
 
     @contextmanager
-    def piece(self, name: str, numel: int, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def update(self, name: str, numel: int, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The old and the new residual of elements [start, stop), fp32, to read and to write.
 
         Args:
@@ -156,15 +156,15 @@ class Residuals:
             new, old = pair.buffers[pair.current], pair.buffers[1 - pair.current]
             torch.where(unused, old, new, out=new)
 
-    def select(self, good: Tensor) -> None:
-        """Where good, a tensor of one bool, is false, replace what this step wrote by what it read.
+    def select(self, verdict: Tensor) -> None:
+        """Where verdict, a tensor of one bool, is false, replace what this step wrote by what it read.
 
-        So a step that the host does not know to be good can be committed without asking the device.
+        So a step that the host does not know the verdict of can be committed without asking the device.
         """
         for pair in self._pairs.values():
             if pair.written:
                 old, new = pair.buffers[pair.current], pair.buffers[1 - pair.current]
-                torch.where(good, new, old, out=new)
+                torch.where(verdict, new, old, out=new)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -209,18 +209,18 @@ class Feedback:
         self.shard = Residuals(self.dtype)
         self.bases = Residuals()
 
-    def finish(self, good: bool | Tensor) -> None:
+    def finish(self, verdict: bool | Tensor) -> None:
         """End a step: commit if it may enter the residuals, else discard.
 
         Args:
-            good: see `finite.StepCheck.verdict`. If only the device knows, it is told to take back what must
-                not count.
+            verdict: see `finite.StepCheck.verdict`. If only the device knows, it is told to take back what
+                must not count.
         """
         for residuals in self._all():
-            if isinstance(good, Tensor):
-                residuals.select(good)
+            if isinstance(verdict, Tensor):
+                residuals.select(verdict)
                 residuals.commit()
-            elif good:
+            elif verdict:
                 residuals.commit()
             else:
                 residuals.discard()

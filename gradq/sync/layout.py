@@ -1,139 +1,142 @@
-"""Layout: which codec and which collective each parameter travels by, and so where it stands."""
+"""BucketLayout: where the parameters of a bucket stand, cut into the chunks that are exchanged.
+
+A bucket of DDP's may be as large as its largest parameter. Encoded whole, the network idles until its last
+block is encoded, and once more at the end of a step until the last bucket is decoded; and two phases wait
+for each other. So a bucket travels in chunks of a few MB, each with a collective of its own.
+
+Blocks, random bits and residuals belong to elements of parameters, so a cut changes no value: every rank gets
+the bits that it would have got from the bucket in one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
+from torch import Tensor
 
-from gradq.codecs import Codec
-from gradq.codecs.uniform.format import BACKENDS
-from gradq.collectives import Collective, Segment, choose
-from gradq.kernels.turns import in_turns
-from gradq.metrics import ParameterStats
-from gradq.options import SyncConfig
-from gradq.policy import ParameterInfo, Plan, Policy, check_plan
-from gradq.policy.warm_up import warm_up_calls
+from gradq.collectives import Collective, Segment, Setting, Step, Transfer, compose
+from gradq.transport.contract import Pending
 
-__all__ = ["Ways"]
+__all__ = ["BucketLayout", "Chunk", "chunks_of", "work_dtype"]
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that gradients of a dtype are encoded from and averaged in."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
-class Ways:
-    """A plan, and by which collective each of its parameters travels.
+class Chunk:
+    """What one exchange carries of a bucket.
 
     Attributes:
-        parameters: all parameters, by name.
-        world_size: number of ranks.
-        local_world_size: ranks a node for "hierarchical", else 1.
-        plan: the codecs; empty if gradients are left to a plain all-reduce.
-        plain: the collective of the whole model.
-        collectives: of each parameter in the plan.
+        where: its elements in the bucket.
+        collective: what averages it.
+        work: memory for it in the work dtype; None if the bucket has that dtype.
     """
 
-    parameters: Mapping[str, ParameterInfo]
-    world_size: int
-    local_world_size: int
-    plan: Plan
-    plain: type[Collective]
-    collectives: Mapping[str, type[Collective]]
+    where: slice
+    collective: Collective
+    work: Tensor | None
 
-    @classmethod
-    def of(
-        cls,
-        policy: Policy | None,
-        label: str,
-        parameters: Mapping[str, ParameterInfo],
-        config: SyncConfig,
-        world_size: int,
-    ) -> Ways:
-        """What a policy, called label, decides.
+    def average(self, bucket: Tensor, step: Step) -> Iterator[Pending]:
+        """Replace these elements of a bucket by their mean; the stages are those of the collective.
 
-        Raises:
-            ConfigError: the plan does not fit the parameters.
+        1. Bring the elements into the work dtype.
+        2. Average them.
+        3. Write the mean in the bucket's dtype; `mean` still has it in the work dtype.
         """
-        plan = dict(policy.plan(list(parameters.values()))) if policy is not None else {}
-        if plan:
-            check_plan(plan, parameters, label)
-        payload_bytes = int(sum(entry.payload_bytes(parameters[name]) for name, entry in plan.items()))
-        plain = choose(config.collective, world_size, payload_bytes)
-        collectives = {
-            name: choose(entry.resolve(config.collective), world_size, plain=plain)
-            for name, entry in plan.items()
-        }
-        return cls(parameters, world_size, config.local_world_size, plan, plain, collectives)
+        flat = bucket[self.where]
+        if self.work is not None:
+            self.work.copy_(flat)
+        yield from self.collective.average(self.mean(bucket), step)
+        if self.work is not None:
+            flat.copy_(self.work)
 
-    @cached_property
-    def has_feedback(self) -> bool:
-        """Whether anything keeps a residual."""
-        return any(entry.feedback1 or entry.feedback2 for entry in self.plan.values())
+    def mean(self, bucket: Tensor) -> Tensor:
+        """The mean after `average`, in the work dtype."""
+        return bucket[self.where] if self.work is None else self.work
 
-    def notes(self) -> dict[str, object]:
-        """What all ranks must have in common: every parameter, and its codecs."""
-        return {
-            name: (info.shape, str(info.dtype), str(self.plan.get(name, "plain")))
-            for name, info in self.parameters.items()
-        }
 
-    def stats(self) -> dict[str, ParameterStats]:
-        """How every parameter in the plan travels."""
-        table = {}
-        for name, entry in self.plan.items():
-            info = self.parameters[name]
-            bits = 8 * entry.payload_bytes(info) / max(info.numel, 1)
-            table[name] = ParameterStats(info.numel, str(entry), bits)
-        return table
+class BucketLayout:
+    """Buckets with the same parameters in the same order.
 
-    def load_kernels(self, device: torch.device) -> None:
-        """Import the kernels, which is quick, so that a rank without them says so before the others compile.
+    Args:
+        flat: one of these buckets.
+        names: names of its parameters, in order.
+        transfers: how these travel.
+        used: the collectives of the whole plan.
+        setting: what outlives a bucket; see `Setting`.
+        chunk_numel: elements of a chunk.
 
-        Raises:
-            KernelError: this machine has no kernels for the device.
-        """
-        if self.plan and self.world_size > 1:
-            BACKENDS.on(device)
+    Attributes:
+        names: the argument.
+        chunks: the bucket, in order.
+    """
 
-    def codecs(self) -> set[tuple[Codec, bool]]:
-        """The codecs that the collectives use, each with or without a residual."""
-        entries = self.plan.items()
-        # what low rank feeds back never goes through a codec
-        used = {(entry.phase1, entry.feedback1 and not entry.low_rank) for _, entry in entries}
-        return used | {(entry.phase2, entry.feedback2) for name, entry in entries if self._has_phase2(name)}
+    def __init__(
+        self,
+        flat: Tensor,
+        names: tuple[str, ...],
+        transfers: Sequence[Transfer],
+        used: Collection[type[Collective]],
+        setting: Setting,
+        chunk_numel: int,
+    ) -> None:
+        self.names, self._dtype = names, flat.dtype
+        dtype = work_dtype(flat.dtype)
+        self.chunks: list[Chunk] = []
+        start = 0
+        for chunk in chunks_of(transfers, chunk_numel):
+            stop = start + sum(segment.numel for _, segment in chunk)
+            where = slice(start, stop)
+            work = None if flat.dtype == dtype else torch.empty_like(flat[where], dtype=dtype)
+            self.chunks.append(Chunk(where, compose(chunk, used, dtype, setting), work))
+            start = stop
+        assert start == flat.numel(), f"a bucket has {flat.numel()} elements, its parameters {start}"
 
-    def warm_up(self, device: torch.device, codecs: Iterable[tuple[Codec, bool]] | None = None) -> None:
-        """Compile everything that the plan needs.
+    def fits(self, flat: Tensor, names: tuple[str, ...]) -> bool:
+        """Whether a bucket has this layout."""
+        return self.names == names and self._dtype == flat.dtype
 
-        Args:
-            device: of the gradients.
-            codecs: what is used; by default what the collectives use.
-        """
-        calls = warm_up_calls(self.codecs() if codecs is None else codecs, device, self.world_size)
-        calls += [partial(collective.warm_up, device) for collective in set(self.collectives.values())]
-        in_turns(calls)
 
-    def _has_phase2(self, name: str) -> bool:
-        return self.collectives[name].has_phase2(self.world_size, self.local_world_size)
+def chunks_of(transfers: Sequence[Transfer], chunk_numel: int) -> Iterator[list[Transfer]]:
+    """Group what a bucket holds, in order, cutting what is too large and may be cut.
 
-    def segment(self, name: str) -> Segment:
-        """How a parameter travels, in a bucket of its own."""
-        info, entry, local = self.parameters[name], self.plan[name], self.local_world_size
-        return Segment(
-            name=name,
-            start=0,
-            numel=info.numel,
-            rotation=info.index,
-            phase1=entry.phase1,
-            phase2=entry.phase2,
-            feedback1=entry.feedback1,
-            feedback2=entry.feedback2 and self._has_phase2(name),
-            matrix=info.matrix,
-            low_rank=min(entry.low_rank, *info.matrix),
-            local_world_size=local,
-        )
+    Args:
+        transfers: everything in the bucket, one after another.
+        chunk_numel: elements of a chunk; a segment that may not be cut can be larger.
 
-    def shard_pieces(self, rank: int) -> dict[str, tuple[int, int]]:
-        """The part of each parameter of which a rank keeps a shard residual."""
-        segments = [self.segment(name) for name in self.plan]
-        return {s.name: s.piece(self.world_size, rank) for s in segments if s.feedback2}
+    Yields:
+        Chunks, none empty; `Segment.start` counts from the start of the chunk.
+    """
+    chunk: list[Transfer] = []
+    numel = 0
+    for collective, whole in transfers:
+        for segment in _cut(collective, whole, chunk_numel):
+            if chunk and numel + segment.numel > chunk_numel:
+                yield chunk
+                chunk, numel = [], 0
+            chunk.append((collective, replace(segment, start=numel)))
+            numel += segment.numel
+    if chunk:
+        yield chunk
+
+
+def _cut(collective: type[Collective], segment: Segment, most: int) -> Iterator[Segment]:
+    """A segment in nearly equal ones, cut at multiples of its grain; or as it is.
+
+    A shard residual belongs to the shard that a rank owns, and other cuts would make other shards.
+    """
+    count = -(-segment.numel // most)
+    if count <= 1 or not collective.cuts_segments or segment.feedback2:
+        yield segment
+        return
+    num_grains = -(-segment.numel // segment.grain)
+    count = min(count, num_grains)
+    bounds = [min(k * num_grains // count * segment.grain, segment.numel) for k in range(count + 1)]
+    for start, stop in pairwise(bounds):
+        yield replace(segment, numel=stop - start, offset=start, whole=segment.numel)

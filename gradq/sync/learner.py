@@ -21,11 +21,10 @@ from gradq import rng
 from gradq.collectives import Step
 from gradq.metrics import Event, Metrics
 from gradq.policy import AdaptivePolicy, ParameterInfo, Plan, Policy
+from gradq.sync.layout import work_dtype
 from gradq.transport.handshake import gather, meeting
 
-__all__ = ["LEARNING_PHASE", "Learner"]
-
-LEARNING_PHASE = 3  # of the dither: candidates must not share their random bits with what is sent
+__all__ = ["Learner"]
 
 _log = logging.getLogger("gradq")
 
@@ -91,7 +90,7 @@ class Learner:
 
         Args:
             parameters: what flat holds, one after another.
-            flat: [n], fp32 or fp64.
+            flat: [n], in any dtype that gradients have.
             step: the gradients of a step are `loss_scale` times too large; what is recorded is not.
         """
         policy, start = self.adaptive, 0
@@ -100,13 +99,14 @@ class Learner:
         for parameter in parameters:
             x, start = flat[start : start + parameter.numel], start + parameter.numel
             candidates = policy.candidates(step.index, parameter.name)
+            x = x.to(work_dtype(x.dtype)) if candidates else x
             energy = float(x.double().square().sum()) if candidates else 0.0
             if not candidates or not math.isfinite(energy):
                 continue
             with self._metrics.timed("measure_ms", step=step.index, bucket=step.bucket, phase=0):
                 where, unit = (step.index, step.bucket, 0, parameter.name), step.loss_scale**2
                 self._metrics.record(Event("gradient_energy", energy / unit, *where))
-                key = rng.dither_key(self._seed, step.index, rng.name_id(parameter.name), LEARNING_PHASE)
+                key = rng.dither_key(self._seed, step.index, rng.name_id(parameter.name), rng.CANDIDATE)
                 decoded = torch.empty_like(x)
                 for label, codec in candidates.items():
                     payload = torch.empty(codec.nbytes(x.numel()), dtype=torch.uint8, device=x.device)

@@ -1,8 +1,8 @@
 """ShardedSync: gradients of sharded parameters; each rank gets the mean of its own shard.
 
-It is a `GradientSync` whose collective is `ReduceScatter`, driven to its end on the calling thread: FSDP uses
-the result of a reduction at once. FSDP reduces each of its units by itself, in the same order on all ranks; a
-step is one outermost backward, in which a unit may be reduced several times.
+Its collectives are driven to their end on the calling thread: FSDP uses the result of a reduction at once.
+FSDP reduces each of its units by itself, in the same order on all ranks; a step is one outermost backward, in
+which a unit may be reduced several times.
 """
 
 from __future__ import annotations
@@ -15,40 +15,45 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradq import wire
-from gradq.collectives import AllGather, ReduceScatter, Scratch, ShardSegment, Step
-from gradq.collectives.base import Setting
+from gradq.codecs import Codec
+from gradq.collectives import AllGather, ReduceScatter, Scratch, Setting, ShardSegment, Step
 from gradq.errors import UnsupportedError
 from gradq.metrics import Event
 from gradq.options import SyncConfig
 from gradq.policy import AdaptivePolicy, ParameterInfo, Plan, Policy
+from gradq.sync.base import Sync
 from gradq.sync.gradient_sync import GradientSync
-from gradq.sync.layout import Ways
+from gradq.sync.layout import work_dtype
+from gradq.sync.plan import ResolvedPlan
 from gradq.transport.contract import Pending
-from gradq.transport.handshake import meeting
 
 __all__ = ["ShardedSync"]
 
 _FLAGS_BUCKET = 0xFFFF
 
 
-class ShardedSync(GradientSync):
-    """Reduces sharded gradients over the ranks of a group, and gathers sharded parameters.
+class ShardedSync(Sync):
+    """Reduces sharded gradients over the ranks of a group, and gathers sharded parameters; see `Sync`.
 
     Args:
         parameters: whole parameters; their dtype is that of the reduction.
-        chunks: elements of each that a rank holds, padding included.
+        shard_numels: elements of each that a rank holds, padding included.
         policy: which codec for which parameter; None leaves reductions alone.
         label: what the policy is called when ranks compare notes.
         group: the ranks a parameter is sharded over.
         config: see `SyncConfig`; there is one collective, so its choice is ignored.
         gather_plan: how parameters travel when they are gathered; empty leaves that alone.
-        device: of the gradients; the CPU by default.
+        device: device of the gradients; the CPU by default.
+
+    Attributes:
+        gather_plan: the argument.
+        replicas: what averages the shards over replicas, if there are any; its steps are those of this.
     """
 
     def __init__(
         self,
         parameters: Sequence[ParameterInfo],
-        chunks: Mapping[str, int],
+        shard_numels: Mapping[str, int],
         policy: Policy | None,
         label: str,
         group: dist.ProcessGroup,
@@ -56,16 +61,15 @@ class ShardedSync(GradientSync):
         gather_plan: Plan | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._chunks = dict(chunks)
+        self._shard_numels = dict(shard_numels)
         self.gather_plan = dict(gather_plan or {})
-        self.replicas: GradientSync | None = None  # averages the shards over replicas; its steps are ours
-        self._layouts: dict[object, ReduceScatter | AllGather] = {}
-        self._scratch: Scratch | None = None
+        self.replicas: GradientSync | None = None
+        self._scratch = Scratch(device or torch.device("cpu"))
         self._reduced: set[int] = set()
         super().__init__(parameters, policy, label, group, config, device)
 
-    def _prepare(self, policy: Policy | None, label: str) -> Ways:
-        """See `GradientSync`.
+    def resolve(self, policy: Policy | None, label: str) -> ResolvedPlan:
+        """See `Sync`.
 
         Raises:
             UnsupportedError: also for a policy that plans again during training, and for low rank: they need
@@ -75,35 +79,38 @@ class ShardedSync(GradientSync):
             raise UnsupportedError(
                 f"{label} plans again during training, which FSDP2 has no place for; give it fixed specs"
             )
-        ways = super()._prepare(policy, label)
-        if by := [name for name, entry in ways.plan.items() if entry.collective != "auto"]:
-            raise UnsupportedError(
-                f"{by[0]!r} travels by {ways.plan[by[0]].collective!r}, which needs the whole mean on every "
-                "rank; FSDP2 gives each its shard: choose another spec, such as int8"
-            )
-        return ways
+        resolved = super().resolve(policy, label)
+        for name, entry in resolved.plan.items():
+            if entry.collective != "auto":
+                raise UnsupportedError(
+                    f"{name!r} travels by {entry.collective!r}, which needs the whole mean on every rank; "
+                    "FSDP2 gives each its shard: choose another spec, such as int8"
+                )
+        return resolved
 
-    def _warm_up(self, ways: Ways, verb: str = "start") -> None:
-        """See `GradientSync`: what one phase needs, and what gathering does."""
-        if self.world_size > 1 and (ways.plan != self.plan or self.gather_plan):
-            with meeting(self.group, verb):
-                used = {(entry.phase1, entry.feedback1) for entry in ways.plan.values()}
-                used |= {(entry.phase1, False) for entry in self.gather_plan.values()}
-                ways.warm_up(self.device, used)
+    def codecs(self, resolved: ResolvedPlan) -> set[tuple[Codec, bool]]:
+        """See `Sync`: what one phase needs, and what gathering does."""
+        used = {(entry.phase1, entry.feedback1) for entry in resolved.plan.values()}
+        return used | {(entry.phase1, False) for entry in self.gather_plan.values()}
 
-    def _adopt(self, ways: Ways, policy: Policy | None, label: str) -> None:
-        super()._adopt(ways, policy, label)
-        self._layouts.clear()
+    def drop_layouts(self) -> None:
+        """See `Sync`."""
+        self._layouts: dict[object, ReduceScatter | AllGather] = {}
 
-    def _notes(self, ways: Ways, label: str) -> dict[str, object]:
-        notes = super()._notes(ways, label)
-        return notes | {"gather": {name: str(entry) for name, entry in self.gather_plan.items()}}
+    def notes(self, resolved: ResolvedPlan, label: str) -> dict[str, object]:
+        """See `Sync`."""
+        gather = {name: str(entry) for name, entry in self.gather_plan.items()}
+        return super().notes(resolved, label) | {"gather": gather}
 
-    def segment(self, name: str, start: int = 0) -> ShardSegment:
-        """How a parameter travels if its chunk starts at this element of a row."""
-        return self._segment(self.plan, name, start)
+    def segment(self, name: str) -> ShardSegment:
+        """How a parameter travels, in rows of its own."""
+        return self._segment(self.plan, name)
 
-    def _segment(self, plan: Plan, name: str, start: int) -> ShardSegment:
+    def shard(self, name: str, owner: int) -> tuple[int, int]:
+        """The elements [start, stop) of a parameter in the shard of a rank, padding left out."""
+        return self.segment(name).shard(self.world_size, owner)
+
+    def _segment(self, plan: Plan, name: str, start: int = 0) -> ShardSegment:
         entry = plan[name]
         return ShardSegment(
             name=name,
@@ -114,14 +121,14 @@ class ShardedSync(GradientSync):
             phase2=entry.phase2,
             feedback1=entry.feedback1,
             feedback2=False,
-            chunk=self._chunks[name],
+            shard_numel=self._shard_numels[name],
         )
 
     def _segments(self, plan: Plan, names: Sequence[str], flat: Tensor) -> list[ShardSegment]:
         segments, start = [], 0
         for name in names:
             segments.append(self._segment(plan, name, start))
-            start += segments[-1].chunk
+            start += segments[-1].shard_numel
         if start * self.world_size != flat.numel():
             raise UnsupportedError(
                 f"FSDP exchanges {flat.numel()} elements where {', '.join(names[:3])}, ... have "
@@ -129,18 +136,8 @@ class ShardedSync(GradientSync):
             )
         return segments
 
-    def _shared_scratch(self, device: torch.device) -> Scratch:
-        if self._scratch is None:
-            self._scratch = Scratch(device)
-        return self._scratch
-
-    def _setting_with_scratch(self, device: torch.device, channel: int, byte_kind: str) -> Setting:
-        return replace(
-            self._setting(device),
-            channels=[self._channels[channel]],
-            byte_kinds=(byte_kind,),
-            scratch=self._shared_scratch(device),
-        )
+    def _setting_of(self, device: torch.device, channel: int, byte_kind: str) -> Setting:
+        return replace(self.setting(device), channels=[self.channels[channel]], byte_kinds=(byte_kind,))
 
     def reduce_scatter(
         self, flat: Tensor, out: Tensor, names: Sequence[str], *, index: int, factor: float
@@ -160,9 +157,8 @@ class ShardedSync(GradientSync):
         self.enter(index)
         dense_bytes = flat.nbytes * (self.world_size - 1) // self.world_size
         self.metrics.record(Event("dense_bytes", dense_bytes, self.step, index))
-        key = (index, tuple(names), flat.dtype)
+        key, dtype = (index, tuple(names), flat.dtype), work_dtype(flat.dtype)
         layout = self._layouts.get(key)
-        work_dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
         if layout is None:
             segments = self._segments(self.plan, names, flat)
             for name in names:
@@ -171,13 +167,12 @@ class ShardedSync(GradientSync):
                         f"the gradient of {name!r} is reduced in {flat.dtype}, but was to be in "
                         f"{self.parameters[name].dtype} when gradq.compress was called; call it afterwards"
                     )
-            setting = self._setting_with_scratch(flat.device, 0, "wire_bytes")
-            layout = self._layouts[key] = ReduceScatter(segments, work_dtype, setting)
+            setting = self._setting_of(flat.device, 0, "wire_bytes")
+            layout = self._layouts[key] = ReduceScatter(segments, dtype, setting, self._scratch)
         work = flat
-        if flat.dtype != work_dtype:
-            scratch = self._shared_scratch(flat.device)
-            work = scratch.take("work", flat.numel() * work_dtype.itemsize).view(work_dtype).copy_(flat)
-        self._drive(layout.average(work, Step(self.step, index, self._loss_scale, self._sample)))
+        if flat.dtype != dtype:
+            work = self._scratch.take("work", flat.numel() * dtype.itemsize).view(dtype).copy_(flat)
+        self._drive(layout.average(work, self.step_of(index)))
         row = work.view(self.world_size, -1)[self.rank]
         if factor != 1:
             row *= factor
@@ -195,10 +190,9 @@ class ShardedSync(GradientSync):
         key = ("gather", index, flat.dtype)
         layout = self._layouts.get(key)
         if layout is None:
-            work_dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
             segments = self._segments(self.gather_plan, names, flat)
-            setting = self._setting_with_scratch(flat.device, 1, "gather_bytes")
-            layout = self._layouts[key] = AllGather(segments, work_dtype, setting)
+            setting = self._setting_of(flat.device, 1, "gather_bytes")
+            layout = self._layouts[key] = AllGather(segments, work_dtype(flat.dtype), setting, self._scratch)
         self._drive(layout.average(flat, Step(self.step, index)))
 
     def enter(self, index: int) -> None:
@@ -209,28 +203,26 @@ class ShardedSync(GradientSync):
             self._reduced.clear()
         self._reduced.add(index)
 
-    def _syncs(self) -> list[GradientSync]:
+    def _syncs(self) -> list[Sync]:
         """This and the one that averages replicas, if there is one."""
         return [self] if self.replicas is None else [self, self.replicas]
 
-    def begin(self) -> None:
+    def begin_step(self) -> None:
         """Start a step, for the replicas too."""
-        super().begin()
+        super().begin_step()
         self._reduced.clear()
         if self.replicas is not None:
-            self.replicas.begin()
+            self.replicas.begin_step()
 
-    def finish(self, good: bool | Tensor | None = None) -> None:
+    def end_step(self) -> None:
         """End a step, for the replicas too. With feedback all ranks hear whether all are content with it."""
         syncs = self._syncs()
-        if good is None:
-            verdicts = [bool(sync.judge()) for sync in syncs]  # FSDP2 with feedback is on the CPU
-            good = all(verdicts)
+        verdicts = [bool(sync.verdict()) for sync in syncs]  # FSDP2 with feedback is on the CPU
+        verdict = all(verdicts)
         if self.world_size > 1 and any(sync.has_feedback for sync in syncs):
-            good = self._all_ranks(bool(good))
-        super().finish(good)
-        if self.replicas is not None:
-            self.replicas.finish(good)
+            verdict = self._all_ranks(verdict)
+        for sync in syncs:
+            sync.commit_step(verdict)
 
     def discard_step(self) -> None:
         """See `GradientSync.discard_step`; for the replicas too."""
@@ -243,25 +235,24 @@ class ShardedSync(GradientSync):
         for sync in self._syncs():
             sync.feedback.finish(False)
 
-    def _all_ranks(self, finite: bool) -> bool:
+    def _all_ranks(self, verdict: bool) -> bool:
         """Whether it holds on all ranks."""
         flags = torch.zeros(self.world_size, wire.HEADER_BYTES + 1, dtype=torch.uint8)
-        flags[self.rank, -1] = int(finite)
+        flags[self.rank, -1] = int(verdict)
         header = wire.Header(2, self.rank, _FLAGS_BUCKET, self.step, 0)
         self.metrics.record(Event("wire_bytes", flags[0].numel() * (self.world_size - 1), self.step))
         rows = list(flags)
-        self._drive(
-            self._channels[1].post([rows[self.rank]] * self.world_size, rows, header) for _ in range(1)
-        )
+        pending = self.channels[1].post([rows[self.rank]] * self.world_size, rows, header)
+        self._drive([pending])
         return bool(flags[:, -1].all())
 
-    def _drive(self, steps: Iterable[Pending]) -> None:
+    def _drive(self, stages: Iterable[Pending]) -> None:
         """Run a collective to its end on this thread; on NCCL, enqueue it on the current stream."""
         if self.failure is not None:
             raise self.failure
         try:
             with torch.no_grad():
-                for pending in steps:
+                for pending in stages:
                     pending.wait()
         except BaseException as error:
             self.fail(error)

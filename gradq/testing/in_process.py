@@ -158,7 +158,7 @@ class InProcessGroup(dist.ProcessGroup):
     def open_channels(
         self, count: int, metrics: Metrics, timeout: timedelta | None
     ) -> tuple[Sequence[Channel], Callable[[BaseException | None], None]]:
-        """See `gradq.collectives.open_channels`, which calls it. The network has the timeout."""
+        """See `gradq.transport.connect.open_channels`, which calls it. The network has the timeout."""
         first, self._num_channels = self._num_channels, self._num_channels + count
         self._hall.take_channels(first, count)
         indices = range(first, first + count)

@@ -302,7 +302,7 @@ class _MailChannel:
         self._number = 0
 
     def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> Exchange:
-        """See `gradq.collectives.base.Channel.post`."""
+        """See `gradq.transport.contract.Channel.post`."""
         assert header.sender == self._rank, f"rank {header.sender} posts on a channel of rank {self._rank}"
         exchange = Exchange(self._network, header, list(send), list(receive), self._metrics)
         self._number += 1

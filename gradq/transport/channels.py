@@ -191,7 +191,7 @@ class PeerChannel:
         self._group = None
 
     def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> _Exchange:
-        """See `gradq.collectives.base.Channel.post`."""
+        """See `gradq.transport.contract.Channel.post`."""
         packed = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
         peers = [(header.sender + i) % len(send) for i in range(1, len(send))]
         works: list[tuple[str, int, dist.Work]] = []

@@ -65,7 +65,7 @@ class Stoppable(Protocol):
 
 @dataclass
 class _Job:
-    steps: Iterator[Pending]
+    stages: Iterator[Pending]
     done: Future[Tensor | BaseException]
     result: Tensor
     pending: Pending | None = None
@@ -90,8 +90,8 @@ class Executor:
         """What stopped the executor, None while it works."""
         return self.failed.error
 
-    def submit(self, steps: Iterator[Pending], result: Tensor) -> Future[Tensor]:
-        """Run steps to the end; the future then holds result, or raises what a stage raised.
+    def submit(self, stages: Iterator[Pending], result: Tensor) -> Future[Tensor]:
+        """Run stages to the end; the future then holds result, or raises what a stage raised.
 
         The cause is raised from a callback of the future: `Future.set_exception` would mangle it on its way
         through DDP.
@@ -107,8 +107,30 @@ class Executor:
                 f"a gradient on {result.device} came to a GradientSync made for CPU tensors; give it device="
             )
         done: Future[Tensor | BaseException] = Future()
-        self._stage(0).put(_Job(steps, done, result))
+        self._stage(0).put(_Job(stages, done, result))
         return done.then(_value)
+
+    def after(self, last: Future[Tensor], action: Callable[[], None]) -> Future[Tensor]:
+        """Run an action as soon as a job is done, on the thread that ends it.
+
+        Args:
+            last: what `submit` returned for the job.
+            action: the action.
+
+        Returns:
+            A future of the job's result, done after the action.
+        """
+
+        def then(done: Future[Tensor]) -> Tensor:
+            if self.failure is not None:
+                raise self.failure
+            try:
+                action()
+            except BaseException as error:  # carried to the training loop, whatever it is
+                raise self.failed.set(error) from None
+            return done.value()
+
+        return last.then(then)
 
     def close(self) -> None:
         """Finish what is queued and end the threads. Idempotent."""
@@ -157,7 +179,7 @@ class Executor:
                 raise self.failure
             if job.pending is not None:
                 job.pending.wait()
-            job.pending = next(job.steps, None)
+            job.pending = next(job.stages, None)
         except BaseException as error:  # carried to the training loop, whatever it is
             job.done.set_result(self.failed.set(error))
             return

@@ -58,8 +58,8 @@ class StreamExecutor:
         """What stopped the executor, None while it works."""
         return self.failed.error
 
-    def submit(self, steps: Iterator[Pending], result: Tensor) -> Future[Tensor]:
-        """Enqueue steps; the future holds result, or raises what a stage raised.
+    def submit(self, stages: Iterator[Pending], result: Tensor) -> Future[Tensor]:
+        """Enqueue stages; the future holds result, or raises what a stage raised.
 
         Raises:
             ConfigError: the executor is closed.
@@ -69,12 +69,21 @@ class StreamExecutor:
         with self._side(), torch.no_grad():
             if self.failure is None:
                 try:
-                    for pending in steps:
+                    for pending in stages:
                         pending.wait()
                 except BaseException as error:  # carried to the training loop, whatever it is
                     self.failed.set(error)
             future = done(result)
         return future.then(self._outcome) if self.failure is not None else future
+
+    def after(self, last: Future[Tensor], action: Callable[[], None]) -> Future[Tensor]:
+        """See `Executor.after`; the action is enqueued behind the job."""
+
+        def stages() -> Iterator[Pending]:
+            action()
+            yield from ()
+
+        return last if self.failure is not None else self.submit(stages(), last.value())
 
     def close(self) -> None:
         """Wait for what is enqueued. Idempotent."""
@@ -144,7 +153,7 @@ class StreamChannel:
         self._agreed: set[tuple[int, int, int]] = set()
 
     def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> _Works:
-        """See `gradq.collectives.base.Channel.post`.
+        """See `gradq.transport.contract.Channel.post`.
 
         Raises:
             WireError: the layout is new, and another rank has another.
@@ -226,7 +235,7 @@ class StagedChannel:
         self._free: list[Tensor] = []
 
     def post(self, send: Sequence[Tensor], receive: Sequence[Tensor], header: wire.Header) -> _Staged:
-        """See `gradq.collectives.base.Channel.post`."""
+        """See `gradq.transport.contract.Channel.post`."""
         used: list[Tensor] = []
         copies: dict[int, Tensor] = {}  # a message to several peers is copied once
         send_host = [torch.empty(0, dtype=torch.uint8) for _ in send]

@@ -134,11 +134,8 @@ def _average(
         order = infos[::-1] if step == 0 else random.Random(step).sample(infos, len(infos))
         buckets = list(_buckets(order, room))
         flats = [torch.cat([gradients[info.name] for info in bucket]) for bucket in buckets]
-        futures = [
-            sync.average(flat, [info.name for info in bucket], index=index, last=index == len(buckets) - 1)
-            for index, (bucket, flat) in enumerate(zip(buckets, flats, strict=True))
-        ]
-        for future in futures:
+        names = [[info.name for info in bucket] for bucket in buckets]
+        for future in sync.average_buckets(zip(flats, names, strict=True)):
             future.wait()
         came_out.append({})
         for bucket, flat in zip(buckets, flats, strict=True):

@@ -88,7 +88,7 @@ def sent(group: InProcessGroup, options: dict) -> tuple[int, int, int, str]:
     infos = [ParameterInfo(name="w", shape=(500, 700), dtype=torch.float32, index=0)]
     sync = GradientSync(infos, FixedPolicy(spec=Spec.parse("int8")), "int8", group, SyncConfig(**options))
     generator = torch.Generator().manual_seed(group.rank())
-    sync.average(torch.randn(350_000, generator=generator), ["w"], index=0, last=True).wait()
+    sync.average_buckets([(torch.randn(350_000, generator=generator), ["w"])])[0].wait()
     stats = sync.stats()
     sync.close()
     return stats.wire_bytes, stats.inter_node_bytes, stats.intra_node_bytes, str(stats)
@@ -158,11 +158,7 @@ def poison(group: InProcessGroup, spec: str, collective: str, culprit: int):
         if target and group.rank() == culprit:
             gradients[target][element] = value
         flats = [torch.cat([gradients[name] for name in bucket]) for bucket in buckets]
-        futures = [
-            sync.average(flat, bucket, index=index, last=index == 2)
-            for index, (bucket, flat) in enumerate(zip(buckets, flats, strict=True))
-        ]
-        for future in futures:
+        for future in sync.average_buckets(zip(flats, buckets, strict=True)):
             future.wait()
         sizes = {info.name: info.numel for info in infos}
         return {

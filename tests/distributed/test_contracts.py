@@ -257,9 +257,9 @@ def broken_codec(rank: int) -> tuple[str, str]:
 
     backward(model, rank, 0)
     backward(model, rank, 1)  # DDP rebuilds its buckets
-    for bucket in handle.sync._buckets.values():
-        for _, collective in bucket.parts:
-            collective.encode1 = explode
+    for layout in handle.sync._layouts.values():
+        for chunk in layout.chunks:
+            chunk.collective.encode1 = explode
     try:
         backward(model, rank, 2)
     except RuntimeError as error:

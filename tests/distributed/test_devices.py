@@ -49,7 +49,7 @@ def averages(rank: int, spec: str, collective: str, device: torch.device, group)
         if step == 1 and rank == 1:
             flat[100] = torch.nan
         flat = flat.to(device)
-        future = sync.average(flat, [info.name for info in infos], index=0, last=True)
+        future = sync.average_buckets([(flat, [info.name for info in infos])])[0]
         assert future.wait() is flat or device.type == "cuda"
         results.append(flat.cpu())
     for residuals in (sync.feedback.local, sync.feedback.shard):

@@ -64,10 +64,10 @@ def spy(local: gradq.LocalSGD) -> tuple[list[dict], list[dict]]:
     came_out: list[dict[str, Tensor]] = []
     average = local.sync.average
 
-    def watched(flat, names, *, index, last, first=None):
+    def watched(flat, names, *, index):
         numels = [local.sync.parameters[name].numel for name in names]
         put_in.append({n: part.clone() for n, part in zip(names, flat.split(numels), strict=True)})
-        future = average(flat, names, index=index, last=last, first=first)
+        future = average(flat, names, index=index)
         future.wait()
         came_out.append({n: part.clone() for n, part in zip(names, flat.split(numels), strict=True)})
         return future

@@ -75,7 +75,7 @@ def poisoned_early(rank: int):
     handle = gradq.compress(model, LastIsDirect())
     backward(model, rank, 0)
     backward(model, rank, 1)
-    slow_down(handle.sync._channels[1], 0.2)
+    slow_down(handle.sync.channels[1], 0.2)
     before = residuals(handle)
     if rank == 1:
         plant = dict(model.module.named_parameters())["2.weight"].register_hook(lambda g: g * float("nan"))

@@ -43,7 +43,7 @@ def owed(sync, name):
     if name in sync.feedback.local:
         total += sync.feedback.local.current(name).float() / sync.world_size
     if name in sync.feedback.shard:
-        start, stop = sync.segment(name).piece(sync.world_size, sync.rank)
+        start, stop = sync.shard(name, sync.rank)
         total[start:stop] += sync.feedback.shard.current(name).float()
     dist.all_reduce(total)
     return total

@@ -274,12 +274,12 @@ def counted(rank: int):
     ]
     policy = FixedPolicy(spec=Spec.parse("powersgd:4"))
     sync = GradientSync(infos, policy, "", dist.group.WORLD, SyncConfig())
-    sync._channels[0]._group = Counting(sync._channels[0]._group)
+    sync.channels[0]._group = Counting(sync.channels[0]._group)
     flat, sent = torch.randn(300 * 40 + 40 + 64 * 64), []
     for _ in range(4):
-        before = sync._channels[0]._group.sent
-        sync.average(flat, list(shapes), index=0, last=True).wait()
-        sent.append(sync._channels[0]._group.sent - before)
+        before = sync.channels[0]._group.sent
+        sync.average_buckets([(flat, list(shapes))])[0].wait()
+        sent.append(sync.channels[0]._group.sent - before)
     total, rows = sync.stats().wire_bytes, sync.stats(parameters=True).parameters
     sync.close()
     return sent, total, {name: row.wire_bits_per_element * row.numel / 8 for name, row in rows.items()}

@@ -43,7 +43,7 @@ def trial(rng: random.Random) -> dict:
         "collective": rng.choice(["direct", "two_phase"]),
         "exact": rng.choice(["default", "nothing"]),
         "seed": rng.randrange(1 << 40),
-        "piece_numel": rng.choice([40, 500, 1 << 19]),
+        "chunk_numel": rng.choice([40, 500, 1 << 19]),
         "skew_ms": rng.choice([0, 2, 10]),
     }
 
@@ -71,23 +71,25 @@ def run(rank: int, jobs: list[dict]) -> list[list[dict[str, Tensor]]]:
     outcomes = []
     for job in jobs:
         infos, policy = infos_and_policy(job)
-        config = SyncConfig(seed=job["seed"], collective=job["collective"], piece_numel=job["piece_numel"])
+        config = SyncConfig(seed=job["seed"], collective=job["collective"], chunk_numel=job["chunk_numel"])
         sync = GradientSync(infos, policy, job["spec"], group, config)
         delays = random.Random(job["seed"] + rank)
         collectives = []
         steps = []
         for step, layout in enumerate(job["layouts"]):
             futures = []
+            sync.begin_step()
             for index, members in enumerate(layout):
                 flat = torch.cat([gradient(job, rank, step, i, infos[i].numel) for i in members])
                 sleep(delays, job["skew_ms"])
                 names = [infos[i].name for i in members]
-                futures.append(sync.average(flat, names, index=index, last=index == len(layout) - 1))
-                for bucket in sync._buckets.values():  # sleeps between the stages, too
-                    for _, collective in bucket.parts:
-                        if collective not in collectives:
-                            collectives.append(collective)
-                            slow_down(collective, delays, job["skew_ms"])
+                futures.append(sync.average(flat, names, index=index))
+                for bucket in sync._layouts.values():  # sleeps between the stages, too
+                    for chunk in bucket.chunks:
+                        if chunk.collective not in collectives:
+                            collectives.append(chunk.collective)
+                            slow_down(chunk.collective, delays, job["skew_ms"])
+            futures[-1] = sync.end_step(futures[-1])
             step_outcome = {}
             for members, future in zip(layout, futures, strict=True):
                 parts = future.wait().split([infos[i].numel for i in members])

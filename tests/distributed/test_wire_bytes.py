@@ -63,7 +63,7 @@ def one_step(rank: int, spec: str) -> tuple[int, int, int, int]:
     counters = []
 
     def count(sync: GradientSync) -> None:
-        for channel in sync._channels:
+        for channel in sync.channels:
             channel._group = Counting(channel._group)
             counters.append(channel._group)
 
@@ -83,7 +83,7 @@ def one_step_of(
     sync = GradientSync(infos, FixedPolicy(spec=Spec.parse(spec)), spec, group, SyncConfig())
     prepare(sync)
     flat = torch.randn(numel, generator=torch.Generator().manual_seed(group.rank()))
-    sync.average(flat, [info.name for info in infos], index=0, last=True).wait()
+    sync.average_buckets([(flat, [info.name for info in infos])])[0].wait()
     stats = sync.stats()
     sync.close()
     return stats.wire_bytes, stats.dense_bytes, numel

@@ -11,14 +11,14 @@ from gradq.sync.feedback import Feedback, Residuals
 
 def write(residuals, name, value, numel=4, start=0, stop=None):
     """One step's piece: returns what was read."""
-    with residuals.piece(name, numel, start, numel if stop is None else stop) as (old, new):
+    with residuals.update(name, numel, start, numel if stop is None else stop) as (old, new):
         read = old.clone()
         new.fill_(value)
     return read
 
 
 def read(residuals, name, numel=4):
-    with residuals.piece(name, numel, 0, numel) as (old, _):
+    with residuals.update(name, numel, 0, numel) as (old, _):
         seen = old.tolist()
     residuals.discard()
     return seen
@@ -78,7 +78,7 @@ def test_fp32_pieces_are_views_and_nothing_is_allocated_again():
     residuals = Residuals()
     addresses = []
     for _ in range(4):
-        with residuals.piece("w", 4, 0, 4) as (old, new):
+        with residuals.update("w", 4, 0, 4) as (old, new):
             assert old.data_ptr() != new.data_ptr()
             addresses.append((old.data_ptr(), new.data_ptr()))
         residuals.commit()
@@ -87,7 +87,7 @@ def test_fp32_pieces_are_views_and_nothing_is_allocated_again():
 
 def test_bf16_residuals_are_handed_out_in_fp32_and_rounded_once():
     residuals = Residuals("bf16")
-    with residuals.piece("w", 3, 0, 3) as (old, new):
+    with residuals.update("w", 3, 0, 3) as (old, new):
         assert old.dtype == new.dtype == torch.float32
         new.copy_(torch.tensor([1.0, 1.00390625, 3e-39]))  # the second lies between two bf16 numbers
     residuals.commit()

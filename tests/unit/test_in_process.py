@@ -27,9 +27,7 @@ def collectives(network: Network, kind: type[Collective], spec: str, local: int 
     """One a rank, over four parameters."""
     codec, segments, start = from_spec(spec), [], 0
     for index, numel in enumerate(NUMELS):
-        segments.append(
-            Segment(f"p{index}", start, numel, index, codec, codec, False, False, local_world_size=local)
-        )
+        segments.append(Segment(f"p{index}", start, numel, index, codec, codec, False, False))
         start += numel
     made = []
     for rank, channels in enumerate(network.channels(kind.num_channels)):
@@ -39,8 +37,7 @@ def collectives(network: Network, kind: type[Collective], spec: str, local: int 
             world_size=network.world_size,
             seed=0,
             channels=channels,
-            local=store.local,
-            shard=store.shard,
+            feedback=store,
             metrics=Metrics(),
             device=torch.device("cpu"),
             local_world_size=local,
@@ -179,11 +176,7 @@ def train(group: InProcessGroup, spec: str, collective: str) -> tuple[list[torch
         generator = torch.Generator().manual_seed(10 * step + group.rank())
         flats = [torch.randn(numel, generator=generator) for numel in (64 * 64, 2007)]
         names = (["p2"], ["p0", "p1"])
-        futures = [
-            sync.average(flat, own, index=index, last=index == 1)
-            for index, (flat, own) in enumerate(zip(flats, names, strict=True))
-        ]
-        for future in futures:
+        for future in sync.average_buckets(zip(flats, names, strict=True)):
             future.wait()
         means += flats
     sent = sync.stats().wire_bytes
@@ -208,7 +201,7 @@ def test_without_a_policy_torch_sums() -> None:
     def plain(group: InProcessGroup) -> torch.Tensor:
         sync = GradientSync([], None, "none", group, SyncConfig())
         flat = torch.full((5,), float(group.rank()))
-        sync.average(flat, [], index=0, last=True).wait()
+        sync.average_buckets([(flat, [])])[0].wait()
         sync.close()
         return flat
 
@@ -233,7 +226,7 @@ def test_a_rank_that_fails_ends_all_at_once() -> None:
         sync = make_sync(group, "int8")
         if group.rank() == 2:
             raise ZeroDivisionError("deliberate")
-        sync.average(torch.zeros(64 * 64), ["p2"], index=0, last=True).wait()
+        sync.average_buckets([(torch.zeros(64 * 64), ["p2"])])[0].wait()
 
     start = time.monotonic()
     with pytest.raises(RankError, match=r"(?s)rank 2:.*ZeroDivisionError: deliberate") as caught:
@@ -247,7 +240,7 @@ def test_a_lost_message_reaches_every_rank_with_the_reason() -> None:
         sync = make_sync(group, "int8", collective="two_phase")
         try:
             for _ in range(3):
-                sync.average(torch.zeros(64 * 64), ["p2"], index=0, last=True).wait()
+                sync.average_buckets([(torch.zeros(64 * 64), ["p2"])])[0].wait()
         except RuntimeError as error:
             return str(error)
         return "no error"

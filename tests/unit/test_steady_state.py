@@ -10,7 +10,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradq import wire
-from gradq.collectives import COLLECTIVES, Collective, LowRank, Segment, Setting, Step
+from gradq.collectives import (
+    COLLECTIVES,
+    Collective,
+    LowRank,
+    LowRankSegment,
+    Segment,
+    Setting,
+    Step,
+    TwoPhase,
+)
 from gradq.metrics import Metrics
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
 from gradq.sync.feedback import Feedback
@@ -63,20 +72,21 @@ def run(spec: str, kind: type[Collective], feedback: bool | str) -> tuple[list[s
     for info in infos:
         entry = plan[info.name]
         if bool(entry.low_rank) == (kind is LowRank):
-            segments.append(
-                Segment(
-                    name=info.name,
-                    start=start,
-                    numel=info.numel,
-                    rotation=info.index,
-                    phase1=entry.phase1,
-                    phase2=entry.phase2,
-                    feedback1=entry.feedback1,
-                    feedback2=entry.feedback2,
-                    matrix=info.matrix,
-                    low_rank=entry.low_rank,
-                )
+            segment = Segment(
+                name=info.name,
+                start=start,
+                numel=info.numel,
+                rotation=info.index,
+                phase1=entry.phase1,
+                phase2=entry.phase2,
+                feedback1=entry.feedback1,
+                feedback2=entry.feedback2,
             )
+            if kind is LowRank:
+                segment = LowRankSegment(
+                    **vars(segment), matrix=info.matrix, low_rank=entry.low_rank, inner=TwoPhase
+                )
+            segments.append(segment)
         start += info.numel
     store = Feedback()
     channels = [Loopback(), Loopback()]
@@ -85,12 +95,9 @@ def run(spec: str, kind: type[Collective], feedback: bool | str) -> tuple[list[s
         world_size=WORLD_SIZE,
         seed=0,
         channels=channels,
-        local=store.local,
-        shard=store.shard,
+        feedback=store,
         metrics=Metrics(),
         device=torch.device("cpu"),
-        bases=store.bases,
-        plain=COLLECTIVES["two_phase"],
     )
     flat = torch.randn(start)
     with Allocations([]) as first:
@@ -107,7 +114,7 @@ def run(spec: str, kind: type[Collective], feedback: bool | str) -> tuple[list[s
     return first.large, steady.large
 
 
-@pytest.mark.parametrize("name", sorted(COLLECTIVES))
+@pytest.mark.parametrize("name", [name for name, entry in COLLECTIVES.items() if entry.for_models])
 @pytest.mark.parametrize(
     ("spec", "feedback"),
     [
@@ -120,7 +127,7 @@ def run(spec: str, kind: type[Collective], feedback: bool | str) -> tuple[list[s
     ],
 )
 def test_no_large_tensor_is_made_after_the_first_step(spec: str, feedback: bool | str, name: str) -> None:
-    first, steady = run(spec, COLLECTIVES[name], feedback)
+    first, steady = run(spec, COLLECTIVES[name].of(WORLD_SIZE), feedback)
     assert first, "the test sees no allocation at all"
     assert not steady
 

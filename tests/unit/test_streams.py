@@ -77,11 +77,11 @@ def test_residuals_of_a_step_that_only_the_device_knows_to_be_bad_are_taken_back
     for finite in (True, False):
         feedback = Feedback()
         feedback.local.replace("a", torch.full((4,), 2.0))
-        with feedback.local.piece("a", 4, 0, 4) as (old, new):
+        with feedback.local.update("a", 4, 0, 4) as (old, new):
             new.copy_(old + 1)
         feedback.finish(torch.tensor(finite))
         assert feedback.local.current("a").tolist() == [3.0 if finite else 2.0] * 4
-        with feedback.local.piece("a", 4, 2, 4) as (old, _):
+        with feedback.local.update("a", 4, 2, 4) as (old, _):
             assert old.tolist() == [3.0 if finite else 2.0] * 2
 
 

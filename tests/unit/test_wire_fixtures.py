@@ -138,8 +138,7 @@ def message(x: torch.Tensor) -> bytes:
         world_size=3,
         seed=7,
         channels=[channel],
-        local=feedback.local,
-        shard=feedback.shard,
+        feedback=feedback,
         metrics=Metrics(),
         device=torch.device("cpu"),
     )

@@ -29,28 +29,57 @@ import torch
 from torch import Tensor
 
 from gradq import rng
-from gradq.collectives.base import Collective, Residuals, Segment, Setting, Step
+from gradq.collectives.base import Collective, Segment, Setting, Step
 from gradq.collectives.low_rank.format import BACKENDS
 from gradq.metrics import Event
 from gradq.transport.contract import Pending
 
-__all__ = ["LowRank", "basis_numel"]
-
-_BASIS = 3  # where the random bits of bases stand beside those of phases 1 and 2
+__all__ = ["LowRank", "LowRankSegment"]
 
 
-def basis_numel(matrix: tuple[int, int], low_rank: int) -> int:
-    """Elements of what is remembered of a parameter: 1 if the next step is a left one, and its factor."""
-    return 1 + low_rank * max(matrix)
+@dataclass(frozen=True)
+class LowRankSegment(Segment):
+    """A matrix that travels as factors.
+
+    Attributes:
+        matrix: rows and columns of the parameter.
+        low_rank: the rank that it is approximated with.
+        inner: the collective of the whole model, which averages the factors.
+    """
+
+    matrix: tuple[int, int] = (0, 0)
+    low_rank: int = 0
+    inner: type[Collective] | None = None
+
+    @property
+    def basis_numel(self) -> int:
+        """Elements of what is remembered: 1 if the next step is a left one, and the last factor."""
+        return 1 + self.low_rank * max(self.matrix)
+
+    def factor(self, left: bool, start: int) -> Segment:
+        """Its factor of a step, exact; start is where it stands in the chunk of factors.
+
+        The side is in the name, so that ranks notice.
+        """
+        return Segment(
+            name=f"{self.name}/{'Q' if left else 'P'}{self.low_rank}",
+            start=start,
+            numel=self.low_rank * self.matrix[1 if left else 0],
+            rotation=self.rotation,
+            phase1=self.phase1,
+            phase2=self.phase2,
+            feedback1=False,
+            feedback2=False,
+        )
 
 
 @dataclass
-class _Layout:
-    """The factors of one step, as a bucket of their own."""
+class _Factors:
+    """The factors of one step, as a chunk of their own."""
 
-    factors: Tensor
-    parts: list[Tensor]  # [r, m] or [r, n], by segment
-    inner: Collective
+    flat: Tensor
+    views: list[Tensor]  # [r, m] or [r, n], by segment
+    collective: Collective
 
 
 class LowRank(Collective):
@@ -58,14 +87,12 @@ class LowRank(Collective):
 
     num_channels = 2
 
-    def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, setting: Setting) -> None:
+    def __init__(self, segments: Sequence[LowRankSegment], dtype: torch.dtype, setting: Setting) -> None:
         super().__init__(segments, dtype, setting)
-        assert setting.plain is not None
-        assert setting.bases is not None
-        self._plain, self._remembered = setting.plain, setting.bases
+        self._matrices = tuple(segments)
         self._kernels = BACKENDS.on(setting.device)
-        self._bases = [torch.zeros(s.low_rank * max(s.matrix), device=setting.device) for s in self.segments]
-        self._layouts: dict[tuple[bool, ...], _Layout] = {}  # two in the steady state
+        self._bases = [torch.zeros(s.low_rank * max(s.matrix), device=setting.device) for s in segments]
+        self._factors: dict[tuple[bool, ...], _Factors] = {}  # two in the steady state
 
     @classmethod
     def warm_up(cls, device: torch.device) -> None:
@@ -87,37 +114,37 @@ class LowRank(Collective):
         4. Multiply factors and bases; remember the factors.
         """
         with self.timed("encode_ms", step, 1):
-            lefts = [self._basis(number, step) for number in range(len(self.segments))]
-            layout = self._layout_of(tuple(lefts))
+            lefts = [self._basis(number, step) for number in range(len(self._matrices))]
+            factors = self._factors_of(tuple(lefts))
             for number, left in enumerate(lefts):
-                self._project(number, left, layout.parts[number], flat, step)
-        yield from layout.inner.average(layout.factors, replace(step, sample=False))
-        with self.timed("decode_ms", step, layout.inner.num_channels):
+                self._project(number, left, factors.views[number], flat, step)
+        yield from factors.collective.average(factors.flat, replace(step, sample=False))
+        with self.timed("decode_ms", step, factors.collective.num_channels):
             for number, left in enumerate(lefts):
-                segment, factor = self.segments[number], layout.parts[number]
+                segment, factor = self._matrices[number], factors.views[number]
                 sides = self._sides(number, left, factor)
                 self._kernels.reconstruct(*sides, flat[segment.start : segment.start + segment.numel])
-                total = basis_numel(segment.matrix, segment.low_rank)
-                with self._remembered.piece(segment.name, total, 0, total) as (_, new):
+                total, bases = segment.basis_numel, self.setting.feedback.bases
+                with bases.update(segment.name, total, 0, total) as (_, new):
                     new[0] = not left
                     new[1 : 1 + factor.numel()] = factor.view(-1)
                     new[1 + factor.numel() :] = 0
 
     def _basis(self, number: int, step: Step) -> bool:
         """Make the basis of a segment; whether it is a left one."""
-        segment = self.segments[number]
-        total = basis_numel(segment.matrix, segment.low_rank)
-        with self._remembered.piece(segment.name, total, 0, total) as (old, _):
+        segment = self._matrices[number]
+        total, bases = segment.basis_numel, self.setting.feedback.bases
+        with bases.update(segment.name, total, 0, total) as (old, _):
             left = bool(old[0])
             basis = self._basis_of(number, left)
             factor = old[1 : 1 + basis.numel()].view_as(basis)
-            key = rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], _BASIS)
+            key = rng.dither_key(self.setting.seed, step.index, self.ids[segment.name], rng.BASIS)
             self._kernels.orthonormalize(factor, basis, key=key)
         return left
 
     def _basis_of(self, number: int, left: bool) -> Tensor:
         """Where the basis of a segment stands, [r, m] or [r, n]."""
-        segment = self.segments[number]
+        segment = self._matrices[number]
         length = segment.matrix[0 if left else 1]
         return self._bases[number][: segment.low_rank * length].view(segment.low_rank, length)
 
@@ -128,10 +155,9 @@ class LowRank(Collective):
 
     def _project(self, number: int, left: bool, factor: Tensor, flat: Tensor, step: Step) -> None:
         """Step 2 for one segment."""
-        segment, scale = self.segments[number], step.loss_scale
+        segment, scale = self._matrices[number], step.loss_scale
         x = flat[segment.start : segment.start + segment.numel]
-        local: Residuals = self.setting.local
-        with local.piece(segment.name, segment.numel, 0, segment.numel) as (old, new):
+        with self.setting.feedback.local.update(segment.name, segment.numel, 0, segment.numel) as (old, new):
             basis = self._basis_of(number, left)
             self._kernels.project(x, old, new, basis, factor, left=left, loss_scale=scale)
             signal = float(new.double().square().sum()) if step.sample else 0.0
@@ -142,20 +168,20 @@ class LowRank(Collective):
                     event = Event(kind, energy, step.index, step.bucket, 1, segment.name)
                     self.setting.metrics.record(event)
 
-    def _layout_of(self, lefts: tuple[bool, ...]) -> _Layout:
-        """The bucket of factors for these sides; the sides are in the names, so that ranks notice."""
-        if lefts not in self._layouts:
-            segments, start = [], 0
-            for segment, left in zip(self.segments, lefts, strict=True):
-                numel = segment.low_rank * segment.matrix[1 if left else 0]
-                name = f"{segment.name}/{'Q' if left else 'P'}{segment.low_rank}"
-                segments.append(
-                    replace(segment, name=name, start=start, numel=numel, feedback1=False, feedback2=False)
-                )
-                start += numel
-            factors = torch.zeros(start, dtype=self.dtype, device=self.setting.device)
-            parts = [
-                factors[s.start : s.start + s.numel].view(s.low_rank, s.numel // s.low_rank) for s in segments
+    def _factors_of(self, lefts: tuple[bool, ...]) -> _Factors:
+        """The chunk of factors for these sides."""
+        if lefts not in self._factors:
+            segments: list[Segment] = []
+            start = 0
+            for matrix, left in zip(self._matrices, lefts, strict=True):
+                segments.append(matrix.factor(left, start))
+                start += segments[-1].numel
+            inner = self._matrices[0].inner
+            assert inner is not None
+            flat = torch.zeros(start, dtype=self.dtype, device=self.setting.device)
+            views = [
+                flat[s.start : s.start + s.numel].view(matrix.low_rank, -1)
+                for s, matrix in zip(segments, self._matrices, strict=True)
             ]
-            self._layouts[lefts] = _Layout(factors, parts, self._plain(segments, self.dtype, self.setting))
-        return self._layouts[lefts]
+            self._factors[lefts] = _Factors(flat, views, inner(segments, self.dtype, self.setting))
+        return self._factors[lefts]

@@ -1,4 +1,4 @@
-"""Small exact parameters that travel as one: the bytes and the means are those of one after another."""
+"""MessageLayout: small exact parameters travel as one, and their bytes and means stay the same."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def averages(kind, segments, dtype, sample):
             world_size=WORLD_SIZE,
             seed=5,
             channels=[bus, bus],
-            local=store.local,
-            shard=store.shard,
+            feedback=store,
             metrics=Metrics(),
             device=CPU,
         )
@@ -112,8 +111,7 @@ def test_thousands_of_parameters_are_few_operations():
             world_size=WORLD_SIZE,
             seed=0,
             channels=[Bus(), Bus()],
-            local=store.local,
-            shard=store.shard,
+            feedback=store,
             metrics=Metrics(),
             device=CPU,
         )

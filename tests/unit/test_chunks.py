@@ -1,4 +1,4 @@
-"""Parts of a bucket: everything in order, once, at the grain; and what may not be cut stays whole."""
+"""Chunks of a bucket: everything in order, once, at the grain; and what may not be cut stays whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gradq import rng
 from gradq.codecs import from_spec
 from gradq.collectives import Direct, Hierarchical, LowRank, Segment, TwoPhase
-from gradq.sync.parts import parts_of
+from gradq.sync.layout import chunks_of
 
 CODEC = from_spec("int4(block_size=64)")
 
@@ -33,48 +33,48 @@ def segment(name: str, numel: int, *, feedback2: bool = False) -> Segment:
 
 @given(
     numels=st.lists(st.integers(0, 2000), min_size=1, max_size=6),
-    ways=st.lists(st.sampled_from([Direct, TwoPhase, Hierarchical, LowRank]), min_size=6, max_size=6),
+    kinds=st.lists(st.sampled_from([Direct, TwoPhase, Hierarchical, LowRank]), min_size=6, max_size=6),
     feedback2=st.booleans(),
     most=st.integers(1, 1500),
 )
-def test_parts_hold_the_bucket(numels, ways, feedback2, most):
+def test_chunks_hold_the_bucket(numels, kinds, feedback2, most):
     bucket = [
-        (way, segment(f"p{i}", numel, feedback2=feedback2))
-        for i, (way, numel) in enumerate(zip(ways, numels, strict=False))
+        (kind, segment(f"p{i}", numel, feedback2=feedback2))
+        for i, (kind, numel) in enumerate(zip(kinds, numels, strict=False))
     ]
-    parts = list(parts_of(bucket, most))
-    assert all(parts)
+    chunks = list(chunks_of(bucket, most))
+    assert all(chunks)
     seen = {found.name: [] for _, found in bucket}
     order = []
-    way_of = {whole.name: way for way, whole in bucket}
-    for part in parts:
+    kind_of = {whole.name: kind for kind, whole in bucket}
+    for chunk in chunks:
         at = 0
-        for way, found in part:
+        for kind, found in chunk:
             assert found.start == at
             at += found.numel
             seen[found.name].append(found)
             order.append(found.name)
-            assert way is way_of[found.name]
+            assert kind is kind_of[found.name]
         room = max(most, -(-most // 64) * 64)
-        assert at <= room or len(part) == 1
+        assert at <= room or len(chunk) == 1
     assert order == sorted(order)
-    for way, whole in bucket:
-        pieces = seen[whole.name]
-        if not way.cuts_segments or feedback2 or whole.numel <= most:
-            assert [replace(piece, start=0) for piece in pieces] == [whole]
+    for kind, whole in bucket:
+        cut = seen[whole.name]
+        if not kind.cuts_segments or feedback2 or whole.numel <= most:
+            assert [replace(found, start=0) for found in cut] == [whole]
             continue
         at = 0
-        for piece in pieces:
-            assert (piece.offset, piece.whole) == (at, whole.numel)
-            assert piece.offset % whole.grain == 0
-            assert 0 < piece.numel <= max(2 * most, 64)
-            at += piece.numel
+        for found in cut:
+            assert (found.offset, found.whole) == (at, whole.numel)
+            assert found.offset % whole.grain == 0
+            assert 0 < found.numel <= max(2 * most, 64)
+            at += found.numel
         assert at == whole.numel
 
 
 @pytest.mark.parametrize(("numel", "most", "want"), [(640, 320, [320, 320]), (641, 320, [192, 256, 193])])
-def test_pieces_are_nearly_equal(numel, most, want):
-    assert [s.numel for part in parts_of([(Direct, segment("p", numel))], most) for _, s in part] == want
+def test_cuts_are_nearly_equal(numel, most, want):
+    assert [s.numel for chunk in chunks_of([(Direct, segment("p", numel))], most) for _, s in chunk] == want
 
 
 @settings(deadline=None)  # the first call compiles
