@@ -23,6 +23,7 @@ __all__ = [
     "Collective",
     "Composite",
     "Direct",
+    "Entry",
     "Hierarchical",
     "LowRank",
     "LowRankSegment",

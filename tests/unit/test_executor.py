@@ -325,3 +325,41 @@ def test_stop_does_not_wait_for_a_thread_that_waits_for_a_peer():
     release.set()
     in_time(future)
     executor.close()
+
+
+def test_an_action_runs_after_a_job_and_before_its_future_is_done(executor):
+    log, arrives = [], threading.Event()
+
+    def stages():
+        log.append("encode")
+        yield Ready(event=arrives)
+        log.append("decode")
+
+    result = torch.ones(2)
+    future = executor.after(executor.submit(stages(), result), lambda: log.append("end"))
+    assert not future.done()
+    arrives.set()
+    assert in_time(future) is result
+    assert log == ["encode", "decode", "end"]
+
+
+def test_an_action_does_not_run_after_a_job_that_failed(executor):
+    log = []
+
+    def stages():
+        yield Ready(error=ValueError("deliberate"))
+
+    with pytest.raises(RuntimeError, match="ValueError: deliberate"):
+        in_time(executor.after(executor.submit(stages(), torch.zeros(1)), lambda: log.append("end")))
+    assert not log
+
+
+def test_an_action_that_fails_stops_the_executor(executor):
+    def fail():
+        raise ValueError("deliberate")
+
+    with pytest.raises(RuntimeError, match="ValueError: deliberate"):
+        in_time(executor.after(executor.submit(iter([Ready()]), torch.zeros(1)), fail))
+    assert isinstance(executor.failure, ValueError)
+    with pytest.raises(RuntimeError, match="deliberate"):
+        in_time(executor.submit(iter(()), torch.zeros(1)))
