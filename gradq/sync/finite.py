@@ -59,7 +59,7 @@ class StepCheck:
         self._square = 0.0
 
     def add(self, mean: Tensor, narrow: torch.dtype) -> None:
-        """Take a part of the step's mean.
+        """Take some of the step's mean.
 
         Args:
             mean: [n], fp32 or fp64; another dtype is converted.
@@ -91,16 +91,16 @@ class StepCheck:
         largest = window.max().reshape(1)
         finite = torch.isfinite(norm)
         usual = (largest == 0) | (norm <= LIMIT * patience * largest)
-        good = finite & usual
+        verdict = finite & usual
         moved = torch.cat([window[1:], norm, torch.ones_like(norm)])
         wary = torch.cat([window, torch.where(finite, LIMIT * patience, patience)])
-        after = torch.where(good, torch.where(norm > 0, moved, self.state), wary)
+        after = torch.where(verdict, torch.where(norm > 0, moved, self.state), wary)
         self._before, self.state = self.state, after
-        if good.is_cuda:
-            return good
-        if bool(finite) and not bool(good):
+        if verdict.is_cuda:
+            return verdict
+        if bool(finite) and not bool(verdict):
             self._say(step, float(norm), float(norm / largest))
-        return bool(good)
+        return bool(verdict)
 
     def _say(self, step: int, norm: float, ratio: float) -> None:
         """One log line for the first outlier, and for every one after twice as many."""
