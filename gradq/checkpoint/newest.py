@@ -52,8 +52,8 @@ def save_checkpoint(
     assert group is not None
     path = Path(checkpoint_id)
     partial = path.with_name(f".{path.name}.partial")
-    failed = f"{path} was not saved"
-    with together([group], failed):
+    verb = f"save {path}"
+    with together([group], verb):
         if group.rank() == 0:
             if path.exists():
                 raise CheckpointError(f"{path} exists already; give every checkpoint a name of its own")
@@ -61,13 +61,13 @@ def save_checkpoint(
             partial.mkdir(parents=True)
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    with together([group], failed), _words_of_dcp(failed):
+    with together([group], verb), _words_of_dcp(verb):
         save(dict(state), checkpoint_id=partial, process_group=group)
     own: dict[str, tuple[int, int]] = {}
-    with together([group], failed):
+    with together([group], verb):
         own = {name: size_and_crc(partial / name) for name in _share(partial, group)}
     files = {name: found for theirs in gather(own, group) for name, found in theirs.items()}
-    with together([group], failed):
+    with together([group], verb):
         if group.rank() == 0:
             (partial / LIST).write_text(json.dumps(files, indent=1, sort_keys=True) + "\n")
             _sync(partial / LIST)
@@ -99,7 +99,7 @@ def load_newest(
     """
     group = group if group is not None else dist.group.WORLD
     assert group is not None
-    with together([group], "no checkpoint was loaded"):
+    with together([group], "load a checkpoint"):
         if not isinstance(folder, str | os.PathLike) or not callable(load):
             raise CheckpointError(
                 "gradq.load_newest(folder, load) takes the folder of the checkpoints and a function that "
@@ -110,10 +110,10 @@ def load_newest(
     faults: list[str] = []
     for path in everyone[0]:
         try:
-            failed = f"{path} was not loaded"
-            with together([group], failed):
+            verb = f"load {path}"
+            with together([group], verb):
                 check_files(path, group)
-            with together([group], failed), _words_of_dcp(failed):
+            with together([group], verb), _words_of_dcp(verb):
                 load(path)
         except CheckpointError as error:
             faults.append(str(error))
@@ -172,7 +172,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _words_of_dcp(failed: str) -> Iterator[None]:
+def _words_of_dcp(verb: str) -> Iterator[None]:
     """DCP's error, which is no Exception and prints tracebacks, as a CheckpointError."""
     try:
         yield
@@ -182,4 +182,4 @@ def _words_of_dcp(failed: str) -> Iterator[None]:
         if not isinstance(error, CheckpointException):
             raise
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"{failed}: rank {rank}: {type(reason).__name__}: {reason}") from error
+        raise CheckpointError(f"cannot {verb}: rank {rank}: {type(reason).__name__}: {reason}") from error

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch.distributed as dist
 
 from gradq.checkpoint.parse import Saved
 from gradq.checkpoint.state import bases_shapes, residual_shapes
-from gradq.errors import CheckpointError, GradqError
+from gradq.errors import CheckpointError, GradqError, MismatchError
 from gradq.sync.base import Sync
-from gradq.transport.handshake import gather
+from gradq.transport.handshake import meeting, reason
 
 __all__ = ["restore", "together"]
 
@@ -21,13 +21,13 @@ _log = logging.getLogger("gradq")
 
 @contextmanager
 def together(
-    groups: Sequence[dist.ProcessGroup], failed: str = "the state cannot be loaded, and nothing was changed"
+    groups: Sequence[dist.ProcessGroup], verb: str = "load the state, and no rank has changed anything"
 ) -> Iterator[dict[str, object]]:
-    """What is done inside succeeds on all ranks, or raises on all. Collective at its end only.
+    """As `handshake.meeting`, for checkpoints: what is done inside succeeds on all ranks, or raises on all.
 
     Args:
-        groups: all ranks of the first hear of each other; then those of the second, and so on.
-        failed: the message for ranks that could do it when another could not.
+        groups: the ranks.
+        verb: what a rank that fails cannot do, for the others' message.
 
     Yields:
         A dictionary for what must be equal on all ranks of the first group.
@@ -36,38 +36,16 @@ def together(
         CheckpointError: it failed on this rank (its own error if that is one of gradq's), on another, or the
             ranks have different notes.
     """
-    notes: dict[str, object] = {}
-    own: Exception | None = None
     try:
-        yield notes
-    except Exception as error:
-        own = error
-    failures = [] if own is None else [f"rank {dist.get_rank()}: {_words(own)}"]
-    for number, group in enumerate(groups):
-        everyone = gather((failures, notes), group)
-        failures = list(dict.fromkeys(text for theirs, _ in everyone for text in theirs))
-        if number == 0 and not failures:
-            failures = _differences([theirs for _, theirs in everyone])
-    if own is not None:
-        raise own if isinstance(own, GradqError) else CheckpointError(_words(own)) from own
-    if failures:
-        raise CheckpointError(f"{failed}: {failures[0]}")
-
-
-def _words(error: Exception) -> str:
-    return str(error) if isinstance(error, GradqError) else f"{type(error).__name__}: {error}"
-
-
-def _differences(everyone: Sequence[Mapping[str, object]]) -> list[str]:
-    """The first rank that loads something else than rank 0, if there is one."""
-    for rank, theirs in enumerate(everyone):
-        for name, value in everyone[0].items():
-            if theirs.get(name) != value:
-                return [
-                    f"ranks load different states: {name} is {str(value)[:200]} on rank 0 and "
-                    f"{str(theirs.get(name))[:200]} on rank {rank}; load the same checkpoint on all ranks"
-                ]
-    return []
+        with meeting(groups, verb, "Load the same checkpoint on all ranks") as notes:
+            try:
+                yield notes
+            except GradqError:
+                raise
+            except Exception as error:
+                raise CheckpointError(reason(error)) from error
+    except MismatchError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def restore(sync: Sync, saved: Saved) -> None:

@@ -17,31 +17,40 @@ from gradq.errors import GradqError, MismatchError, PeerError
 __all__ = ["agree", "by_all_ranks", "gather", "meeting", "reason", "tell", "telling"]
 
 _T = TypeVar("_T")
+_REMEDY = "Start all ranks with the same model and the same gradq arguments"
 
 
 @contextlib.contextmanager
-def meeting(group: dist.ProcessGroup, verb: str = "start") -> Iterator[dict[str, object]]:
+def meeting(
+    groups: dist.ProcessGroup | Sequence[dist.ProcessGroup], verb: str = "start", remedy: str = _REMEDY
+) -> Iterator[dict[str, object]]:
     """Local work of every rank, and then a comparison: all ranks go on, or all raise.
 
-    All ranks of the group enter it at the same place. Nothing in the block may be collective.
+    All ranks enter it at the same place. Only what fails on all ranks alike may be collective in the block.
 
     Args:
-        group: the ranks.
+        groups: the ranks. Of several groups all ranks of the first hear of each other; then those of the
+            second, also of what the first has heard; and so on.
         verb: what a rank that fails cannot do, for the others' message.
+        remedy: what to do where ranks differ.
 
     Yields:
-        An empty dictionary, for what must be equal on all ranks; see `agree`.
+        An empty dictionary, for what must be equal on all ranks of the first group; see `agree`.
 
     Raises:
         MismatchError: another rank failed, or differs. A rank that failed itself raises what it raised.
     """
     notes: dict[str, object] = {}
+    untold = [groups] if isinstance(groups, dist.ProcessGroup) else list(groups)
     try:
         yield notes
+        while untold:
+            agree(notes, untold.pop(0), remedy)
+            notes = {}
     except BaseException as error:  # also KeyboardInterrupt: the others must not wait
-        tell(error, group, verb)
+        for group in untold:
+            tell(error, group, verb)
         raise
-    agree(notes, group)
 
 
 @contextlib.contextmanager
@@ -71,7 +80,7 @@ def tell(error: BaseException, group: dist.ProcessGroup, verb: str = "start") ->
             agree({"error": reason(error), "verb": verb}, group)
 
 
-def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
+def agree(fields: Mapping[str, object], group: dist.ProcessGroup, remedy: str = _REMEDY) -> None:
     """Compare fields over all ranks of a group; a collective call.
 
     Args:
@@ -79,19 +88,20 @@ def agree(fields: Mapping[str, object], group: dist.ProcessGroup) -> None:
             by key, so that the message names the entry. "error" says that this rank cannot go on, and why;
             "verb" what it cannot do.
         group: the ranks.
+        remedy: what to do where ranks differ.
 
     Raises:
         MismatchError: on every rank, naming the first rank that cannot go on, or that differs from rank 0,
             and the field.
     """
-    difference = _verdict(gather(dict(fields), group))
+    difference = _verdict(gather(dict(fields), group), remedy)
     if difference is not None:
         error = MismatchError(difference)
         error.__dict__["_gradq_told"] = {id(group)}
         raise error
 
 
-def _verdict(everyone: Sequence[Mapping[str, object]]) -> str | None:
+def _verdict(everyone: Sequence[Mapping[str, object]], remedy: str) -> str | None:
     for rank, theirs in enumerate(everyone):
         if "error" in theirs:
             return f"rank {rank} cannot {theirs.get('verb', 'start')}: {theirs['error']}"
@@ -100,10 +110,7 @@ def _verdict(everyone: Sequence[Mapping[str, object]]) -> str | None:
             difference = _difference(field, everyone[0].get(field), theirs.get(field))
             if difference is not None:
                 name, ours, other = difference
-                return (
-                    f"ranks disagree: {name} is {ours!r} on rank 0 and {other!r} on rank {rank}. "
-                    "Start all ranks with the same model and the same gradq arguments"
-                )
+                return f"ranks disagree: {name} is {ours!r} on rank 0 and {other!r} on rank {rank}. {remedy}"
     return None
 
 

@@ -77,3 +77,29 @@ def test_a_rank_that_cannot_start_says_why_to_all(agree):
     notes = {"spec": "int4", "seed": 0}
     with pytest.raises(MismatchError, match=r"^rank 1 cannot start: no codec is called 'int44'$"):
         agree(notes, {"error": "no codec is called 'int44'"}, {"spec": "int8"})
+
+
+def test_the_second_group_hears_what_the_first_was_told(monkeypatch):
+    """Rank 1 of the first group fails; this rank is told, and tells the ranks of the second."""
+    heard = []
+
+    class Group:
+        def size(self):
+            return 2
+
+    rows, columns = Group(), Group()
+
+    def gather(into, mine, group):
+        heard.append((group, mine))
+        into[:] = [mine, {"error": "the disk is full", "verb": "save"} if group is rows else mine]
+
+    monkeypatch.setattr(handshake.dist, "all_gather_object", gather)
+    with (
+        pytest.raises(MismatchError, match="rank 1 cannot save: the disk is full"),
+        handshake.meeting([rows, columns], "save") as notes,
+    ):
+        notes["step"] = 3
+    assert heard[0] == (rows, {"step": 3})
+    assert heard[1][0] is columns
+    assert heard[1][1]["error"] == "rank 1 cannot save: the disk is full"
+    assert len(heard) == 2
