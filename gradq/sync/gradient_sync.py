@@ -55,11 +55,13 @@ class GradientSync(Sync):
         Returns:
             A future of each; the step has ended with the last one.
         """
-        self.begin_step()
-        futures = [
-            self.average(flat, names, index=index) for index, (flat, names) in enumerate(buckets, first_index)
-        ]
-        return [*futures[:-1], self.end_step(futures[-1])]
+        with self._telling():
+            self.begin_step()
+            futures = [
+                self.average(flat, names, index=index)
+                for index, (flat, names) in enumerate(buckets, first_index)
+            ]
+            return [*futures[:-1], self.end_step(futures[-1])]
 
     def begin_step(self) -> None:
         """Start a step. A policy that learns may plan again here: all ranks call it at the same place."""

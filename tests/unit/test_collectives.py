@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -81,6 +83,31 @@ def test_a_step_begins_and_ends_when_it_is_said() -> None:
 
     for seen in run_in_process(steps, 3):
         assert seen == [(0, True), (1, True), (1, True), (2, True)]
+
+
+def test_a_bucket_that_cannot_be_made_ends_all_ranks_at_once() -> None:
+    def step(group: InProcessGroup) -> str:
+        sync = GradientSync(INFOS, Asks("direct"), "asks", group, SyncConfig())
+
+        def buckets():
+            yield torch.ones(64 * 64), ["p0"]
+            if group.rank() == 1:
+                raise ZeroDivisionError("deliberate")
+            yield torch.ones(64 * 64), ["p1"]
+
+        try:
+            for future in sync.average_buckets(buckets()):
+                future.wait()
+        except (ZeroDivisionError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    start = time.monotonic()
+    told = run_in_process(step, 3, timeout=60)
+    assert time.monotonic() - start < 30
+    assert told[1] == "ZeroDivisionError: deliberate"
+    for rank in (0, 2):
+        assert "rank 1 gave up: ZeroDivisionError: deliberate" in told[rank]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
