@@ -18,13 +18,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import gradq
-import gradq.sync.gradient_sync as sync_module
+import gradq.sync.base as sync_module
 from gradq import wire
 from gradq.errors import UnsupportedError, WireError
 from gradq.hooks import _fsdp_torch
 from gradq.metrics import Metrics
+from gradq.options import SyncConfig
 from gradq.policy import FixedPolicy, ParameterInfo, Spec
 from gradq.sync.finite import StepCheck
+from gradq.sync.gradient_sync import GradientSync
 from gradq.testing import run_ranks
 from gradq.transport.connect import open_channels
 from gradq.transport.streams import StagedChannel, StreamChannel, StreamExecutor
@@ -32,7 +34,7 @@ from gradq.transport.streams import StagedChannel, StreamChannel, StreamExecutor
 SHAPES = ((70, 60), (4500,), (33,))
 SPECS = {"cpu": ("int4", "fp32"), "cuda": ("int4", "rot4+int8", "fp32")}
 CPU = torch.device("cpu")
-CONFIG = sync_module.SyncConfig
+CONFIG = SyncConfig
 
 
 def averages(rank: int, spec: str, collective: str, device: torch.device, group) -> list[torch.Tensor]:
@@ -42,7 +44,7 @@ def averages(rank: int, spec: str, collective: str, device: torch.device, group)
         for i, shape in enumerate(SHAPES)
     ]
     policy = FixedPolicy(spec=Spec.parse(spec))
-    sync = sync_module.GradientSync(infos, policy, spec, group, CONFIG(collective=collective), device)
+    sync = GradientSync(infos, policy, spec, group, CONFIG(collective=collective), device)
     numel, results = sum(info.numel for info in infos), []
     for step in range(3):
         flat = torch.randn(numel, generator=torch.Generator().manual_seed(17 * step + rank))
