@@ -66,6 +66,7 @@ class HookState(GradientHandle):
         MismatchError: ranks disagree; names the rank and the field.
     """
 
+    sync: GradientSync
     _unsupported: UnsupportedError | None = None
     _successor: "HookState | None" = None
 

@@ -72,6 +72,7 @@ class LocalSteps(Handle):
         fragments: the parts of the model that are averaged.
     """
 
+    sync: GradientSync
     has_momentum = False
 
     def __init__(
