@@ -158,12 +158,11 @@ def no_feedback(rank: int) -> list[str]:
     """What is said of feedback where units are on a GPU (or would be)."""
     model = nn.Linear(40, 70)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    handle = gradq.compress(model, "int8")
+    handle = gradq.compress(model, "int8", feedback=True)
     found = []
     with mock.patch.object(_fsdp_torch.Unit, "device", torch.device("cuda")):
         for spec in ("int8", "int4"):
             try:
-                handle._feedback = True
                 handle.set_spec(spec)
             except UnsupportedError as error:
                 found.append(str(error))
