@@ -1,12 +1,15 @@
-"""Weight-only quantization of small language models: perplexity before and after, size, latency at batch 1.
+"""Weight-only quantization of small language models: perplexity before and after, size, latency, memory.
 
-    python benchmarks/int8_language_models.py                     # about 10 minutes
-    python benchmarks/int8_language_models.py --steps 100
+    python benchmarks/int8_language_models.py --models llama --steps 200
+    python benchmarks/int8_language_models.py --models gpt2 --steps 600      # learns more slowly
 
-A GPT-2-like and a Llama-like model learn bytes of Python's standard library. Then their linear layers take 8,
-4 or 3 bits (which take 4 in the file) in groups of 32, by rounding to the nearest code and by GPTQ.
-Perplexities are per byte, on held-out text, computed by ONNX Runtime from the written file (`MatMulNBits`).
+A GPT-2-like and a Llama-like model learn bytes of the standard library. Then their linear layers take 8, 4
+or 3 bits (which take 4 in the file) in groups of 32: by rounding to the nearest code, behind activation-aware
+scaling (AWQ), by GPTQ, and by both. The GPT's head is its embedding, which GPTQ leaves alone. Perplexities
+are per byte, on held-out text, computed by ONNX Runtime from the written file (`MatMulNBits`).
 Each finished model is kept in benchmarks/results/int8_language_models.json, and the table beside it.
+
+`--memory` adds what scaling and rounding take beyond the model, for 2 and 8 layers of width 512.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,15 @@ MODELS = {
     "gpt2": lambda: GPT(192, 4, TOKENS, 256),
     "llama": lambda: Llama(192, 4, TOKENS, 256),
 }
+# what is done, by the name in the table
+STEPS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "nearest": (), "awq": (quant.awq,), "gptq": (quant.gptq,), "awq, gptq": (quant.awq, quant.gptq),
+}  # fmt: skip
+ROWS = [
+    ("int8-g32", "nearest"),
+    *(("int4-g32", how) for how in STEPS),
+    *(("int3-g32", how) for how in STEPS),
+]
 
 
 def windows(text: Tensor, count: int, seed: int) -> Tensor:
@@ -89,18 +103,17 @@ def measure(name: str, text: Tensor, held_out: Tensor, args: argparse.Namespace)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, Path] = {}
-        for weights in ("int8-g32", "int4-g32", "int3-g32"):
-            for how in ("nearest", "gptq"):
-                config = quant.Config(weights=weights, activations=None)
-                qmodel = quant.prepare(model, calibration[0][:2], config)
-                if how == "gptq":
-                    quant.gptq(qmodel, calibration, show_progress=False)
-                if not files:
-                    files["fp32"] = Path(folder) / "fp32.onnx"
-                    export.float_onnx(qmodel, files["fp32"])
-                title = f"{weights}, {how}"
-                files[title] = Path(folder) / f"{len(files)}.onnx"
-                export.onnx(qmodel, files[title])
+        for weights, how in ROWS:
+            config = quant.Config(weights=weights, activations=None)
+            qmodel = quant.prepare(model, calibration[0][:2], config)
+            for step in STEPS[how]:
+                step(qmodel, calibration, show_progress=False)
+            if not files:
+                files["fp32"] = Path(folder) / "fp32.onnx"
+                export.float_onnx(qmodel, files["fp32"])
+            title = f"{weights}, {how}"
+            files[title] = Path(folder) / f"{len(files)}.onnx"
+            export.onnx(qmodel, files[title])
         x = calibration[0][:1].numpy()
         sessions = {title: export.session(path) for title, path in files.items()}
         calls = {t: lambda s=s: s.run(None, {s.get_inputs()[0].name: x}) for t, s in sessions.items()}
@@ -108,13 +121,36 @@ def measure(name: str, text: Tensor, held_out: Tensor, args: argparse.Namespace)
         for title, path in files.items():
             rows.append(
                 {
-                    "model": name, "format": title, "mb": path.stat().st_size / 1e6,
+                    "model": name, "steps": args.steps, "format": title, "mb": path.stat().st_size / 1e6,
                     "perplexity": perplexity(path, held_out), "ms": times[title].median_ms,
                     "faster": times[title].ratio,
                 }
             )  # fmt: skip
             print(rows[-1], flush=True)
     return rows
+
+
+def resident(key: str) -> float:
+    """Megabytes of this process: VmRSS now, VmHWM at most since it was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def extra_memory(layers: int, how: str) -> dict[str, Any]:
+    """Megabytes that one way takes at most beyond what the prepared model takes; in a process of its own."""
+    torch.manual_seed(0)
+    model = GPT(512, layers, TOKENS, 256).eval()
+    batches = torch.randint(256, (16, TOKENS)).split(4)
+    config = quant.Config(weights="int4-g32", activations=None, weight_observer="minmax")
+    qmodel = quant.prepare(model, batches[0], config, keep_float=False)
+    with torch.no_grad():
+        qmodel(batches[0])  # what a forward needs is there already
+    size = sum(p.numel() * p.element_size() for p in qmodel.parameters()) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    for step in STEPS[how]:
+        step(qmodel, batches, show_progress=False)
+    return {"layers": layers, "how": how, "model_mb": size, "extra_mb": resident("VmHWM") - before}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -124,19 +160,33 @@ def table(record: dict[str, Any]) -> str:
         "# Weight-only quantization of small language models",
         "",
         f"`python benchmarks/int8_language_models.py`, {record['date']}, {facts['cpu']}, torch "
-        f"{facts['torch']}, {record['steps']} steps of training on bytes; held-out perplexity per byte, "
+        f"{facts['torch']}; models trained on bytes (--steps in the table); held-out perplexity per byte, "
         f"{TOKENS} tokens at batch 1 on 1 thread, in turns, the thread's own time.",
         "",
-        "| model | weights | MB | perplexity | against fp32 | ms | faster |",
-        "|---|---|---|---|---|---|---|",
+        "| model | steps | weights | MB | perplexity | against fp32 | ms | faster |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for rows in record["models"].values():
         for r in rows:
             change = 100 * (r["perplexity"] / rows[0]["perplexity"] - 1)
             lines.append(
-                f"| {r['model']} | {r['format']} | {r['mb']:.2f} | {r['perplexity']:.4f} | {change:+.2f} % | "
+                f"| {r['model']} | {r['steps']} "
+                f"| {r['format']} | {r['mb']:.2f} | {r['perplexity']:.4f} | {change:+.2f} % | "
                 f"{r['ms']:.2f} | {r['faster']:.2f} |"
             )
+    if "memory" in record:
+        lines += [
+            "",
+            "Memory: a GPT of width 512 with its weights in groups of 4 bits, 16 sequences of 64 tokens in "
+            "batches of 4; what scaling or rounding takes at most beyond the prepared model.",
+            "",
+            "| layers | model, MB | how | extra, MB |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['layers']} | {r['model_mb']:.0f} | {r['how']} | {r['extra_mb']:.0f} |"
+            for r in record["memory"]
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -146,19 +196,39 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--memory", action="store_true", help="measure memory")
+    parser.add_argument(
+        "--extra", nargs=2, help=argparse.SUPPRESS
+    )  # layers and how: one measurement, printed
     parser.add_argument("--again", action="store_true", help="measure what is recorded once more")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "int8_language_models.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.extra:
+        print(json.dumps(extra_memory(int(args.extra[0]), args.extra[1])))
+        return
     text, held_out = load_text()
     record = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
     for name in args.models:
         if name in record["models"] and not args.again:
             continue
         record["models"][name] = measure(name, text, held_out, args)
-        record |= {"date": time.strftime("%Y-%m-%d"), "environment": environment(), "steps": args.steps}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(table(record))
+        save(record, args.out)
+    if args.memory:
+        record["memory"] = []
+        for how in ("awq", "gptq"):
+            for layers in ("2", "8"):
+                command = [sys.executable, __file__, "--extra", layers, how]
+                record["memory"].append(json.loads(subprocess.check_output(command)))
+                print(record["memory"][-1], flush=True)
+        save(record, args.out)
+
+
+def save(record: dict[str, Any], out: Path) -> None:
+    """The figures, and the table beside them."""
+    record |= {"date": time.strftime("%Y-%m-%d"), "environment": environment()}
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(record))
 
 
 if __name__ == "__main__":

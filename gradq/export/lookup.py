@@ -44,7 +44,7 @@ def write_lookup(builder: Builder, layer: Layer, ids: str, out: str) -> str:
     narrow = layer.quantizer.format.bits <= 4
     stored = codes if narrow else (codes + 128).astype(np.uint8)
     inputs = [
-        builder.constant(f"{layer.name}.codes", stored, nibbles="INT4" if narrow else ""), ids,
+        builder.constant(f"{layer.name}.codes", stored, packed="INT4" if narrow else ""), ids,
         builder.constant(f"{layer.name}.scale", scale.reshape(len(codes), -1)),
     ]  # fmt: skip
     builder.node(

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from gradq.errors import ConfigError, ExportError
-from gradq.quant.fake import ActQuant, WeightQuant
+from gradq.quant.fake import ActQuant, WeightQuant, float8_names
 from gradq.quant.integer import integer_bias
 from gradq.quant.modules import QuantLayer, QuantLinear
 from gradq.quant.operators import source_of
@@ -216,6 +216,8 @@ def store(model: nn.Module, operators: str) -> tuple[dict[str, str], list[tuple[
     """
     if operators not in OPERATORS:
         raise ConfigError(f"operators is {operators!r}; legal: {', '.join(OPERATORS)}")
+    if names := float8_names(model):
+        raise ExportError(f"{names[0]} is fp8, which has no form here: export.onnx(..., runtime='tensorrt')")
     if operators.startswith("pt2e"):
         import torch.ao.quantization.fx._decomposed  # noqa: F401  # registers the operators
 

@@ -55,13 +55,13 @@ class Builder:
         self._names.add(candidate)
         return candidate
 
-    def constant(self, name: str, value: Array, *, nibbles: str = "") -> str:
+    def constant(self, name: str, value: Array, *, packed: str = "") -> str:
         """Store a constant.
 
         Args:
             name: wanted name.
-            value: the array; for `nibbles` integers of any dtype.
-            nibbles: ``INT4`` or ``UINT4`` to pack two elements into a byte.
+            value: the array; for `packed` integers of any dtype.
+            packed: ``INT4`` or ``UINT4`` to pack two elements into a byte, ``FLOAT8E4M3FN`` for e4m3's bits.
 
         Returns:
             The name it has.
@@ -69,8 +69,10 @@ class Builder:
         import onnx
 
         value = np.asarray(value, order="C")
-        if nibbles:
-            kind, dims, raw = getattr(onnx.TensorProto, nibbles), value.shape, pack_nibbles(value)
+        if packed == "FLOAT8E4M3FN":
+            kind, dims, raw = onnx.TensorProto.FLOAT8E4M3FN, value.shape, value.astype(np.uint8).tobytes()
+        elif packed:
+            kind, dims, raw = getattr(onnx.TensorProto, packed), value.shape, pack_nibbles(value)
         else:
             kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
             dims, raw = value.shape, value.tobytes()
@@ -161,7 +163,7 @@ def _stored(builder: Builder, layer: Layer, codes: Array) -> str:
         if not np.isin(codes, table).all():  # a phase without a tap, and a table without a zero
             return builder.constant(name, codes.astype(np.int8))
         index = np.searchsorted(table, codes)
-        indices = builder.constant(f"{layer.name}.indices", index, nibbles="UINT4")
+        indices = builder.constant(f"{layer.name}.indices", index, packed="UINT4")
         wide = builder.node("Cast", [indices], f"{layer.name}.cast", to=onnx.TensorProto.INT32)
         return builder.node(
             "Gather", [builder.constant(f"{layer.name}.table", table), wide], f"{layer.name}.lookup", axis=0
@@ -175,8 +177,8 @@ def stored_codes(builder: Builder, name: str, codes: Array, bits: int, *, symmet
 
     if bits <= 4:
         kind, to = ("INT4", onnx.TensorProto.INT8) if symmetric else ("UINT4", onnx.TensorProto.UINT8)
-        packed = builder.constant(name, codes, nibbles=kind)
-        return builder.node("Cast", [packed], f"{name.removesuffix('.codes')}.cast", to=to)
+        small = builder.constant(name, codes, packed=kind)
+        return builder.node("Cast", [small], f"{name.removesuffix('.codes')}.cast", to=to)
     return builder.constant(name, codes.astype(np.int8 if symmetric else np.uint8))
 
 

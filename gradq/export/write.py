@@ -25,7 +25,7 @@ from gradq.export.weights import is_weight_constant
 from gradq.quant.batches import unwrap
 from gradq.quant.by_name import swap_info
 from gradq.quant.calibrate import weights
-from gradq.quant.fake import ActQuant
+from gradq.quant.fake import ActQuant, float8_names
 from gradq.quant.info import prepare_info
 from gradq.quant.mixed import average_bits
 from gradq.quant.prepare import float_graph
@@ -125,6 +125,9 @@ def onnx(
     plain = unwrap(model)
     if runtime not in _LOWERINGS:
         raise ConfigError(f"runtime is {runtime!r}; legal: {', '.join(_LOWERINGS)}")
+    names = float8_names(plain)
+    if names and runtime != "tensorrt":
+        raise ExportError(f"{names[0]} is fp8, which only GPUs compute: write it with runtime='tensorrt'")
     chosen = _choose_opset(plain, opset)
     with atomic(path) as temporary:
         captured = capture(

@@ -21,9 +21,9 @@ from gradq.errors import CalibrationError, CheckpointError, ConfigError, NonFini
 from gradq.quant.codebooks import fit_codebook, fixed_table
 from gradq.quant.formats import Format, parse_format
 from gradq.quant.observers import Observer, affine, make_observer
-from gradq.quant.ops import fake_codebook, fake_quantize, nearest_code, quantize
+from gradq.quant.ops import fake_codebook, fake_float8, fake_quantize, float8, nearest_code, quantize
 
-__all__ = ["ActQuant", "FakeQuantize", "WeightQuant"]
+__all__ = ["ActQuant", "FakeQuantize", "WeightQuant", "float8_names"]
 
 MODES = ("quantize", "observe", "float", "copy")
 
@@ -60,7 +60,8 @@ class FakeQuantize(nn.Module):
         self.observer: Observer | None = None
         self.log2_scale = None if fmt.is_dynamic else nn.Parameter(torch.zeros(num_rows))
         self.register_buffer("zero_point", torch.zeros(num_rows, dtype=torch.int32))
-        self.register_buffer("codebook", None if fmt.is_uniform else fixed_table(fmt.kind, fmt.bits))
+        table = None if fmt.is_uniform or fmt.is_float8 else fixed_table(fmt.kind, fmt.bits)
+        self.register_buffer("codebook", table)
 
     @property
     def scale(self) -> Tensor:
@@ -154,6 +155,16 @@ class FakeQuantize(nn.Module):
         return f"{self.format}{notes}" + ("" if self.mode == "quantize" else f", mode={self.mode}")
 
 
+def _observer_for(fmt: Format, observer: str) -> str:
+    """How ranges are chosen. The steps of a float follow the values: nothing is gained by cutting tails."""
+    return "minmax" if fmt.is_float8 else observer
+
+
+def float8_names(model: nn.Module) -> list[str]:
+    """Names of the tensors that a model has in e4m3."""
+    return [m.name for m in model.modules() if isinstance(m, FakeQuantize) and m.format.is_float8]
+
+
 class WeightQuant(FakeQuantize):
     """Quantizer of a weight.
 
@@ -185,7 +196,7 @@ class WeightQuant(FakeQuantize):
         groups = self._groups
         super().__init__(fmt, rows, name=name)
         self._groups = groups
-        self.observer_kind = observer
+        self.observer_kind = _observer_for(fmt, observer)
         make_observer(observer, fmt)  # an unknown name is an error here, not at the first fit
 
     def rows(self, weight: Tensor) -> Tensor:
@@ -227,7 +238,7 @@ class WeightQuant(FakeQuantize):
         if rows.numel() == 0:
             self.set_range(torch.ones(self.num_rows), torch.zeros(self.num_rows, dtype=torch.int32))
             return
-        if not self.format.is_uniform:
+        if self.codebook is not None:
             self._fit_table(rows)
             return
         observer = make_observer(self.observer_kind, self.format, self.num_rows, name=self.name)
@@ -275,7 +286,7 @@ class WeightQuant(FakeQuantize):
             weight: the weight to fit.
         """
         self.format = self.format.with_bits(bits)
-        if not self.format.is_uniform:
+        if self.codebook is not None:
             self.codebook = fixed_table(self.format.kind, bits).to(weight.device)
         self.fit(weight)
 
@@ -290,6 +301,8 @@ class WeightQuant(FakeQuantize):
         rows, grad = self.rows(weight), self._scale_grad(weight.numel())
         if self.codebook is not None:
             out = fake_codebook(rows, scale, self.codebook, grad)
+        elif self.format.is_float8:
+            out = fake_float8(rows, scale)
         else:
             fmt = self.format
             out = fake_quantize(rows, scale, self.zero_point[:, None], fmt.qmin, fmt.qmax, grad)
@@ -297,7 +310,7 @@ class WeightQuant(FakeQuantize):
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> Tensor:
-        """Integer codes: what an exporter stores (table entries, on the int8 grid, for a table).
+        """Integer codes: what an exporter stores (entries on the int8 grid of a table; bits of e4m3).
 
         Args:
             weight: (O, …) floating.
@@ -318,6 +331,8 @@ class WeightQuant(FakeQuantize):
         if self.codebook is not None:
             levels = self.codebook.float()
             codes = self.codebook[nearest_code(rows.float() / scale, levels)].to(torch.int32)
+        elif self.format.is_float8:
+            codes = float8(rows, scale).view(torch.uint8).to(torch.int32)
         else:
             codes = quantize(rows, scale, self.zero_point[:, None], self.format.qmin, self.format.qmax)
         return self.unrows(codes, weight.shape)
@@ -348,7 +363,7 @@ class ActQuant(FakeQuantize):
         self, fmt: Format | str = "int8", *, observer: str = "mse", name: str = "activation"
     ) -> None:
         super().__init__(parse_format(fmt, "activations"), 1, name=name)
-        self.observer_kind = observer
+        self.observer_kind = _observer_for(self.format, observer)
         make_observer(observer, self.format)
 
     def start_observing(self) -> None:
@@ -406,6 +421,8 @@ class ActQuant(FakeQuantize):
         self._require_range()
         assert self.log2_scale is not None
         scale = torch.exp2(self.log2_scale.float())
+        if fmt.is_float8:
+            return fake_float8(x, scale)
         grad = self._scale_grad(math.prod(x.shape[1:])) if torch.is_grad_enabled() else 1.0
         out: Tensor = fake_quantize(x, scale, self.zero_point, fmt.qmin, fmt.qmax, grad)
         return out

@@ -5,11 +5,12 @@ A format is written as a short string::
     <kind><bits>[-sym|-asym][-tensor|-channel|-g<size>][-batch|-token]
 
 Examples: ``int8``, ``int4-g64``, ``int8-asym-channel``, ``int8-token``, ``nf4``, ``pot4``,
-``codebook4-g128``.
+``codebook4-g128``, ``fp8``.
 
 The kind ``int`` is the uniform affine grid ``x ≈ scale·(q − zero_point)``; ``nf``, ``pot`` and ``codebook``
-are non-uniform tables of up to 16 entries **on the int8 grid**, so that they run at INT8 speed. What is left
-out takes the role's default: weights are symmetric and per channel, activations asymmetric and per tensor.
+are non-uniform tables of up to 16 entries **on the int8 grid**, so that they run at INT8 speed; ``fp8`` is
+the float e4m3 (finite, largest value 448), for GPUs. What is left out takes the role's default: weights are
+symmetric and per channel, activations asymmetric and per tensor.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from gradq.errors import ConfigError, SpecError
 
 __all__ = ["Format", "parse_format"]
 
-KINDS = ("int", "nf", "pot", "codebook")
+KINDS = ("int", "nf", "pot", "codebook", "fp")
+FLOAT8_MAX = 448  # of e4m3
 GRANULARITIES = ("tensor", "channel", "group")
 RANGES = ("static", "batch", "token")
-_NON_UNIFORM_BITS = {"nf": (4, 4), "pot": (2, 4), "codebook": (2, 4)}
+_NON_UNIFORM_BITS = {"nf": (4, 4), "pot": (2, 4), "codebook": (2, 4), "fp": (8, 8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,8 @@ class Format:
 
     Args:
         kind: ``int`` (uniform), ``nf`` (normal-float table), ``pot`` (powers of two) or ``codebook`` (fitted
-            table).
-        bits: 2 to 8 for ``int``; 4 for ``nf``; 2 to 4 for ``pot`` and ``codebook``.
+            table), ``fp`` (e4m3).
+        bits: 2 to 8 for ``int``; 8 for ``fp``; 4 for ``nf``; 2 to 4 for ``pot`` and ``codebook``.
         symmetric: zero point 0 and signed codes; otherwise unsigned codes with a zero point.
         granularity: who shares a scale: ``tensor``, ``channel`` (the first axis) or ``group``.
         group_size: elements that share a scale when the granularity is ``group``.
@@ -64,7 +66,7 @@ class Format:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not low <= self.bits <= high:
             raise ConfigError(f"Format.bits is {self.bits!r}; legal for kind {self.kind!r}: {low} to {high}")
         if self.kind != "int" and not self.symmetric:
-            raise ConfigError(f"Format.symmetric is False; kind {self.kind!r} has a table and no zero point")
+            raise ConfigError(f"Format.symmetric is False; kind {self.kind!r} has no zero point")
         if (self.granularity == "group") != (self.group_size > 0):
             raise ConfigError(
                 f"Format.group_size is {self.group_size} with granularity {self.granularity!r}; "
@@ -82,7 +84,9 @@ class Format:
 
     @property
     def qmin(self) -> int:
-        """Smallest code: on the int8 grid for tables, of the ``bits``-wide integer otherwise."""
+        """Smallest code: on the int8 grid for tables, of e4m3 for ``fp``, of the integer otherwise."""
+        if self.kind == "fp":
+            return -FLOAT8_MAX
         if self.kind != "int":
             return -128
         return -(1 << (self.bits - 1)) if self.symmetric else 0
@@ -90,6 +94,8 @@ class Format:
     @property
     def qmax(self) -> int:
         """Largest code."""
+        if self.kind == "fp":
+            return FLOAT8_MAX
         if self.kind != "int":
             return 127
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
@@ -101,8 +107,13 @@ class Format:
 
     @property
     def is_uniform(self) -> bool:
-        """True for the affine integer grid, False for tables."""
+        """True for the affine integer grid, False for tables and 8-bit floats."""
         return self.kind == "int"
+
+    @property
+    def is_float8(self) -> bool:
+        """True for e4m3."""
+        return self.kind == "fp"
 
     def with_bits(self, bits: int) -> Format:
         """The same format with another width.
@@ -141,11 +152,13 @@ def parse_format(spec: str | Format, role: str) -> Format:
         raise ConfigError(f"role is {role!r}; legal: weights, activations")
     if isinstance(spec, Format):
         return spec
-    match = re.fullmatch(r"(u?int|nf|pot|codebook)(\d+)((?:-\w+)*)", spec) if isinstance(spec, str) else None
+    match = (
+        re.fullmatch(r"(u?int|nf|pot|codebook|fp)(\d+)((?:-\w+)*)", spec) if isinstance(spec, str) else None
+    )
     if match is None:
         raise SpecError(
             f"cannot read the {role} format {spec!r}; write "
-            "<int|nf|pot|codebook><bits>[-sym|-asym][-tensor|-channel|-g<size>][-batch|-token], e.g. "
+            "<int|nf|pot|codebook|fp><bits>[-sym|-asym][-tensor|-channel|-g<size>][-batch|-token], e.g. "
             "'int4-g64'"
         )
     kind, bits, tail = match.group(1), int(match.group(2)), match.group(3)
@@ -175,8 +188,8 @@ def parse_format(spec: str | Format, role: str) -> Format:
             "tensor "
             "('-tensor') or per token ('-token')"
         )
-    if role == "activations" and kind != "int":
-        raise SpecError(f"the activations format {spec!r} is a table; activations are uniform: int<bits>")
+    if role == "activations" and kind not in ("int", "fp"):
+        raise SpecError(f"the activations format {spec!r} is a table; activations are uniform, or fp8")
     return Format(
         kind=kind, bits=bits, symmetric=symmetric, granularity=granularity, group_size=group_size, range=when
     )

@@ -19,7 +19,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize", "fake_codebook", "fake_quantize", "nearest_code", "quantize"]
+__all__ = [
+    "dequantize",
+    "fake_codebook",
+    "fake_float8",
+    "fake_quantize",
+    "float8",
+    "nearest_code",
+    "quantize",
+]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -73,6 +81,37 @@ def nearest_code(v: Tensor, table: Tensor) -> Tensor:
     low = torch.bucketize(v, middle)
     high = torch.bucketize(v, middle, right=True)
     return torch.where(low % 2 == 0, low, high)
+
+
+def float8(x: Tensor, scale: Tensor) -> Tensor:
+    """ONNX ``QuantizeLinear`` to FLOAT8E4M3FN: divide, saturate at 448, round half to even.
+
+    Args:
+        x: any floating dtype, any shape.
+        scale: fp32, positive, broadcasts against `x`.
+
+    Returns:
+        float8_e4m3fn of the shape of `x`; NaN stays NaN.
+    """
+    v = x.to(_compute_dtype(x)) / scale
+    return v.clamp_(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def fake_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """Quantize to e4m3 and back, with straight-through gradients for x inside the range, none for the scale.
+
+    Args:
+        x: floating, any shape.
+        scale: fp32, positive, broadcasts against `x`.
+
+    Returns:
+        A tensor like `x`.
+    """
+    with torch.no_grad():
+        step = scale.detach()
+        near = (float8(x, step).to(step.dtype) * step).to(x.dtype)
+        inside = (x.abs() <= 448.0 * step).to(x.dtype)
+    return near if not x.requires_grad else near + (x - x.detach()) * inside
 
 
 @torch.library.custom_op("gradq_quant::fake_quantize", mutates_args=())

@@ -85,8 +85,8 @@ def widen_scales(model: nn.Module) -> nn.Module:
 
 def _widen(quantizer: WeightQuant, bias: Tensor | None, input_scale: Tensor) -> None:
     fmt = quantizer.format
-    if fmt.granularity == "group" or not quantizer.initialized:
-        return  # grouped weights are dequantized: their bias is a float
+    if fmt.granularity == "group" or fmt.is_float8 or not quantizer.initialized:
+        return  # their bias is a float
     scale = quantizer.scale.double()
     low = torch.full_like(scale, _SMALLEST_STEP) / input_scale
     if bias is not None:

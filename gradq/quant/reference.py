@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from gradq.errors import UnsupportedError
 from gradq.quant.batches import unwrap
-from gradq.quant.fake import ActQuant
+from gradq.quant.fake import ActQuant, float8_names
 from gradq.quant.integer import Accumulator, Codes, PendingSum, quantize_activation
 from gradq.quant.modules import QuantLayer
 from gradq.quant.operators import (
@@ -54,7 +54,13 @@ def integer_reference(model: nn.Module) -> IntegerReference:
 
     Raises:
         CalibrationError: a quantizer has no range; named.
+        UnsupportedError: formats that are no integers (``fp8``).
     """
+    names = float8_names(model)
+    if names:
+        raise UnsupportedError(
+            f"{names[0]} is fp8, which has no integer arithmetic; compare with the simulation, model(x)"
+        )
     return IntegerReference(model)
 
 

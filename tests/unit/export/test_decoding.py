@@ -50,7 +50,9 @@ def test_steps_through_the_cache_give_the_logits_of_one_pass(tmp_path, weights):
     quant.gptq(qmodel, [(ids, cache(1, 0))], show_progress=False)
     axes = {"ids": {1: "tokens"}} | {f"past.{i}": {2: "before"} for i in range(2 * LAYERS)}
     write = export.onnx if weights else export.float_onnx
-    write(qmodel, tmp_path / "decoder.onnx", dynamic_axes=axes)
+    report = write(qmodel, tmp_path / "decoder.onnx", dynamic_axes=axes)
+    if weights:  # eight bits behind float inputs would be far slower than float as MatMulNBits
+        assert ("nbits" in report.forms) == (weights == "int4-g16")
     session = export.session(tmp_path / "decoder.onnx")
     names = [i.name for i in session.get_inputs()]
     whole = (qmodel if weights else model)(ids, cache(1, 0))[0].numpy()

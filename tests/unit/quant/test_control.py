@@ -79,3 +79,54 @@ def test_what_cannot_work_is_an_error():
         quant.prepare_within(
             model, x, [x], lambda m: next(figures), max_loss=1, config=CONFIG, show_progress=False
         )
+
+
+class Planted(nn.Module):
+    """Four layers; what the last but one reads has outliers that one scale a tensor cannot hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.bad, self.head = (
+            nn.Linear(16, 64),
+            nn.Linear(64, 64),
+            nn.Linear(64, 64),
+            nn.Linear(64, 8),
+        )
+        with torch.no_grad():
+            for layer in (self.a, self.b, self.bad, self.head):
+                nn.init.kaiming_normal_(layer.weight)
+            self.b.weight[:2] *= 3000
+            self.b.bias[:2] *= 3000
+            self.bad.weight[:, :2] /= 3000
+
+    def forward(self, x):
+        for layer in (self.a, self.b, self.bad):
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+@torch.no_grad()
+def test_at_most_a_point_of_accuracy_and_the_planted_layer_is_named():
+    torch.manual_seed(0)
+    model, x = Planted().eval(), torch.randn(2000, 16)
+    best = model(x).topk(2).values
+    sure = (best[:, 0] - best[:, 1]) > (best[:, 0] - best[:, 1]).median()
+    x = x[sure]
+    labels = model(x).argmax(1)
+
+    def accuracy(candidate):
+        return 100 * float((candidate(x).argmax(1) == labels).float().mean())
+
+    config = quant.Config(observer="minmax")
+    everything = quant.calibrate(quant.prepare(model, x[:2], config), [x], show_progress=False)
+    assert accuracy(everything.eval()) < 90
+    qmodel, report = quant.prepare_within(
+        model, x[:2], x.split(250), accuracy, max_loss=1.0, config=config, show_progress=False
+    )
+    assert report.float_figure == 100
+    assert report.loss <= 1
+    assert accuracy(qmodel.eval()) >= 99
+    assert report.skipped == ("bad",)
+    assert "1 of 4 layers in float: bad" in str(report)
+    quantized = {name for name, m in qmodel.named_modules() if isinstance(m, quant.QuantLinear)}
+    assert quantized == {"a", "b", "head"}
