@@ -192,7 +192,12 @@ def processor_notice(config: Config, cpuinfo: str | None = None) -> str:
     if config.target is not None or config.weights is None or config.activations is None:
         return ""
     weights = parse_format(config.weights, "weights")
-    if weights.bits < 8 or weights.granularity == "group" or _processor(cpuinfo) != "x86-avx2":
+    if (
+        weights.bits < 8
+        or weights.is_float8
+        or weights.granularity == "group"
+        or _processor(cpuinfo) != "x86-avx2"
+    ):
         return ""
     return (
         f"weights {weights}: this processor has no VNNI, and its fast integer kernel saturates with weights "

@@ -10,6 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from gradq import export, quant
 from gradq.errors import ExportError, SpecError, UnsupportedError
+from gradq.quant.config import processor_notice
 
 FP8 = {"weights": "fp8", "activations": "fp8", "embeddings": None}
 
@@ -40,6 +41,10 @@ def test_gradients_pass_inside_the_range():
     y.sum().backward()
     assert y.tolist() == [0.3125, -5.0, 448.0, 448.0, -448.0]
     assert x.grad.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_no_integer_kernel_is_warned_of():
+    assert not processor_notice(quant.Config(**FP8), "flags: avx2")
 
 
 def test_the_format_is_written_as_fp8():
