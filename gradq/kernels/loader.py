@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -49,19 +48,18 @@ def backend_name(device: torch.device) -> str:
     return chosen or "numba"
 
 
-@dataclass(frozen=True)
 class Backends(Generic[_K]):
     """The kernels of one algorithm.
 
-    Attributes:
+    Args:
         package: dotted name of the folder with the modules `reference`, `cpu` and perhaps `cuda`.
         what: what the kernels are for, as error messages say it.
         names: the backends that there are.
     """
 
-    package: str
-    what: str
-    names: tuple[str, ...] = ("reference", "numba")
+    def __init__(self, package: str, what: str, names: tuple[str, ...] = ("reference", "numba")) -> None:
+        self.what = what
+        self._modules = {name: f"{package}.{_MODULES[name]}" for name in names}
 
     def on(self, device: torch.device) -> _K:
         """The module that serves tensors on a device.
@@ -71,14 +69,14 @@ class Backends(Generic[_K]):
                 is missing.
         """
         name = backend_name(device)
-        if name not in self.names:
+        if name not in self._modules:
             raise KernelError(
                 f"gradq has no {name} kernels for {self.what}, so it cannot be used with {device.type} "
                 "tensors; choose a codec that has: int2 to int8, rot3 to rot6, rot1(levels=scalar), "
                 "rot2(levels=scalar), fp32, bf16, fp16, fp64"
             )
         try:
-            return cast(_K, importlib.import_module(f"{self.package}.{_MODULES[name]}"))
+            return cast(_K, importlib.import_module(self._modules[name]))
         except ImportError as error:
             slow = (
                 "" if name == "triton" else " or set GRADQ_KERNELS=reference to run the slow plain-torch ones"

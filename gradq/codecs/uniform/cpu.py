@@ -308,17 +308,15 @@ def _decoder(num_bits: int, usual: int) -> Any:
 
 def decode(payload: Tensor, out: Tensor, form: UniformFormat) -> None:
     """Decode one segment into out."""
-    n = out.numel()
-    _decode(address(payload, torch.uint8, form.nbytes(n)), (1, 0), out, n, form)
+    n, block_size = out.numel(), form.block_size
+    payload_at = address(payload, torch.uint8, form.nbytes(n))
+    kernel = _decoder(form.num_bits, block_size if block_size in _USUAL else 0)
+    kernel(payload_at, (1, 0), address(out, torch.float32, n), n, (block_size, KIND[form.scale_dtype]))
 
 
 def decode_mean(payloads: Tensor, out: Tensor, form: UniformFormat) -> None:
     """Mean over the W rows of payloads, added in row order in fp32, divided once."""
-    n = out.numel()
-    _decode(*row_addresses(payloads, form.nbytes(n)), out, n, form)
-
-
-def _decode(payload_at: int, rows: tuple[int, int], out: Tensor, n: int, form: UniformFormat) -> None:
-    kernel = _decoder(form.num_bits, form.block_size if form.block_size in _USUAL else 0)
-    shape = form.block_size, KIND[form.scale_dtype]
-    kernel(payload_at, rows, address(out, torch.float32, n), n, shape)
+    n, block_size = out.numel(), form.block_size
+    rows_at, rows = row_addresses(payloads, form.nbytes(n))
+    kernel = _decoder(form.num_bits, block_size if block_size in _USUAL else 0)
+    kernel(rows_at, rows, address(out, torch.float32, n), n, (block_size, KIND[form.scale_dtype]))
