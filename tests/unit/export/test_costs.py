@@ -46,8 +46,11 @@ def test_verify_lists_what_is_in_float_with_its_share_of_the_time(tmp_path):
 def test_the_report_says_which_forms_are_slow_and_what_to_do(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval(), torch.randn(4, 32)
-    for weights, said in (("int8-g32", True), ("int4-g32", False)):
-        q = quant.prepare(model, x, quant.Config(weights=weights, activations=None))
+    grouped = (("int8-g32", "int8-token", True), ("int8-g32", None, False), ("int4-g32", None, False))
+    for weights, activations, said in grouped:
+        q = quant.prepare(model, x, quant.Config(weights=weights, activations=activations))
         report = export.onnx(q, tmp_path / "model.onnx")
         assert any("MatMulNBits" in text and "int8-batch" in text for text in report.slow) is said
+        computed_in_float = any("stored in int8, computed in float" in why for _, why in report.float_islands)
+        assert computed_in_float is (weights == "int8-g32" and activations is None)
         assert ("slow: 2 layers" in str(report)) is said
