@@ -59,7 +59,7 @@ class Backends(Generic[_K]):
 
     def __init__(self, package: str, what: str, names: tuple[str, ...] = ("reference", "numba")) -> None:
         self.what = what
-        self._modules = {name: f"{package}.{_MODULES[name]}" for name in names}
+        self._found_in = {name: f"{package}.{_MODULES[name]}" for name in names}
 
     def on(self, device: torch.device) -> _K:
         """The module that serves tensors on a device.
@@ -69,14 +69,14 @@ class Backends(Generic[_K]):
                 is missing.
         """
         name = backend_name(device)
-        if name not in self._modules:
+        if name not in self._found_in:
             raise KernelError(
                 f"gradq has no {name} kernels for {self.what}, so it cannot be used with {device.type} "
                 "tensors; choose a codec that has: int2 to int8, rot3 to rot6, rot1(levels=scalar), "
                 "rot2(levels=scalar), fp32, bf16, fp16, fp64"
             )
         try:
-            return cast(_K, importlib.import_module(self._modules[name]))
+            return cast(_K, importlib.import_module(self._found_in[name]))
         except ImportError as error:
             slow = (
                 "" if name == "triton" else " or set GRADQ_KERNELS=reference to run the slow plain-torch ones"

@@ -60,7 +60,7 @@ def test_simulation_and_reference_agree_to_a_code(name, config):
 
 @torch.no_grad()
 def test_codes_differ_from_the_simulation_in_few_elements_by_one():
-    batches, qmodel = ready("cnn")
+    batches, qmodel = ready("cnn", quant.Config())  # 8 bits on every processor
     reference = quant.integer_reference(qmodel)
     codes = reference.codes(batches[0])
     assert list(codes) == quant.prepare_info(qmodel).activations
@@ -133,7 +133,7 @@ def test_errors_name_what_is_wrong():
 
 @torch.no_grad()
 def test_empty_batches():
-    batches, qmodel = ready("cnn")
+    batches, qmodel = ready("cnn", quant.Config())
     assert qmodel(batches[0][:0]).shape == (0, 5)
     assert quant.integer_reference(qmodel)(batches[0][:0]).shape == (0, 5)
 
