@@ -288,7 +288,7 @@ def test_the_environment_chooses_the_backend(monkeypatch):
 def test_a_second_process_loads_the_kernels_from_the_cache():
     """Ranks start together; without the cache each would compile for seconds, every time."""
     warm_up = "from gradq import codecs; [codecs.from_spec(spec).warm_up() for spec in ('int8', 'fp32')]\n"
-    exec(warm_up)
+    exec(warm_up, {})
     code = (
         warm_up + "from gradq.codecs.uniform import cpu\nfrom gradq.codecs.exact.cpu import _exact_mean\n"
         "for f in (cpu._encoder(8, True, False, 256), cpu._decoder(8, 256), _exact_mean):\n"
