@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["Event", "Metrics", "ParameterStats", "Stats"]
 
@@ -100,6 +100,10 @@ class Stats:
         """What left the node; all of wire_bytes unless the collective knows the nodes."""
         return self.wire_bytes - self.intra_node_bytes
 
+    def plus(self, other: Stats) -> Stats:
+        """These figures with another's bytes and times added."""
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in _SUMS})
+
     def __str__(self) -> str:
         """One line a person can read, per step."""
         steps = max(self.steps, 1)
@@ -112,6 +116,17 @@ class Stats:
             f"{self.ratio:.2f}x fewer than dense; encode {self.encode_ms / steps:.2f} ms, "
             f"exchange {self.exchange_ms / steps:.2f} ms, decode {self.decode_ms / steps:.2f} ms{nmse}"
         )
+
+
+_SUMS = (
+    "dense_bytes",
+    "wire_bytes",
+    "intra_node_bytes",
+    "gather_bytes",
+    "encode_ms",
+    "exchange_ms",
+    "decode_ms",
+)
 
 
 class Metrics:

@@ -9,15 +9,14 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from gradq import rng
-from gradq.collectives.base import Collective, Setting, Step
-from gradq.collectives.message_layout import MessageLayout
-from gradq.collectives.reduce_scatter import Scratch, ShardSegment
+from gradq.collectives.base import Step
+from gradq.collectives.reduce_scatter import OfShards
 from gradq.transport.contract import Pending
 
 __all__ = ["AllGather"]
@@ -25,23 +24,8 @@ __all__ = ["AllGather"]
 _MEASURED_AS = 3  # the phase of its times in `metrics.Event`: gradients have 1 and 2
 
 
-class AllGather(Collective):
-    """Each rank sends its row, encoded once by the codec of phase 1.
-
-    Args:
-        segments: see `Collective`, like all not named here.
-        scratch: memory of the messages.
-    """
-
-    num_channels = 1
-
-    def __init__(
-        self, segments: Sequence[ShardSegment], dtype: torch.dtype, setting: Setting, scratch: Scratch
-    ) -> None:
-        super().__init__(segments, dtype, setting)
-        self._scratch = scratch
-        world_size = setting.world_size
-        self._layouts = [MessageLayout(segments, world_size, owner) for owner in range(world_size)]
+class AllGather(OfShards):
+    """Each rank sends its row, encoded once by the codec of phase 1."""
 
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
         """Fill every row of flat [W, n] with the decoded shards; this rank's row holds its own.
@@ -52,11 +36,11 @@ class AllGather(Collective):
         """
         rank, world_size = self.setting.rank, self.setting.world_size
         rows = flat.view(world_size, -1)
-        sizes = [layout.nbytes1 for layout in self._layouts]
-        messages = torch.split(self._scratch.take("weights", sum(sizes)), sizes)
+        sizes = [layout.nbytes1 for layout in self.layouts]
+        messages = torch.split(self.scratch.take("weights", sum(sizes)), sizes)
         row = rows[rank] if flat.dtype == self.dtype else self._work(rows[rank]).copy_(rows[rank])
         with self.timed("encode_ms", step, _MEASURED_AS):
-            for slot in self._layouts[rank].slots:
+            for slot in self.layouts[rank].slots:
                 name = slot.segment.name
                 key = rng.dither_key(self.setting.seed, step.index, self.ids[name], rng.WEIGHT)
                 context = rng.EncodeContext(key=key, first_block=slot.first_block)
@@ -64,7 +48,7 @@ class AllGather(Collective):
                 slot.segment.phase1.encode(row[slot.flat], payload, context=context)
         yield self.post(1, [messages[rank]] * world_size, messages, step)
         with self.timed("decode_ms", step, _MEASURED_AS):
-            for layout, out, message in zip(self._layouts, rows, messages, strict=True):
+            for layout, out, message in zip(self.layouts, rows, messages, strict=True):
                 row = out if flat.dtype == self.dtype else self._work(out)
                 for slot in layout.slots:
                     slot.segment.phase1.decode(message[slot.payload1], row[slot.flat])
@@ -73,4 +57,4 @@ class AllGather(Collective):
 
     def _work(self, row: Tensor) -> Tensor:
         """Memory for a row in the dtype that codecs work in."""
-        return self._scratch.take("weights row", row.numel() * self.dtype.itemsize).view(self.dtype)
+        return self.scratch.take("weights row", row.numel() * self.dtype.itemsize).view(self.dtype)

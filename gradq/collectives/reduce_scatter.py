@@ -17,7 +17,7 @@ from gradq.collectives.base import Collective, Segment, Setting, Step
 from gradq.collectives.message_layout import MessageLayout
 from gradq.transport.contract import Pending
 
-__all__ = ["ReduceScatter", "Scratch", "ShardSegment"]
+__all__ = ["OfShards", "ReduceScatter", "Scratch", "ShardSegment"]
 
 
 class Scratch:
@@ -65,12 +65,16 @@ class ShardSegment(Segment):
         return element // self.shard_numel * -(-self.shard_numel // self.phase1.block_size)
 
 
-class ReduceScatter(Collective):
-    """Each rank receives its shards from all, encoded, and takes their mean.
+class OfShards(Collective):
+    """A collective over rows of shards, in one phase; `ReduceScatter` and `AllGather` say what they average.
 
     Args:
         segments: see `Collective`, like all not named here.
         scratch: memory of the messages.
+
+    Attributes:
+        scratch: the argument.
+        layouts: the layout of each owner's message.
     """
 
     num_channels = 1
@@ -79,9 +83,13 @@ class ReduceScatter(Collective):
         self, segments: Sequence[ShardSegment], dtype: torch.dtype, setting: Setting, scratch: Scratch
     ) -> None:
         super().__init__(segments, dtype, setting)
-        self._scratch = scratch
+        self.scratch = scratch
         world_size = setting.world_size
-        self._layouts = [MessageLayout(segments, world_size, owner) for owner in range(world_size)]
+        self.layouts = [MessageLayout(segments, world_size, owner) for owner in range(world_size)]
+
+
+class ReduceScatter(OfShards):
+    """Each rank receives its shards from all, encoded, and takes their mean."""
 
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
         """Replace this rank's row of flat [W * n] by its mean over ranks; the others stay.
@@ -92,15 +100,15 @@ class ReduceScatter(Collective):
         """
         rank, world_size = self.setting.rank, self.setting.world_size
         rows = flat.view(world_size, -1)
-        sizes = [layout.nbytes1 for layout in self._layouts]
-        gathered_WN = self._scratch.take("received", world_size * sizes[rank]).view(world_size, -1)
-        messages = list(torch.split(self._scratch.take("sent", sum(sizes)), sizes))
+        sizes = [layout.nbytes1 for layout in self.layouts]
+        gathered_WN = self.scratch.take("received", world_size * sizes[rank]).view(world_size, -1)
+        messages = list(torch.split(self.scratch.take("sent", sum(sizes)), sizes))
         messages[rank] = gathered_WN[rank]
         with self.timed("encode_ms", step, 1):
-            for layout, row, message in zip(self._layouts, rows, messages, strict=True):
+            for layout, row, message in zip(self.layouts, rows, messages, strict=True):
                 for slot in layout.slots:
                     self.encode1(slot, row[slot.flat], message[slot.payload1], step)
         yield self.post(1, messages, list(gathered_WN), step)
         with self.timed("decode_ms", step, 1):
-            for slot in self._layouts[rank].slots:
+            for slot in self.layouts[rank].slots:
                 slot.segment.phase1.decode_mean(gathered_WN[:, slot.payload1], rows[rank][slot.flat])

@@ -264,12 +264,7 @@ class ShardedHandle(GradientHandle):
             shard += self._partial.pop(unit.index)
         if sync.failure is not None:
             raise sync.failure
-        try:
-            sync.average(shard, unit.reducing, index=unit.index + 1).wait()  # as it is in the header
-        except RuntimeError:
-            if sync.failure is not None:
-                raise sync.failure from None
-            raise
+        sync.wait(sync.average(shard, unit.reducing, index=unit.index + 1))  # as it is in the header
         if unit.divide_factor is not None:
             shard *= sync.world_size
 
@@ -294,11 +289,7 @@ class ShardedHandle(GradientHandle):
         if self.sync is self._shards:
             return stats
         inside = self._shards.stats()
-        sums = {
-            name: getattr(stats, name) + getattr(inside, name)
-            for name in ("dense_bytes", "wire_bytes", "gather_bytes", "encode_ms", "exchange_ms", "decode_ms")
-        }
-        return dataclasses.replace(stats, intra_node_bytes=inside.wire_bytes, **sums)
+        return dataclasses.replace(stats.plus(inside), intra_node_bytes=inside.wire_bytes)
 
     @property
     def checkpoint_path(self) -> tuple[str, ...]:

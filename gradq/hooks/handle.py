@@ -36,7 +36,6 @@ class Handle(checkpoint.Resumable):
     """
 
     sync: Sync
-    _closed = False
 
     @property
     @abstractmethod
@@ -75,14 +74,13 @@ class Handle(checkpoint.Resumable):
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._closed
+        return self.sync.closed
 
     def close(self) -> None:
         """End gradq's threads and connections; the model is averaged without gradq afterwards. Idempotent.
 
         It also happens when the model is deleted, or at the end of a `with` block.
         """
-        self._closed = True
         self.sync.close()
 
     def __enter__(self) -> Self:

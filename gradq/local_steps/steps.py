@@ -304,7 +304,7 @@ class LocalSteps(Handle):
         membership.take_residuals(old, self.sync)
         for sink in self._sinks:
             self.sync.metrics.add_sink(sink)
-        self._before = _added(self._before, old.stats())
+        self._before = self._before.plus(old.stats())
         old.close()
         self._count_dense_bytes(now)
         _log.info("local steps average %d parameters from inner step %d on", len(now), self.inner_step)
@@ -332,12 +332,7 @@ class LocalSteps(Handle):
         except PeerError as error:
             gone = error  # the averages know which rank
         for future in self.pending.futures:
-            try:
-                future.wait()
-            except RuntimeError:
-                if self.sync.failure is not None:
-                    raise self.sync.failure from None
-                raise
+            self.sync.wait(future)
         self.pending.futures.clear()
         if gone is not None:
             raise gone
@@ -359,7 +354,7 @@ class LocalSteps(Handle):
         Args:
             parameters: whether to fill `Stats.parameters` too.
         """
-        stats = _added(super().stats(parameters=parameters), self._before)
+        stats = super().stats(parameters=parameters).plus(self._before)
         return replace(stats, steps=self._steps_here, dense_bytes=self._dense_so_far)
 
     def add_sink(self, sink: Callable[[Event], None]) -> None:
@@ -388,9 +383,3 @@ def _policy(spec: Asked, options: Options) -> tuple[Policy | None, str]:
         )
     asked, policy = resolve(spec, exact=options.exact, feedback=options.feedback)
     return policy, label(asked)
-
-
-def _added(stats: Stats, earlier: Stats) -> Stats:
-    """Bytes and times of both; the rest of the first."""
-    names = ("dense_bytes", "wire_bytes", "intra_node_bytes", "encode_ms", "exchange_ms", "decode_ms")
-    return replace(stats, **{name: getattr(stats, name) + getattr(earlier, name) for name in names})

@@ -113,6 +113,18 @@ class GradientSync(Sync):
             return last
         return self.executor.after(last, self.commit_step)
 
+    def wait(self, future: Future[Tensor]) -> None:
+        """Wait for an average on this thread; what stopped the averaging is raised as it is.
+
+        A future keeps an error's text only; DDP, which waits by itself, shows that.
+        """
+        try:
+            future.wait()
+        except RuntimeError:
+            if self.failure is not None:
+                raise self.failure from None
+            raise
+
     def drop_layouts(self) -> None:
         """See `Sync`."""
         self._layouts: dict[int, BucketLayout] = {}
