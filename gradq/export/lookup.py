@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradq.export.nodes import Layer
+from gradq.export.nodes import MICROSOFT, Layer
 from gradq.export.weights import Builder, codes_of, float_weight, integer_weight, storage
 
 __all__ = ["takes_one_operator", "write_lookup", "write_standard_lookup"]
 
-_MICROSOFT = "com.microsoft"
 _SMALLEST_BLOCK = 16
 
 
@@ -48,7 +47,7 @@ def write_lookup(builder: Builder, layer: Layer, ids: str, out: str) -> str:
         builder.constant(f"{layer.name}.scale", scale.reshape(len(codes), -1)),
     ]  # fmt: skip
     builder.node(
-        "GatherBlockQuantized", inputs, layer.name, output=out, domain=_MICROSOFT, gather_axis=0,
+        "GatherBlockQuantized", inputs, layer.name, output=out, domain=MICROSOFT, gather_axis=0,
         quantize_axis=1, block_size=_block(layer), bits=4 if narrow else 8,
     )  # fmt: skip
     return "int4" if narrow else "int8"

@@ -19,7 +19,7 @@ from gradq.errors import ExportError
 from gradq.export.capture import Captured
 from gradq.export.lower_layers import Bound, Codes, LayerLowering, attributes_of
 from gradq.export.lstm import Recurrence, write_lstm
-from gradq.export.nodes import DOMAIN, Quantizer
+from gradq.export.nodes import DOMAIN, MICROSOFT, Quantizer
 from gradq.quant.integer import saturation
 
 __all__ = ["MOVES", "Lowered", "Lowering", "lower"]
@@ -30,7 +30,6 @@ MOVES = frozenset({
     "Identity", "DepthToSpace", "Pad", "Gather", "Resize",
 })
 # fmt: on
-_MICROSOFT = "com.microsoft"
 
 
 @dataclass
@@ -304,5 +303,5 @@ class Lowering(LayerLowering):
         version = next(o.version for o in self.proto.opset_import if o.domain == "")
         del self.proto.opset_import[:]
         self.proto.opset_import.append(onnx.helper.make_opsetid("", version))
-        if any(node.domain == _MICROSOFT for node in kept):
-            self.proto.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
+        if any(node.domain == MICROSOFT for node in kept):
+            self.proto.opset_import.append(onnx.helper.make_opsetid(MICROSOFT, 1))

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradq.errors import ExportError
 from gradq.export.capture import Captured
 from gradq.export.lookup import takes_one_operator, write_lookup, write_standard_lookup
-from gradq.export.nodes import Layer, Quantizer
+from gradq.export.nodes import MICROSOFT, Layer, Quantizer
 from gradq.export.weights import Builder, codes_of, float_weight, integer_weight, nbits_weight, storage
 from gradq.quant.integer import integer_bias
 
@@ -38,7 +38,6 @@ _ACTIVATIONS = frozenset(
         "ThresholdedRelu",
     }
 )  # fmt: skip
-_MICROSOFT = "com.microsoft"
 # an operator that moves elements: its name, its inputs behind the first, its attributes
 Shuffle = tuple[str, list[str], dict[str, Any]]
 
@@ -392,7 +391,7 @@ class LayerLowering:
             inputs,
             layer.name,
             output=out,
-            domain=_MICROSOFT,
+            domain=MICROSOFT,
             accuracy_level=4 if dynamic else 1,
             **attributes,
         )

@@ -15,14 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gradq.export.nodes import DOMAIN
+from gradq.export.nodes import DOMAIN, MICROSOFT
 from gradq.export.weights import Builder, stored_codes
 from gradq.quant.fake import WeightQuant
 from gradq.quant.lstm import QuantLSTM
 
 __all__ = ["Recurrence", "emit_lstm", "recurrence_of", "write_lstm"]
 
-_MICROSOFT = "com.microsoft"
 _GATES = (0, 3, 1, 2)  # torch's number of each of ONNX's gates
 Array = npt.NDArray[Any]
 
@@ -101,7 +100,7 @@ def write_lstm(builder: Builder, node: Any, layer: Recurrence) -> int:
     builder.nodes_out(
         "DynamicQuantizeLSTM",
         [x, w, r, bias, "", *(states or ["", ""]), "", w_scale, w_zero, r_scale, r_zero],
-        layer.name, 3, outputs=list(node.output), domain=_MICROSOFT, hidden_size=layer.hidden_size,
+        layer.name, 3, outputs=list(node.output), domain=MICROSOFT, hidden_size=layer.hidden_size,
         direction="bidirectional" if len(layer.weights[0]) == 2 else "forward",
     )  # fmt: skip
     return largest

@@ -13,9 +13,10 @@ from torch import Tensor
 from gradq.export.subpixel import Subpixel
 from gradq.quant.fake import ActQuant, WeightQuant
 
-__all__ = ["DOMAIN", "Layer", "Quantizer"]
+__all__ = ["DOMAIN", "MICROSOFT", "Layer", "Quantizer"]
 
-DOMAIN = "gradq"
+DOMAIN = "gradq"  # of the opaque nodes
+MICROSOFT = "com.microsoft"  # of ONNX Runtime's own operators
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
-from gradq.errors import ConfigError
+from gradq.errors import CalibrationError, ConfigError
 from gradq.quant.fake import FakeQuantize
 
-__all__ = ["ToInputs", "evaluating", "float_mode", "limited", "progress", "run_batch", "unwrap"]
+__all__ = [
+    "ToInputs",
+    "evaluating",
+    "float_mode",
+    "kept",
+    "limited",
+    "progress",
+    "run_batch",
+    "unwrap",
+    "watching",
+]
 
 T = TypeVar("T")
 ToInputs = Callable[[Any], Any]
@@ -60,6 +71,17 @@ def float_mode(model: nn.Module, mode: str = "float") -> Iterator[None]:
     finally:
         for quantizer, mode in zip(quantizers, modes, strict=True):
             quantizer.mode = mode
+
+
+@contextmanager
+def watching(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks of modules at the end of the block, however it ends."""
+    hooks = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def run_batch(model: nn.Module, batch: Any, to_inputs: ToInputs | None = None) -> Any:
@@ -147,3 +169,15 @@ def limited(loader: Iterable[T], num_batches: int | None) -> tuple[Iterable[T], 
     if num_batches < 1:
         raise ConfigError(f"num_batches is {num_batches}; legal: 1 or more, or None for all")
     return itertools.islice(loader, num_batches), num_batches if total is None else min(total, num_batches)
+
+
+def kept(loader: Iterable[T], num_batches: int | None) -> list[T]:
+    """The first batches of a loader, in memory, for what goes over them several times.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    batches = list(limited(loader, num_batches)[0])
+    if not batches:
+        raise CalibrationError("the loader yielded no batch; give at least one")
+    return batches

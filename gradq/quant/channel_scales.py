@@ -212,10 +212,7 @@ def _source(
                 return layer
         return name, [], None
     if matches(node, traced, _RELU):
-        acts_of_relu: list[ActQuant] = []
-        layer = _only_reader(node.args[0], node, traced, acts_of_relu)
-        acts += acts_of_relu if layer is not None else []
-        return (name, [], None) if layer is None else layer
+        return _only_reader(node.args[0], node, traced, acts) or (name, [], None)
     linear = _linear(node, traced)
     return (name, [], None) if linear is None else (name, _rows(linear), linear)
 
@@ -234,7 +231,8 @@ def _only_reader(
     if not isinstance(value, fx.Node):
         return None
     node = _behind(value, traced)
-    layer, passed = _linear(node, traced), []  # type: tuple[QuantLinear | None, list[ActQuant]]
+    layer = _linear(node, traced)
+    passed: list[ActQuant] = []
     if layer is None or any(end is not reader for end in _ends(node, traced, passed)):
         return None
     acts += passed

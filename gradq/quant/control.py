@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradq.errors import CalibrationError, ConfigError
-from gradq.quant.batches import ToInputs, evaluating, float_mode, limited, run_batch
+from gradq.errors import ConfigError
+from gradq.quant.batches import ToInputs, evaluating, float_mode, kept, run_batch
 from gradq.quant.calibrate import calibrate
 from gradq.quant.config import Config, chosen_config
 from gradq.quant.fake import FakeQuantize
@@ -93,9 +93,7 @@ def prepare_within(
     if not max_loss >= 0:
         raise ConfigError(f"max_loss is {max_loss}; legal: 0 or more, in the unit of your figure")
     config = chosen_config(config)
-    batches = list(limited(loader, num_batches)[0])
-    if not batches:
-        raise CalibrationError("the loader yielded no batch; give at least one")
+    batches = kept(loader, num_batches)
     with evaluating(model):
         target = float(evaluate(model))
     tried: list[tuple[int, float]] = []

@@ -8,6 +8,7 @@ Shapes: T steps, B batch, I input size, H hidden size, D directions (1 or 2).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -209,11 +210,11 @@ class QuantLSTM(QuantLayer, nn.LSTM):
         from_x = self._matmul(x, self.input_quant, getattr(self, ih), self.quantizer(ih), None)
         if self.bias:
             from_x = from_x + (getattr(self, f"bias_ih{suffix}") + getattr(self, f"bias_hh{suffix}"))
-        weight, quantizer = getattr(self, hh), self.quantizer(hh)
+        from_h = self._product_with_hidden(hh)
         steps = range(x.shape[0])
         outputs: list[Any] = [None] * len(steps)
         for t in reversed(steps) if suffix.endswith("_reverse") else steps:
-            gates = from_x[t] + self._matmul(h, self.hidden_quant, weight, quantizer, None)
+            gates = from_x[t] + from_h(h)
             i, f, g, o = gates.chunk(4, -1)
             new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             new_h = o.sigmoid() * new_c.tanh()
@@ -223,3 +224,11 @@ class QuantLSTM(QuantLayer, nn.LSTM):
             h, c = new_h, new_c
             outputs[t] = h
         return torch.stack(outputs), h, c
+
+    def _product_with_hidden(self, key: str) -> Callable[[Tensor], Tensor]:
+        """The product of a hidden state with a weight, which is rounded once for all steps."""
+        weight, quantizer = getattr(self, key), self.quantizer(key)
+        if self.integer:
+            return lambda h: self._matmul(h, self.hidden_quant, weight, quantizer, None)
+        rounded = quantizer(weight)
+        return lambda h: functional.linear(self.hidden_quant(h), rounded)

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradq.errors import CalibrationError, ConfigError
-from gradq.quant.batches import ToInputs, evaluating, float_mode, limited, progress, run_batch, unwrap
+from gradq.errors import ConfigError
+from gradq.quant.batches import (
+    ToInputs,
+    evaluating,
+    float_mode,
+    kept,
+    progress,
+    run_batch,
+    unwrap,
+    watching,
+)
 from gradq.quant.modules import QuantLayer, QuantLinear, _QuantConv
 from gradq.quant.readers import widen_scales
 
@@ -54,19 +63,9 @@ def _record(
         return hook
 
     hooks = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
-    try:
+    with watching(hooks):
         for batch in batches:
             run_batch(model, batch, to_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _batches(loader: Iterable[Any], num_batches: int | None) -> list[Any]:
-    batches = list(limited(loader, num_batches)[0])
-    if not batches:
-        raise CalibrationError("the loader yielded no batch; give at least one")
-    return batches
 
 
 def _channel_mean(layer: QuantLayer, out: Tensor) -> Tensor:
@@ -105,7 +104,7 @@ def correct_bias(
         CalibrationError: no batch, or a quantizer without a range.
     """
     model = unwrap(model)
-    batches = _batches(loader, num_batches)
+    batches = kept(loader, num_batches)
     with evaluating(model):
         layers = {n: m for n, m in _layers(model, batches, to_inputs).items() if m.bias is not None}
         sums: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -182,7 +181,7 @@ def round_weights(
     if steps < 1 or lr <= 0:
         raise ConfigError(f"steps is {steps} and lr {lr}; legal: at least 1, greater than 0")
     model = unwrap(model)
-    batches = _batches(loader, num_batches)
+    batches = kept(loader, num_batches)
     with evaluating(model):
         layers = {
             n: m for n, m in _layers(model, batches, to_inputs).items() if m.weight_quant.format.is_uniform

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from gradq.errors import NonFiniteError, TraceError, UnsupportedError
-from gradq.quant.batches import evaluating, float_mode
+from gradq.quant.batches import evaluating, float_mode, watching
 from gradq.quant.folding import FoldRecord
 from gradq.quant.info import copy_model
 
@@ -178,12 +178,9 @@ class Expected:
 
         calls = [str(n.target) for n in traced.graph.nodes if n.op == "call_module"]
         hooks = watch(traced, calls, mine) + watch(self.model, [ends.get(n, n) for n in calls], theirs)
-        try:
+        with watching(hooks):
             self._run(traced)
             self._run(self.model)
-        finally:
-            for hook in hooks:
-                hook.remove()
         for name in dict.fromkeys(calls):
             other = theirs.get(ends.get(name, name))
             if name in mine and other is not None and difference(other, mine[name]) is not None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradq.errors import CalibrationError, ConfigError
-from gradq.quant.batches import ToInputs, evaluating, limited, progress, run_batch, unwrap
+from gradq.errors import ConfigError
+from gradq.quant.batches import ToInputs, evaluating, kept, progress, run_batch, unwrap, watching
 from gradq.quant.fake import WeightQuant
 from gradq.quant.modules import QuantLinear
 
@@ -55,9 +55,7 @@ def gptq(
     if not damping > 0:
         raise ConfigError(f"damping is {damping}; legal: greater than 0, for instance 0.01")
     model = unwrap(model)
-    batches = list(limited(loader, num_batches)[0])
-    if not batches:
-        raise CalibrationError("the loader yielded no batch; give at least one")
+    batches = kept(loader, num_batches)
     with evaluating(model):
         groups = _in_order(model, batches[0], to_inputs)
         for layers in progress(groups, "rounding by second moments", show=show_progress):
@@ -94,11 +92,8 @@ def _in_order(model: nn.Module, batch: Any, to_inputs: ToInputs | None) -> list[
         last[:] = inputs[0], module.input_quant
 
     hooks = [m.register_forward_hook(note) for m in found]
-    try:
+    with watching(hooks):
         run_batch(model, batch, to_inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return order
 
 
@@ -112,12 +107,9 @@ def _moments(model: nn.Module, layer: QuantLinear, batches: list[Any], to_inputs
         rows = x.detach().reshape(-1, layer.in_features)
         total.addmm_(rows.t().double(), rows.double())
 
-    hook = layer.register_forward_pre_hook(add)
-    try:
+    with watching([layer.register_forward_pre_hook(add)]):
         for batch in batches:
             run_batch(model, batch, to_inputs)
-    finally:
-        hook.remove()
     return total
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 from gradq.errors import CalibrationError, ConfigError, GradqError
-from gradq.quant.batches import ToInputs, evaluating, float_mode, limited, progress, run_batch, unwrap
+from gradq.quant.batches import ToInputs, evaluating, float_mode, kept, progress, run_batch, unwrap
 from gradq.quant.calibrate import weights
 
 __all__ = ["SensitivityReport", "SensitivityRow", "divergence", "sensitivity"]
@@ -181,10 +181,7 @@ def sensitivity(
     found = weights(model)
     if not found:
         raise CalibrationError(f"{type(model).__name__} has no quantized weights; call quant.prepare first")
-    items, _ = limited(loader, num_batches)
-    batches = list(items)
-    if not batches:
-        raise CalibrationError("the loader yielded no batch; give at least one")
+    batches = kept(loader, num_batches)
     rows: list[SensitivityRow] = []
     with evaluating(model), float_mode(model):
         reference = [_tensors(run_batch(model, batch, to_inputs)) for batch in batches]

@@ -15,8 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from gradq.errors import CalibrationError, ConfigError, UnsupportedError
-from gradq.quant.batches import ToInputs, evaluating, float_mode, limited, progress, run_batch, unwrap
+from gradq.errors import ConfigError, UnsupportedError
+from gradq.quant.batches import (
+    ToInputs,
+    evaluating,
+    float_mode,
+    kept,
+    progress,
+    run_batch,
+    unwrap,
+    watching,
+)
 from gradq.quant.channel_scales import Place, find_places
 from gradq.quant.fake import WeightQuant
 from gradq.quant.info import prepare_info
@@ -89,13 +98,9 @@ def smooth(
 
     with evaluating(plain):
         hooks = [_watch(p, lambda x, i=i: see(i, x)) for i, p in enumerate(places)]
-        try:
-            with float_mode(plain):
-                for batch in progress(batches, "looking at activations", show=show_progress):
-                    run_batch(plain, batch, to_inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with watching(hooks), float_mode(plain):
+            for batch in progress(batches, "looking at activations", show=show_progress):
+                run_batch(plain, batch, to_inputs)
         for i, place in enumerate(places):
             weights = torch.stack([r.weight.abs().amax(0) for r in place.readers.values()]).amax(0)
             x, w = peaks[i].double(), weights.double()
@@ -151,9 +156,7 @@ def _begin(
     plain = unwrap(model)
     prepare_info(plain)  # raises for a model that has no graph
     assert isinstance(plain, fx.GraphModule)
-    batches = list(limited(loader, num_batches)[0])
-    if not batches:
-        raise CalibrationError("the loader yielded no batch; give at least one")
+    batches = kept(loader, num_batches)
     places, left = find_places(plain)
     if not places:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3]) or "no linear layer"
@@ -185,12 +188,9 @@ def _statistics(
         means.add_(rows.abs().sum(0))
         moments.addmm_(rows.t(), rows)
 
-    hook = _watch(place, see)
-    try:
+    with watching([_watch(place, see)]):
         for batch in batches:
             run_batch(model, batch, to_inputs)
-    finally:
-        hook.remove()
     return means, moments
 
 
@@ -219,7 +219,8 @@ def _error(place: Place, scales: Tensor, moments: Tensor, observer: str | None =
         quantizer = WeightQuant(
             own.format, weight.shape, observer=observer or own.observer_kind, name=own.name
         )
-        quantizer.to(weight.device).fit(weight * scales)
-        difference = (quantizer(weight * scales) / scales - weight).float()
+        scaled = weight * scales
+        quantizer.to(weight.device).fit(scaled)
+        difference = (quantizer(scaled) / scales - weight).float()
         error += float(((difference @ moments) * difference).sum())
     return error

@@ -108,9 +108,8 @@ class Fixed(nn.Module):
         """
         if value is not self.value and value != self.value:
             raise ConfigError(
-                f"the model was prepared with {self.name}={self.value!r} and got {value!r}; prepare "
-                "it with that "
-                "value in example_inputs"
+                f"the model was prepared with {self.name}={self.value!r} and got {value!r}; prepare it with "
+                "that value in example_inputs"
             )
         return value
 
@@ -138,6 +137,5 @@ class FixedShape(nn.Module):
             wanted = [self.fixed.get(i, "any") for i in range(self.ndim)]
             raise ConfigError(
                 f"{self.name} has shape {list(x.shape)}; the model was prepared for {wanted}: "
-                "prepare it with an "
-                "example of the shape that is used"
+                "prepare it with an example of the shape that is used"
             )
