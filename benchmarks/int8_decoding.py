@@ -114,7 +114,7 @@ class Session:
 
     Args:
         path: from `write`.
-        cache: of length 0.
+        cache: the empty cache to begin with, of length 0.
     """
 
     def __init__(self, path: Path, cache: Cache):

@@ -27,7 +27,7 @@ class MessageLayout:
     """The slots of one message: of what a rank owns of every segment, or of whole segments.
 
     Args:
-        segments: of the chunk.
+        segments: the segments of the chunk, in order.
         world_size: number of ranks that own a shard of every segment; 1 takes whole segments.
         owner: the rank whose shards these are.
 

@@ -188,7 +188,7 @@ def device_of(names: Mapping[Tensor, str]) -> torch.device:
 
 
 def kind(thing: object) -> str:
-    """What something that is no model is, for a message."""
+    """The kind of an object that is not a model, for a message."""
     return (
         f"the class {thing.__name__}" if isinstance(thing, type) else f"an object of {type(thing).__name__}"
     )

@@ -33,7 +33,7 @@ def packing(num_bits: int, multiple: int = 8) -> tuple[Any, Any]:
 
     Args:
         num_bits: 1 to 7.
-        multiple: of which the number of codes is one: 8 takes them one by one, 64 mostly eight at a time; 0
+        multiple: what divides the number of codes: 8 takes them one by one, 64 mostly eight at a time; 0
             is for numbers that are not known and chooses between both.
 
     Returns:

@@ -31,9 +31,9 @@ def dither(key: int, blocks: Tensor, shift: int, padded: int) -> Tensor:
     Elements j and j + P/2 of a block take the low and the high half of one hash.
 
     Args:
-        key: from `rng.dither_key`.
+        key: the key from `rng.dither_key`.
         blocks: int64 [...], indices of blocks within the parameter.
-        shift: from `rng.dither_shift`.
+        shift: the shift from `rng.dither_shift`.
         padded: P.
     """
     keys = (mix32((blocks & _MASK32) ^ (key & _MASK32)) + (key >> 32)) & _MASK32

@@ -42,7 +42,7 @@ class Lock:
         """What load gives, at last; None if this process has the lock, or has waited long enough.
 
         Args:
-            path: of the lock; None for a kernel that is not kept.
+            path: the file of the lock; None for a kernel that is not kept.
             load: looks for what another process has made.
 
         Raises:

@@ -195,8 +195,8 @@ class LocalSteps(Handle):
         """Replace the parameters by their mean over ranks now: afterwards they are the same on all ranks.
 
         For the end of training. All ranks call it after the same step. What is under way is applied first.
-        The mean is a plain one, also in `DiLoCo`: this is no outer step. After a step that has averaged the
-        whole model it does nothing.
+        The mean is a plain one, also in `DiLoCo`, whose outer step is not taken. After a step that has
+        averaged the whole model it does nothing.
         """
         if self.pending is not None:
             self._apply()

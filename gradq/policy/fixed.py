@@ -132,7 +132,7 @@ def check_feedback(feedback: object) -> None:
 
 
 def exact_patterns(exact: str | Sequence[str]) -> tuple[str, ...]:
-    """The names and patterns in `FixedPolicy.exact`, if it is no predicate.
+    """The names and patterns that `FixedPolicy.exact` gives, where it is not a predicate.
 
     Raises:
         ConfigError: it is something else.

@@ -59,7 +59,7 @@ def float_mode(model: nn.Module, mode: str = "float") -> Iterator[None]:
     """Turn every quantizer of a model off: it computes in float.
 
     Args:
-        model: with quantizers.
+        model: a model with quantizers.
         mode: ``copy`` passes copies on, as a quantizer does: who changes a tensor in place behind it is seen.
     """
     quantizers = [m for m in model.modules() if isinstance(m, FakeQuantize)]

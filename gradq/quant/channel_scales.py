@@ -69,7 +69,7 @@ def find_places(traced: fx.GraphModule) -> tuple[list[Place], dict[str, str]]:
     """Every place of a graph, in the order in which it runs, and why the other linear layers have none.
 
     Args:
-        traced: from `gradq.quant.prepare`.
+        traced: the graph from `gradq.quant.prepare`.
 
     Returns:
         The places; linear layer → reason.

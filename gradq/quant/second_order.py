@@ -38,7 +38,7 @@ def gptq(
     linear are left as they are, and so is a layer for which the nearest codes are better on these batches.
 
     Args:
-        model: from `prepare` or `swap`, calibrated.
+        model: a model from `prepare` or `swap`, calibrated.
         loader: batches; no labels are needed.
         num_batches: batches to use; None for all.
         damping: share of the mean energy that is added to every input's.

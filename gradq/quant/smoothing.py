@@ -72,7 +72,7 @@ def smooth(
     transformers; where more than linear layers read a norm (post-norm), nothing can be moved.
 
     Args:
-        model: from `prepare`; calibrated or not.
+        model: a model from `prepare`; calibrated or not.
         loader: batches; no labels are needed.
         alpha: how much of the range is moved, 0 (nothing) to 1 (everything).
         num_batches: batches to use; None for all.
@@ -126,7 +126,7 @@ def awq(
     (C, C) matrix of moments is held at a time. `gptq` may follow.
 
     Args:
-        model: from `prepare`; for weights of few bits, with or without quantized activations.
+        model: a model from `prepare`; for weights of few bits, with or without quantized activations.
         loader: batches; no labels are needed.
         num_batches: batches to use; None for all.
         to_inputs: batch → the model's arguments, if the default does not fit.

@@ -35,7 +35,7 @@ class StepCheck:
     On CUDA nothing is asked of the device: the verdict is a tensor.
 
     Args:
-        device: of the means.
+        device: the device of the means.
 
     Attributes:
         state: fp64 [WINDOW + 1]: the norms of the last accepted steps, unscaled, oldest first, 0 where there

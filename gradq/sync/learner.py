@@ -35,7 +35,7 @@ class Learner:
     Args:
         group: the ranks.
         metrics: takes the measurements, and hands them to the policy.
-        seed: of the run.
+        seed: the seed of the run.
     """
 
     def __init__(self, group: dist.ProcessGroup, metrics: Metrics, seed: int) -> None:

@@ -29,7 +29,7 @@ class ResolvedPlan:
         local_world_size: ranks a node for "hierarchical", else 1.
         plan: the codecs; empty if gradients are left to a plain all-reduce.
         plain: the collective of the whole model.
-        collectives: of each parameter in the plan.
+        collectives: the collective of each parameter in the plan.
     """
 
     parameters: Mapping[str, ParameterInfo]

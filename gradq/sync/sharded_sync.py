@@ -147,8 +147,8 @@ class ShardedSync(Sync):
         Args:
             flat: [W * n], row r what rank r will own of the named parameters; this rank's row is overwritten.
             out: [n], gets factor times the mean over ranks.
-            names: of the parameters, in order.
-            index: of the unit.
+            names: the names of the parameters, in order.
+            index: the index of the unit.
             factor: W for a sum.
 
         Raises:

@@ -6,7 +6,7 @@ the elements [h, column]; or one for each h, of [l, column]. In the first the lo
 (distances 1, 2, 4, 8) are sums of whole tensors, in the second the high ones (16, 32, 64, 128) and the
 packing of codes. `swap` goes from one form to the other, through shared memory; nothing else does.
 
-There is no trellis: its search is one long chain of decisions.
+Trellis codes have no CUDA kernel: their search is one long chain of decisions.
 """
 
 from __future__ import annotations

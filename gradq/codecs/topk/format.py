@@ -47,8 +47,8 @@ class Block:
     Attributes:
         length: elements.
         kept: how many of them are sent.
-        num_bits: of a code.
-        low_bits: of an index that are sent as they are; the others are sent in unary.
+        num_bits: bits of a code.
+        low_bits: bits of an index that are sent as they are, the lowest ones; the others are sent in unary.
     """
 
     length: int

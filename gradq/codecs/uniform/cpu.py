@@ -94,7 +94,7 @@ def _encoder(num_bits: int, stochastic: bool, feedback: bool, usual: int) -> Any
     """The kernel for a form: only what that needs is compiled.
 
     Args:
-        num_bits: of a code.
+        num_bits: bits of a code.
         stochastic: how it rounds.
         feedback: whether there is a residual.
         usual: the block size with loops of its own; 0 for none.

@@ -70,7 +70,7 @@ def vector_seed(key: int, row: int, attempt: int) -> int:
 
     Args:
         key: 64-bit, from `rng.dither_key`.
-        row: of the basis.
+        row: the number of the basis's row.
         attempt: 1, 2, ...
     """
     return (key ^ (key >> 32) ^ (row * 0x9E3779B9) ^ (attempt * 0x85EBCA6B)) & _MASK32
