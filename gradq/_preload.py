@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+
 from gradq import codecs
 
 __all__: list[str] = []
+
+# DDP's constructor imports torch._dynamo, and that the half of torch: 2 s in every rank. A rank imports the
+# module of the function that it runs, so mostly pytest and Hypothesis.
+for _module in (
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "pytest",
+    "hypothesis",
+):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_module)
 
 for _spec in ("int8", "fp32"):
     codecs.from_spec(_spec).warm_up()
