@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,20 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+# what takes seconds in plain torch; all tables are one class, so by default one of them stands for the others
+LONG_IN_PLAIN_TORCH = {"memory", "decode_mean", "unbiased", "contractive", "nonfinite"}
+TABLES_WITH_ALL_CHECKS = ("nf4", "mxfp4(rounding=nearest)")
+
+
+def contracts():
+    """Every check of every codec; those of the baselines that take long are slow tests."""
+    for (name, check), spec in itertools.product(CHECKS.items(), SPECS):
+        is_table = spec.partition("(")[0] in TABLE_NAMES and spec not in TABLES_WITH_ALL_CHECKS
+        slow = [pytest.mark.slow] if is_table and name in LONG_IN_PLAIN_TORCH else []
+        yield pytest.param(check, spec, id=f"{name}-{spec}", marks=slow)
+
+
+@pytest.mark.parametrize(("check", "spec"), contracts())
 def test_contract(check, spec):
     check(codecs.from_spec(spec))
 
