@@ -1,4 +1,4 @@
-"""Fold batch norm into the layer before it, undo that exactly, and equalize channels across layers.
+"""Fold batch norm into the layer before it, or write it as a convolution; undo that; equalize channels.
 
 Shapes: O output channels. A fold is ``w·f`` and ``β + (b − μ)·f`` with ``f = γ/√(σ² + ε)``.
 """
@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FoldRecord", "equalize_pair", "fold_batch_norm", "unfold_batch_norm"]
+__all__ = [
+    "FoldRecord",
+    "batch_norm_of",
+    "convolution_of",
+    "equalize_pair",
+    "fold_batch_norm",
+    "unfold_batch_norm",
+]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -95,6 +102,48 @@ def unfold_batch_norm(weight: Tensor, bias: Tensor, layer: Any, bn: Any) -> None
         layer.bias.copy_((bias.double() / f + bn.running_mean.double()).to(layer.bias.dtype))
     else:
         bn.running_mean.copy_(-(bias.double() / f).to(bn.running_mean.dtype))
+
+
+@torch.no_grad()
+def convolution_of(bn: Any, dims: int) -> nn.Conv1d | nn.Conv2d:
+    """A batch norm in evaluation as a depthwise convolution of one element.
+
+    Args:
+        bn: C features with running statistics, γ and β; not changed.
+        dims: spatial dimensions of what it reads, 1 or 2.
+
+    Returns:
+        weight (C, 1, 1) or (C, 1, 1, 1) and bias (C,), new parameters.
+    """
+    f, beta = _factors(bn)
+    kind = nn.Conv1d if dims == 1 else nn.Conv2d
+    layer = kind(bn.num_features, bn.num_features, 1, groups=bn.num_features, device="meta")
+    for key, value in (
+        ("weight", f.view(-1, 1, *(1,) * dims)),
+        ("bias", beta - bn.running_mean.double() * f),
+    ):
+        layer._parameters[key] = nn.Parameter(value.to(bn.weight.dtype), bn.weight.requires_grad)
+    return layer.train(bn.training)
+
+
+@torch.no_grad()
+def batch_norm_of(weight: Tensor, bias: Tensor, bn: Any) -> None:
+    """Put the (since trained) parameters of a batch norm's convolution back into it, in place.
+
+    If they are still what `convolution_of` gives, the norm is left bit for bit as it was. Otherwise the
+    statistics stay, and γ and β change.
+
+    Args:
+        weight: (C, 1, 1) or (C, 1, 1, 1).
+        bias: (C,).
+        bn: the original batch norm.
+    """
+    layer = convolution_of(bn, weight.ndim - 2)
+    if torch.equal(layer.weight, weight) and torch.equal(layer.bias, bias):  # type: ignore[arg-type]
+        return
+    f = weight.flatten().double()
+    bn.weight.copy_((f * (bn.running_var.double() + bn.eps).sqrt()).to(bn.weight.dtype))
+    bn.bias.copy_((bias.double() + bn.running_mean.double() * f).to(bn.bias.dtype))
 
 
 @torch.no_grad()

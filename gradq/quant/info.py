@@ -44,6 +44,7 @@ class PrepareInfo:
         activations: names of the activation quantizers, in the graph's order.
         folded: which batch norms went into which layers.
         live: which batch norms are still live (``batch_norm="train"``).
+        convolved: names of the batch norms that are depthwise convolutions now.
         origin: the float model's copy, for `restore`; it shares every parameter that was not folded.
         example_inputs: positional and keyword arguments it was prepared with, for exporters.
         float_model: the model as given, or None if `prepare` was told not to keep it.
@@ -57,6 +58,7 @@ class PrepareInfo:
     activations: list[str] = field(default_factory=list)
     folded: list[FoldRecord] = field(default_factory=list)
     live: list[FoldRecord] = field(default_factory=list)
+    convolved: list[str] = field(default_factory=list)
     origin: nn.Module | None = None
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     float_model: FloatModel | None = None

@@ -21,10 +21,12 @@ __all__ = [
     "FUNCTIONS",
     "INTEGER_FUNCTIONS",
     "POOLS",
+    "behind_clips",
     "constants",
     "global_mean",
     "matches",
     "moves",
+    "only_leaves",
     "op_name",
     "pads_with_zeros",
     "repeats",
@@ -183,3 +185,21 @@ def constants(traced: fx.GraphModule) -> set[fx.Node]:
         if node.op not in ("placeholder", "output") and all(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def behind_clips(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
+    """Walk on from a layer through ReLU and its like, which belong to it if nothing else reads it."""
+    while len(node.users) == 1 and matches(following := next(iter(node.users)), traced, CLIPS):
+        node = following
+    return node
+
+
+def only_leaves(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """True if a value reaches nothing but the model's output, through what moves elements."""
+    return all(
+        user.op == "output"
+        or "keep" in user.meta
+        or (user.op == "call_module" and str(user.target) == "rebuild_output")
+        or (moves(user, traced) and only_leaves(user, traced))
+        for user in node.users
+    )

@@ -36,9 +36,11 @@ from gradq.quant.operators import (
     FUNCTIONS,
     INTEGER_FUNCTIONS,
     POOLS,
+    behind_clips,
     constants,
     matches,
     moves,
+    only_leaves,
     source_of,
     weight_layer,
 )
@@ -153,22 +155,9 @@ def _behind_convolutions(traced: fx.GraphModule, floats: dict[str, int], fmt: Fo
             continue
         if source_of(node.args[0], traced) not in plan.formats:
             continue  # its input stays in float, and so does it
-        end = node
-        while len(end.users) == 1 and matches(following := next(iter(end.users)), traced, CLIPS):
-            end = following
-        if end not in plan.formats and not _only_leaves(end, traced):
+        end = behind_clips(node, traced)
+        if end not in plan.formats and not only_leaves(end, traced):
             plan.add(end, fmt, everyone=True)
-
-
-def _only_leaves(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """True if a value reaches nothing but the model's output, through what moves elements."""
-    return all(
-        user.op == "output"
-        or "keep" in user.meta
-        or (user.op == "call_module" and str(user.target) == "rebuild_output")
-        or (moves(user, traced) and _only_leaves(user, traced))
-        for user in node.users
-    )
 
 
 def _insert(traced: fx.GraphModule, source: fx.Node, config: Config, plan: _Plan) -> str:

@@ -1,8 +1,8 @@
 """`prepare` makes a quantized copy of a model; `restore` undoes it; `finalize` folds live batch norm.
 
-The order: copy → trace → functionalize → fold batch norm → equalize (if asked) → swap layers → place
-activation
-quantizers. After each step the graph must compute what the user's untouched model computes.
+The order: copy → trace → functionalize → fold batch norm, or write it as a convolution → equalize (if asked)
+→ swap layers → place activation quantizers. After each step the graph must compute what the user's untouched
+model computes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from gradq.quant.batches import unwrap
 from gradq.quant.by_name import swap_info, unswapped
 from gradq.quant.config import Config, chosen_config
 from gradq.quant.exported import trace_by_export
-from gradq.quant.folding import fold_batch_norm, unfold_batch_norm
+from gradq.quant.folding import batch_norm_of, fold_batch_norm, unfold_batch_norm
 from gradq.quant.info import FloatModel, PrepareInfo, copy_model, float_model, prepare_info
 from gradq.quant.layers import make_layers
+from gradq.quant.lone_norms import convolve_batch_norms
 from gradq.quant.modules import _QuantConv
 from gradq.quant.mutation import functionalize
 from gradq.quant.placement import place_activations
@@ -47,9 +48,8 @@ def prepare(
 ) -> fx.GraphModule:
     """Make a quantized copy of a model.
 
-    Weights are fitted here; activations get their ranges in `gradq.quant.calibrate`. With its quantizers
-    off the
-    copy computes what the model computes on the example inputs in evaluation; anything else is an error.
+    Weights are fitted here; activations get their ranges in `gradq.quant.calibrate`. With its quantizers off
+    the copy computes what the model computes on the example inputs in evaluation; anything else is an error.
 
     Args:
         model: any model `torch.fx` can trace; untouched.
@@ -62,8 +62,7 @@ def prepare(
 
     Returns:
         A graph module with the model's parameter names, in the model's training mode (in evaluation if the
-        model
-        takes another path there: such a copy cannot be trained).
+        model takes another path there: such a copy cannot be trained).
 
     Raises:
         TraceError: the model cannot be traced, or its graph computes something else; the message names the
@@ -95,6 +94,8 @@ def _prepare(
     )  # fmt: skip
     fold_batch_norms(traced, config, info, floats)
     expected.check(traced, "folding batch norm", info.folded)
+    convolve_batch_norms(traced, config, info, floats)
+    expected.check(traced, "writing batch norm as convolutions", info.folded)
     if config.equalize:
         equalize(traced)
         expected.check(traced, "equalization")
@@ -236,6 +237,9 @@ def restore(model: nn.Module) -> nn.Module:
         unfold_batch_norm(
             now.weight, now.bias, plain.get_submodule(record.layer), plain.get_submodule(record.batch_norm)
         )
+    for name in info.convolved:
+        now = traced.get_submodule(name)
+        batch_norm_of(now.weight, now.bias, plain.get_submodule(name))
     for name, key in info.plain_weights:
         put_back(out.get_submodule(name), key, plain.get_submodule(name).get_parameter(key).detach())
     return out.train(traced.training)

@@ -64,8 +64,10 @@ def fold_batch_norms(traced: fx.GraphModule, config: Config, info: PrepareInfo, 
             reason = f"{before.target} or its output is used more than once"
         elif bn.running_var is None:
             reason = "it keeps no running statistics"
-        elif config.is_skipped(before.target) or config.is_skipped(node.target):
-            reason = "skipped by the configuration"
+        elif config.is_skipped(before.target):
+            reason = f"{before.target} is skipped by the configuration"
+        if config.is_skipped(node.target):
+            continue  # listed with everything that is skipped
         if reason is not None:
             info.float_islands.append((node.target, f"batch norm not folded: {reason}"))
             continue
