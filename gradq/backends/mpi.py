@@ -49,7 +49,7 @@ _progress: Progress | None = None
 def init(timeout: timedelta | None = None) -> None:
     """Start torch.distributed on the ranks that mpiexec has started. All of them call it.
 
-    In the place of `torch.distributed.init_process_group`; nothing of torchrun is needed. RANK, WORLD_SIZE,
+    It takes the place of `torch.distributed.init_process_group`; torchrun is not needed. RANK, WORLD_SIZE,
     LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set in the environment as torchrun would.
     An exception that nobody catches ends the whole job from then on.
 
@@ -96,11 +96,7 @@ def register() -> None:
 
 
 def _load() -> Any:
-    """The module mpi4py.MPI, checked.
-
-    Raises:
-        ConfigError: see `init`.
-    """
+    """The module mpi4py.MPI; raise ConfigError if it cannot be used, see `init`."""
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -154,11 +150,7 @@ def _open_store(world: Any, one_node: bool) -> TCPStore:
 
 
 def _own_address() -> str:
-    """An address of this host that other hosts can reach.
-
-    Raises:
-        ConfigError: this host has no such address.
-    """
+    """An address of this host that other hosts can reach; raise ConfigError if there is none."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if interface:
         import fcntl

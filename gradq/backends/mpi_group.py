@@ -10,8 +10,7 @@ name and its C++ (DDP, functional collectives) through virtual functions.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from gradq.backends.mpi_tensors import array, bits, copy_back, counts, flatten, rows, to_reduce, together
+from gradq.backends.mpi_tensors import array, bits, copy_back, flatten, in_parts, rows, to_reduce, together
+from gradq.backends.mpi_work import MPIWork, all_values
 from gradq.backends.progress import Operation, Progress
 from gradq.errors import ConfigError, PeerError, UnsupportedError
 
@@ -60,16 +60,9 @@ class MPIProcessGroup(dist.ProcessGroup):
         self._name = self._description = ""
         self.options = SimpleNamespace(_timeout=timeout)
         op = dist.ReduceOp
-        self._ops = {
-            op.SUM: MPI.SUM,
-            op.AVG: MPI.SUM,
-            op.PRODUCT: MPI.PROD,
-            op.MIN: MPI.MIN,
-            op.MAX: MPI.MAX,
-            op.BAND: MPI.BAND,
-            op.BOR: MPI.BOR,
-            op.BXOR: MPI.BXOR,
-        }
+        same = ("SUM", "MIN", "MAX", "BAND", "BOR", "BXOR")
+        self._ops = {getattr(op, name): getattr(MPI, name) for name in same}
+        self._ops |= {op.AVG: MPI.SUM, op.PRODUCT: MPI.PROD}
 
     # --- what torch asks a group about itself --------------------------------------------------------------
 
@@ -77,12 +70,10 @@ class MPIProcessGroup(dist.ProcessGroup):
         """The name it is registered under."""
         return BACKEND
 
-    def name(self) -> str:
-        """The same."""
-        return BACKEND
+    name = _get_backend_name = getBackendName
 
     def setGroupName(self, name: str) -> None:  # noqa: N802
-        """Torch names a group after it has made it."""
+        """Take the name that torch gives a group after it has made it."""
         self._name = name
 
     def getGroupName(self) -> str:  # noqa: N802
@@ -90,15 +81,12 @@ class MPIProcessGroup(dist.ProcessGroup):
         return self._name
 
     def setGroupDesc(self, description: str) -> None:  # noqa: N802
-        """What torch says the group is for."""
+        """Take the words in which torch says what the group is for."""
         self._description = description
 
     def getGroupDesc(self) -> str:  # noqa: N802
-        """The same."""
+        """The words that `setGroupDesc` was given."""
         return self._description
-
-    def _get_backend_name(self) -> str:
-        return BACKEND
 
     def _get_backend(self, device: torch.device) -> MPIProcessGroup:
         if device.type != "cpu":
@@ -109,18 +97,11 @@ class MPIProcessGroup(dist.ProcessGroup):
     def _device_types(self) -> list[torch.device]:
         return [torch.device("cpu")]
 
-    @property
-    def supports_coalescing(self) -> bool:
-        """Not needed: every operation is nonblocking."""
-        return False
-
-    @property
-    def supports_splitting(self) -> bool:
-        """`new_group` makes groups."""
-        return False
+    supports_coalescing = False  # every operation is nonblocking
+    supports_splitting = False  # `new_group` makes groups
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Of operations posted from now on."""
+        """Set the limit for operations that are posted from now on."""
         self._timeout_s = timeout.total_seconds()
         self.options._timeout = timeout
 
@@ -140,145 +121,102 @@ class MPIProcessGroup(dist.ProcessGroup):
 
     # --- collectives ---------------------------------------------------------------------------------------
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> _Work:
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> MPIWork:
         """Reduce every tensor over the ranks, in place."""
-        return self._reduce_all("allreduce", tensors, opts or dist.AllreduceOptions())
-
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any) -> _Work:
-        """The same, for several."""
-        return self._reduce_all("allreduce_coalesced", tensors, opts)
-
-    def _reduce_all(self, name: str, tensors: list[Tensor], opts: Any) -> _Work:
+        op = (opts or dist.AllreduceOptions()).reduceOp
         staged = [to_reduce(tensor) for tensor in tensors]
 
         def post() -> list[Any]:
-            mpi_op = self._op(opts.reduceOp, tensors)
+            mpi_op = self._op(op, tensors)
             return [self._collectives.Iallreduce(self._MPI.IN_PLACE, array(s), mpi_op) for s in staged]
 
-        def finish() -> list[Tensor]:
-            for tensor, reduced in zip(tensors, staged, strict=True):
-                self._unstage(tensor, reduced, opts.reduceOp)
-            return tensors
+        return self._launch("allreduce", post, zip(tensors, staged, strict=True), op=op)
 
-        return self._launch(name, post, finish, [staged])
+    allreduce_coalesced = allreduce
 
-    def reduce(self, tensors: list[Tensor], opts: Any) -> _Work:
+    def reduce(self, tensors: list[Tensor], opts: Any) -> MPIWork:
         """Reduce a tensor over the ranks, in place on the root."""
-        (tensor,) = tensors
+        (tensor,), root = tensors, opts.rootRank
         staged = to_reduce(tensor)
-        is_root = self.rank() == opts.rootRank
-        received = torch.empty_like(staged)
+        received = torch.empty_like(staged) if self.rank() == root else None
 
         def post() -> list[Any]:
-            mpi_op = self._op(opts.reduceOp, tensors)
-            target = array(received) if is_root else None
-            return [self._collectives.Ireduce(array(staged), target, mpi_op, opts.rootRank)]
+            target = None if received is None else array(received)
+            return [self._collectives.Ireduce(array(staged), target, self._op(opts.reduceOp, tensors), root)]
 
-        def finish() -> list[Tensor]:
-            if is_root:
-                self._unstage(tensor, received, opts.reduceOp)
-            return tensors
+        written = [] if received is None else [(tensor, received)]
+        return self._launch("reduce", post, written, [staged], op=opts.reduceOp)
 
-        return self._launch("reduce", post, finish, [staged, received])
-
-    def broadcast(self, tensors: list[Tensor], opts: Any) -> _Work:
+    def broadcast(self, tensors: list[Tensor], opts: Any) -> MPIWork:
         """Copy the root's tensor to all."""
         (tensor,) = tensors
         staged = flatten(tensor)
-
-        def finish() -> list[Tensor]:
-            copy_back(tensor, staged)
-            return tensors
-
         post = lambda: [self._collectives.Ibcast(array(bits(staged)), opts.rootRank)]  # noqa: E731
-        return self._launch("broadcast", post, finish, [staged])
+        return self._launch("broadcast", post, [(tensor, staged)])
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> _Work:
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> MPIWork:
         """Give every rank all ranks' tensors; they may differ in size."""
         return self._gather_all("allgather", outputs[0], inputs[0])
 
     def allgather_coalesced(
         self, output_lists: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
-    ) -> _Work:
+    ) -> MPIWork:
         """The same, for several; output_lists[k] are all ranks' inputs[k]."""
-        works = [
-            self._gather_all("allgather_coalesced", list(outputs), tensor)
-            for outputs, tensor in zip(output_lists, inputs, strict=True)
-        ]
-        return self._join(works)
+        pairs = zip(output_lists, inputs, strict=True)
+        return self._join([self._gather_all("allgather_coalesced", *pair).done for pair in pairs])
 
-    def _gather_all(self, name: str, outputs: Sequence[Tensor], tensor: Tensor) -> _Work:
+    def _gather_all(self, name: str, outputs: Sequence[Tensor], tensor: Tensor) -> MPIWork:
         staged = flatten(tensor)
         flat, views = together(outputs, tensor)
 
         def post() -> list[Any]:
-            receive = (array(bits(flat)), counts([view.numel() for view in views], flat))
             in_place = staged.data_ptr() == views[self.rank()].data_ptr()  # FSDP gathers so
             send = self._MPI.IN_PLACE if in_place else array(bits(staged))
-            return [self._collectives.Iallgatherv(send, receive)]
+            return [self._collectives.Iallgatherv(send, in_parts(flat, views))]
 
-        def finish() -> list[Tensor]:
-            for output, view in zip(outputs, views, strict=True):
-                copy_back(output, view)
-            return list(outputs)
+        return self._launch(name, post, zip(outputs, views, strict=True), [staged])
 
-        return self._launch(name, post, finish, [staged, flat])
-
-    def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> _Work:
+    def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> MPIWork:
         """Give every rank all ranks' tensors in one, one after another."""
         return self._gather_all("all_gather_single", rows(output, self.size()), tensor)
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
-    ) -> _Work:
+    ) -> MPIWork:
         """The same, for several."""
-        return self._join(
-            [self.all_gather_single(output, tensor) for output, tensor in zip(outputs, inputs, strict=True)]
-        )
+        return self._join([self.all_gather_single(*p).done for p in zip(outputs, inputs, strict=True)])
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> _Work:
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> MPIWork:
         """Give the root all ranks' tensors."""
-        (tensor,) = inputs
-        staged, root = flatten(tensor), opts.rootRank
-        targets = outputs[0] if self.rank() == root else []
+        (tensor,), root = inputs, opts.rootRank
+        staged, targets = flatten(tensor), outputs[0] if self.rank() == root else []
         flat, views = together(targets, tensor)
 
         def post() -> list[Any]:
-            receive = (array(bits(flat)), counts([v.numel() for v in views], flat)) if targets else None
+            receive = in_parts(flat, views) if targets else None
             return [self._collectives.Igatherv(array(bits(staged)), receive, root)]
 
-        def finish() -> list[Tensor]:
-            for output, view in zip(targets, views, strict=True):
-                copy_back(output, view)
-            return list(targets)
+        return self._launch("gather", post, zip(targets, views, strict=True), [staged])
 
-        return self._launch("gather", post, finish, [staged, flat])
-
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> _Work:
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> MPIWork:
         """Give every rank its tensor of the root's list."""
-        (output,) = outputs
-        root = opts.rootRank
-        sources = inputs[0] if self.rank() == root else []
-        staged = flatten(output)
+        (output,), root = outputs, opts.rootRank
+        staged, sources = flatten(output), inputs[0] if self.rank() == root else []
         flat, views = together(sources, output)
         for source, view in zip(sources, views, strict=True):
             view.copy_(source.detach().reshape(-1))
 
         def post() -> list[Any]:
-            send = (array(bits(flat)), counts([v.numel() for v in views], flat)) if sources else None
+            send = in_parts(flat, views) if sources else None
             return [self._collectives.Iscatterv(send, array(bits(staged)), root)]
 
-        def finish() -> list[Tensor]:
-            copy_back(output, staged)
-            return outputs
+        return self._launch("scatter", post, [(output, staged)], [flat])
 
-        return self._launch("scatter", post, finish, [staged, flat])
-
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> _Work:
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> MPIWork:
         """Reduce a list of tensors over the ranks; each rank gets its own. They may differ in size."""
         return self._reduce_scatter("reduce_scatter", outputs[0], inputs[0], opts.reduceOp)
 
-    def _reduce_scatter(self, name: str, output: Tensor, parts: Sequence[Tensor], op: Any) -> _Work:
+    def _reduce_scatter(self, name: str, output: Tensor, parts: Sequence[Tensor], op: Any) -> MPIWork:
         flat = torch.cat([part.detach().reshape(-1) for part in parts])
         staged = to_reduce(flat)
         numels = [part.numel() * staged.numel() // max(flat.numel(), 1) for part in parts]
@@ -288,26 +226,21 @@ class MPIProcessGroup(dist.ProcessGroup):
             mpi_op = self._op(op, parts)
             return [self._collectives.Ireduce_scatter(array(staged), array(received), numels, mpi_op)]
 
-        def finish() -> list[Tensor]:
-            self._unstage(output, received, op)
-            return [output]
+        return self._launch(name, post, [(output, received)], [staged], op=op)
 
-        return self._launch(name, post, finish, [staged, received])
-
-    def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any) -> _Work:
+    def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any) -> MPIWork:
         """Reduce a tensor of W equal parts over the ranks; each rank gets its own part."""
         parts = rows(tensor, self.size())
         return self._reduce_scatter("reduce_scatter_single", output, parts, opts.reduceOp)
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any
-    ) -> _Work:
+    ) -> MPIWork:
         """The same, for several."""
-        return self._join(
-            [self.reduce_scatter_single(output, t, opts) for output, t in zip(outputs, inputs, strict=True)]
-        )
+        pairs = zip(outputs, inputs, strict=True)
+        return self._join([self.reduce_scatter_single(*pair, opts).done for pair in pairs])
 
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> _Work:
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MPIWork:
         """Send inputs[r] to every rank r, and receive outputs[r] from it."""
         return self._exchange("alltoall", outputs, inputs)
 
@@ -318,65 +251,50 @@ class MPIProcessGroup(dist.ProcessGroup):
         output_sizes: list[int],
         input_sizes: list[int],
         opts: Any = None,
-    ) -> _Work:
+    ) -> MPIWork:
         """The same with one tensor each, cut along its first dimension."""
         outputs = output.split(list(output_sizes)) if output_sizes else rows(output, self.size())
         inputs = tensor.split(list(input_sizes)) if input_sizes else rows(tensor, self.size())
         return self._exchange("all_to_all_single", outputs, inputs)
 
-    def _exchange(self, name: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Work:
+    def _exchange(self, name: str, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> MPIWork:
         sent, pieces = together(inputs, inputs[0])
         for piece, tensor in zip(pieces, inputs, strict=True):
             piece.copy_(tensor.detach().reshape(-1))
         received, views = together(outputs, inputs[0])
+        post = lambda: [self._collectives.Ialltoallv(in_parts(sent, pieces), in_parts(received, views))]  # noqa: E731
+        return self._launch(name, post, zip(outputs, views, strict=True), [sent])
 
-        def post() -> list[Any]:
-            send = (array(bits(sent)), counts([piece.numel() for piece in pieces], sent))
-            receive = (array(bits(received)), counts([view.numel() for view in views], received))
-            return [self._collectives.Ialltoallv(send, receive)]
-
-        def finish() -> list[Tensor]:
-            for output, view in zip(outputs, views, strict=True):
-                copy_back(output, view)
-            return list(outputs)
-
-        return self._launch(name, post, finish, [sent, received])
-
-    def barrier(self, opts: Any = None) -> _Work:
-        """Done when all ranks have come."""
-        return self._launch("barrier", lambda: [self._collectives.Ibarrier()], list, [])
+    def barrier(self, opts: Any = None) -> MPIWork:
+        """Wait for all ranks: the work is done when the last one has come."""
+        return self._launch("barrier", lambda: [self._collectives.Ibarrier()])
 
     # --- messages between two ranks ------------------------------------------------------------------------
 
-    def send(self, tensors: list[Tensor], peer: int, tag: int) -> _Work:
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> MPIWork:
         """Send a tensor to a rank of the group."""
         staged = flatten(tensors[0])
         self._check_tag(tag)
         post = lambda: [self._messages.Isend(array(bits(staged)), peer, tag)]  # noqa: E731
-        return self._launch(f"send to rank {peer}", post, lambda: tensors, [staged])
+        return self._launch(f"send to rank {peer}", post, keep=[staged])
 
-    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> _Work:
+    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> MPIWork:
         """Receive a tensor from a rank of the group."""
         return self._receive(tensors, peer, tag, f"receive from rank {peer}")
 
-    def recv_anysource(self, tensors: list[Tensor], tag: int) -> _Work:
+    def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:
         """Receive a tensor from any rank; the work says from which."""
         statuses = [self._MPI.Status()]
         return self._receive(tensors, self._MPI.ANY_SOURCE, tag, "receive from any rank", statuses)
 
     def _receive(
         self, tensors: list[Tensor], peer: int, tag: int, name: str, statuses: list[Any] | None = None
-    ) -> _Work:
+    ) -> MPIWork:
         (tensor,) = tensors
         staged = flatten(tensor)
         self._check_tag(tag)
-
-        def finish() -> list[Tensor]:
-            copy_back(tensor, staged)
-            return tensors
-
         post = lambda: [self._messages.Irecv(array(bits(staged)), peer, tag)]  # noqa: E731
-        return self._launch(name, post, finish, [staged], statuses)
+        return self._launch(name, post, [(tensor, staged)], statuses=statuses)
 
     def _check_tag(self, tag: int) -> None:
         if not 0 <= tag <= self._highest_tag:
@@ -388,15 +306,31 @@ class MPIProcessGroup(dist.ProcessGroup):
         self,
         name: str,
         post: Callable[[], list[Any]],
-        finish: Callable[[], list[Tensor]],
-        keep: list[Any],
+        written: Iterable[tuple[Tensor, Tensor]] = (),
+        keep: Sequence[Tensor] = (),
+        op: Any = None,
         statuses: list[Any] | None = None,
-    ) -> _Work:
+    ) -> MPIWork:
         """Post an operation and have it watched.
+
+        Args:
+            name: the name in error messages.
+            post: a function that posts it and returns MPI's requests.
+            written: the tensors that it writes, each with the flat tensor that MPI writes in its place.
+            keep: the other buffers that MPI reads or writes.
+            op: torch's operation, where it reduces.
+            statuses: see `Operation`.
 
         Raises:
             PeerError: the group has failed before.
         """
+        pairs = list(written)
+
+        def finish() -> list[Tensor]:
+            for tensor, flat in pairs:
+                self._unstage(tensor, flat, op)
+            return [tensor for tensor, _ in pairs]
+
         with self._posting:
             if self._failure is not None:
                 raise PeerError(f"{name}: the process group has failed before: {self._failure}")
@@ -404,25 +338,25 @@ class MPIProcessGroup(dist.ProcessGroup):
                 raise ConfigError(f"{name}: the process group was destroyed")
             where = f"MPI {name} in group {self._name!r} on rank {self.rank()}"
             requests = post()
-        operation = Operation(requests, finish, where, self._timeout_s, self._fail, keep, statuses)
+        operation = Operation(requests, finish, where, self._timeout_s, self._fail, [pairs, keep], statuses)
         self._progress.watch(operation)
         return self._work(operation.done, statuses[0] if statuses else None)
 
-    def _work(self, done: Future[Any], status: Any = None) -> _Work:
+    def _work(self, done: Future[Any], status: Any = None) -> MPIWork:
         if self._coalesced is not None:
             self._coalesced.append(done)
-        return _Work(done, status)
+        return MPIWork(done, status)
 
-    def _join(self, works: list[_Work]) -> _Work:
-        """One work for several."""
-        return self._work(torch.futures.collect_all([work._done for work in works]).then(_values))
+    def _join(self, futures: list[Future[Any]]) -> MPIWork:
+        """One work for several operations."""
+        return self._work(torch.futures.collect_all(futures).then(all_values))
 
     def _start_coalescing(self, device: torch.device) -> None:
         self._coalesced = []
 
-    def _end_coalescing(self, device: torch.device) -> _Work:
+    def _end_coalescing(self, device: torch.device) -> MPIWork:
         done, self._coalesced = self._coalesced or [], None
-        return self._work(torch.futures.collect_all(done).then(_values))
+        return self._join(done)
 
     def _fail(self, error: PeerError) -> None:
         self._failure = self._failure or error
@@ -430,11 +364,7 @@ class MPIProcessGroup(dist.ProcessGroup):
     # --- reductions ----------------------------------------------------------------------------------------
 
     def _op(self, op: Any, tensors: Sequence[Tensor]) -> Any:
-        """MPI's operation for torch's.
-
-        Raises:
-            UnsupportedError: MPI has none for these tensors.
-        """
+        """MPI's operation for torch's; raise UnsupportedError if MPI has none for these tensors."""
         kind = next((known for known in self._ops if op == known), None)
         dtype, ops = tensors[0].dtype, dist.ReduceOp
         bitwise, additive = kind in (ops.BAND, ops.BOR, ops.BXOR), kind in (ops.SUM, ops.AVG)
@@ -447,13 +377,13 @@ class MPIProcessGroup(dist.ProcessGroup):
             return self._MPI.MIN if kind in both else self._MPI.MAX
         return self._ops[kind]
 
-    def _unstage(self, tensor: Tensor, reduced: Tensor, op: Any) -> None:
-        """Put a reduced flat tensor where it belongs."""
-        if op == dist.ReduceOp.AVG:
-            reduced = reduced.div_(self.size()) if reduced.is_floating_point() else reduced // self.size()
-        if tensor.is_complex():
-            reduced = torch.view_as_complex(reduced.view(-1, 2))
-        copy_back(tensor, reduced)
+    def _unstage(self, tensor: Tensor, flat: Tensor, op: Any) -> None:
+        """Copy what MPI has written back to the tensor, divided where the operation is AVG."""
+        if op is not None and op == dist.ReduceOp.AVG:
+            flat = flat.div_(self.size()) if flat.is_floating_point() else flat // self.size()
+        if tensor.is_complex() and not flat.is_complex():
+            flat = torch.view_as_complex(flat.view(-1, 2))
+        copy_back(tensor, flat)
 
     # --- the names these had before torch 2.13 -------------------------------------------------------------
 
@@ -462,72 +392,3 @@ class MPIProcessGroup(dist.ProcessGroup):
     alltoall_base = all_to_all_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-
-
-class _Work(dist.Work):
-    """An operation under way; unlike the work that torch makes of a future, it raises when it failed.
-
-    Args:
-        done: the future of the tensors, or of the error.
-        status: MPI's status of a receive from any rank.
-    """
-
-    def __init__(self, done: Future[Any], status: Any = None) -> None:
-        super().__init__()
-        self._done, self._status = done, status
-        self._future = done.then(_value)
-
-    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Return when it is done.
-
-        Raises:
-            PeerError: it failed, or is not done after the timeout (0: the group's own).
-        """
-        deadline = time.monotonic() + timeout.total_seconds()
-        while timeout > timedelta(0) and not self._done.done():
-            if time.monotonic() > deadline:
-                raise PeerError(f"an MPI operation is not done after {timeout.total_seconds():g} s")
-            time.sleep(1e-3)
-        self._done.wait()
-        _value(self._done)
-        return True
-
-    synchronize = wait
-
-    def is_completed(self) -> bool:
-        """Whether it is done."""
-        return self._done.done()
-
-    def is_success(self) -> bool:
-        """Whether it is done without an error."""
-        return self._done.done() and not isinstance(self._done.value(), BaseException)
-
-    def exception(self) -> BaseException | None:
-        """The error, if it has failed."""
-        outcome = self._done.value() if self._done.done() else None
-        return outcome if isinstance(outcome, BaseException) else None
-
-    def result(self) -> list[Tensor]:
-        """The tensors that were written."""
-        return _value(self._done)
-
-    def get_future(self) -> Future[list[Tensor]]:
-        """Of the tensors; raises when the operation failed. What DDP waits for."""
-        return self._future
-
-    def _source_rank(self) -> int:
-        return int(self._status.Get_source())
-
-
-def _value(done: Future[Any]) -> list[Tensor]:
-    outcome = done.value()
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return list(outcome)
-
-
-def _values(done: Future[list[Future[Any]]]) -> list[Tensor] | BaseException:
-    """Of several futures: all tensors, or the first error."""
-    outcomes = [future.value() for future in done.value()]
-    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    return errors[0] if errors else [tensor for outcome in outcomes for tensor in outcome]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradq.errors import ConfigError, UnsupportedError
 
-__all__ = ["array", "bits", "copy_back", "counts", "flatten", "rows", "to_reduce", "together"]
+__all__ = ["array", "bits", "copy_back", "flatten", "in_parts", "rows", "to_reduce", "together"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.bool: torch.uint8}
@@ -76,9 +76,9 @@ def bits(flat: Tensor) -> Tensor:
     return flat.view(_BITS[min(flat.itemsize, 8)])
 
 
-def counts(numels: Sequence[int], flat: Tensor) -> list[int]:
-    """How many elements of `bits(flat)` each part has."""
-    return [numel * max(flat.itemsize // 8, 1) for numel in numels]
+def in_parts(flat: Tensor, parts: Sequence[Tensor]) -> tuple[Any, list[int]]:
+    """A flat tensor in parts as mpi4py takes it: its memory, and how many integers of it each part has."""
+    return array(bits(flat)), [part.numel() * max(flat.itemsize // 8, 1) for part in parts]
 
 
 def array(flat: Tensor) -> Any:
