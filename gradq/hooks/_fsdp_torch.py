@@ -56,7 +56,7 @@ class Shard:
         name: the name in `named_parameters()`, without the names of wrappers.
         shape: the shape of the whole parameter.
         dim: the dimension that is sharded.
-        chunk: the number of elements that every rank holds, padding included.
+        shard_numel: the number of elements that every rank holds, padding included.
         reduce_dtype: the dtype of its gradient when it is reduced.
         gather_dtype: the dtype of the parameter when it is gathered.
         handle: the FSDPParam of torch.
@@ -65,7 +65,7 @@ class Shard:
     name: str
     shape: tuple[int, ...]
     dim: int
-    chunk: int
+    shard_numel: int
     reduce_dtype: torch.dtype
     gather_dtype: torch.dtype
     handle: Any
@@ -85,6 +85,23 @@ class Shard:
             or handle.unsharded_param.grad is not None
             or (zeros_too and handle.unsharded_param.requires_grad)
         )
+
+
+class _Comm:
+    """FSDP's interface of a reduction or a gathering: memory, and a call.
+
+    Args:
+        call: a function of FSDP's arguments: output_tensor, input_tensor, group, async_op, and op to reduce.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._call(*args, **kwargs)
 
 
 class Unit:
@@ -137,15 +154,6 @@ class Unit:
         after = self._group.post_forward_mesh_info
         return after is not None and after != self._group.mesh_info
 
-    def set_reduce_scatter(self, comm: Any) -> None:
-        """Use comm for the reduction.
-
-        Raises:
-            UnsupportedError: it already has one of its own, or this torch has no such hook.
-        """
-        self._set_comm("reduce_scatter", "DefaultReduceScatter", comm)
-        self.watch()
-
     def watch(self) -> None:
         """Keep `reducing` up to date: FSDP leaves out parameters that have no gradient."""
         inner = _need(self._group, "post_backward")
@@ -158,25 +166,29 @@ class Unit:
         self._group.post_backward = post_backward
         self._undo["watch"] = lambda: delattr(self._group, "post_backward")
 
-    def set_all_gather(self, comm: Any) -> None:
-        """Use comm to gather the parameters; raises as `set_reduce_scatter`."""
-        self._set_comm("all_gather", "DefaultAllGather", comm)
+    def set_comm(self, what: str, call: Callable[..., None]) -> None:
+        """Have FSDP call a function in the place of its own communication.
 
-    def _set_comm(self, what: str, default: str, comm: Any) -> None:
+        Args:
+            what: "reduce_scatter" or "all_gather".
+            call: the function; see `_Comm`.
+
+        Raises:
+            UnsupportedError: the unit already has one that is not FSDP's, or this torch has no such hook.
+        """
         install = _need(self._module, f"set_custom_{what}")
         before = _need(self._group, f"_{what}_comm")
-        if type(before).__name__ != default:
-            ours = type(before).__module__.startswith("gradq.")
-            raise UnsupportedError(
+        if type(before).__name__ != f"Default{what.title().replace('_', '')}":
+            found = (
                 f"module {self.path!r} already has a custom {what.replace('_', '-')}, {type(before).__name__}"
-                + (
+            )
+            if isinstance(before, _Comm):
+                found += (
                     ": another gradq handle compresses it. Close that one first; or, if two models share the "
                     "module, call gradq.compress once: on an nn.ModuleList of both"
-                    if ours
-                    else ""
                 )
-            )
-        install(comm)
+            raise UnsupportedError(found)
+        install(_Comm(call))
         self._undo[what] = lambda: install(before)
 
     def set_replica_hook(self, hook: Callable[[Tensor], None]) -> None:
@@ -229,7 +241,7 @@ def _shard(handle: Any, policy: Any, names: dict[int, str]) -> Shard:
         name=f"{path}.{info.param_name}" if path else info.param_name,
         shape=tuple(_need(handle, "_orig_size")),
         dim=_need(handle, "fsdp_placement").dim,
-        chunk=_need(handle, "padded_sharded_param_size").numel(),
+        shard_numel=_need(handle, "padded_sharded_param_size").numel(),
         reduce_dtype=policy.reduce_dtype or gather_dtype,
         gather_dtype=gather_dtype,
         handle=handle,

@@ -23,7 +23,6 @@ from gradq.codecs import Codec, ExactCodec
 from gradq.errors import ConfigError, UnsupportedError
 from gradq.hooks import _fsdp_torch, sharded
 from gradq.hooks._backward import OutermostBackward
-from gradq.hooks._fsdp_comm import AllGatherComm, ReduceScatterComm
 from gradq.hooks._fsdp_torch import Shard, Unit
 from gradq.hooks.handle import GradientHandle
 from gradq.metrics import Event, Stats
@@ -31,7 +30,7 @@ from gradq.options import Options, SyncConfig, asked_for
 from gradq.policy import AdaptivePolicy, Asked, FixedPolicy, ParameterInfo, Plan, Policy, Spec, label, resolve
 from gradq.sync.gradient_sync import GradientSync
 from gradq.sync.sharded_sync import ShardedSync
-from gradq.transport.handshake import tell
+from gradq.transport.handshake import telling
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,9 +87,7 @@ class ShardedHandle(GradientHandle):
             replicate_group, self._own_replicas = None, False  # a mesh of 1 x S is plain FSDP
         self._has_replicas = replicate_group is not None
         self._partial: dict[int, Tensor] = {}
-        self._backward = OutermostBackward(self._begin_step, self._end_step, self._abandon_step)
-        problem: BaseException | None = None
-        try:
+        with telling(replicate_group), telling(shard_group):  # the other ranks wait in the handshake
             self._options = chosen = Options.of("FSDP2", options, overrides)
             config = chosen.config()
             if native is not None and asked_group is not None:
@@ -109,7 +106,7 @@ class ShardedHandle(GradientHandle):
                 shard_label = label(asked)
             self._shards = ShardedSync(
                 sharded.describe(self._all()),
-                {shard.name: shard.chunk for shard in self._all()},
+                {shard.name: shard.shard_numel for shard in self._all()},
                 shard_policy,
                 shard_label,
                 shard_group,
@@ -117,24 +114,15 @@ class ShardedHandle(GradientHandle):
                 self._gather_plan(chosen.gather_spec),
                 self._units[0].device,
             )
-        except BaseException as error:
-            problem = error
-            tell(error, shard_group)  # the others are waiting in the handshake
-        if replicate_group is not None:  # ... and those in the other dimension of the mesh
-            if problem is not None:
-                tell(problem, replicate_group)
-                raise problem
-            self._replicated = self._shards.replicas = self._replicas(policy, replicate_group, config)
-            self.sync = self._replicated
-            self._checkpoint_path = (f"shard{shard_group.rank()}of{shard_group.size()}",)
-        elif problem is not None:
-            raise problem
-        else:
-            self.sync = self._shards
+        self.sync = self._shards
+        if replicate_group is not None:
+            self.sync = self._shards.replicas = self._replicas(policy, replicate_group, config)
+        shards = self._shards
+        self._backward = OutermostBackward(shards.begin_step, shards.end_step, shards.abandon)
         try:
             self._check_feedback(self._shards.plan, of_whole=True)
             self._check_feedback(self.sync.plan)
-            self._install(has_replicas=self._has_replicas)
+            self._install()
         except BaseException:
             self.close()
             raise
@@ -185,7 +173,7 @@ class ShardedHandle(GradientHandle):
     def _replicas(self, policy: Policy | None, group: dist.ProcessGroup, config: SyncConfig) -> GradientSync:
         """What averages this rank's shards over the replicas."""
         infos = [
-            ParameterInfo(name=shard.name, shape=(shard.chunk,), dtype=shard.reduce_dtype, index=index)
+            ParameterInfo(name=shard.name, shape=(shard.shard_numel,), dtype=shard.reduce_dtype, index=index)
             for index, shard in enumerate(self._all())
         ]
         own = dataclasses.replace(config, seed=_shard_seed(config.seed, self._shards.rank))
@@ -201,49 +189,39 @@ class ShardedHandle(GradientHandle):
 
     # --- what FSDP calls --------------------------------------------------------------------------------
 
-    def _install(self, *, has_replicas: bool) -> None:
+    def _install(self) -> None:
         for unit in self._units:
-            if not has_replicas or self._shards.plan:
-                unit.set_reduce_scatter(ReduceScatterComm(partial(self.reduce, unit)))
-            if has_replicas:
-                if not self._shards.plan:
-                    unit.watch()
+            if not self._has_replicas or self._shards.plan:
+                unit.set_comm("reduce_scatter", partial(self.reduce, unit))
+            if self._has_replicas:
                 unit.set_replica_hook(partial(self.average_replicas, unit))
             if self._shards.gather_plan:
-                unit.set_all_gather(AllGatherComm(partial(self.gather, unit)))
+                unit.set_comm("all_gather", partial(self.gather, unit))
+            unit.watch()
 
-    def _begin_step(self) -> None:
-        """The first reduction of an outermost backward."""
-        self._shards.step = self.sync.step  # a checkpoint may have set it
-        self._shards.begin_step()
-
-    def _end_step(self) -> None:
-        """The end of the outermost backward."""
-        if self.failure is None:
-            self._shards.end_step()
-
-    def _abandon_step(self) -> None:
-        """The last backward raised half-way."""
-        self._shards.abandon()
-
-    def reduce(self, unit: Unit, out: Tensor, flat: Tensor, op: Any, group: dist.ProcessGroup) -> None:
+    def reduce(
+        self, unit: Unit, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **unused: Any
+    ) -> None:
         """Reduce the gradients of one unit; what FSDP calls in the place of its reduce-scatter."""
         shards = self._shards
         self._backward.enter()
         if shards.is_plain or shards.world_size == 1:  # torch 2.9 reduces over one rank, later ones do not
-            nbytes = flat.nbytes * (shards.world_size - 1) // shards.world_size
+            nbytes = input_tensor.nbytes * (shards.world_size - 1) // shards.world_size
             for kind in ("dense_bytes", "wire_bytes"):
                 shards.metrics.record(Event(kind, nbytes, shards.step, unit.index))
-            _fsdp_torch.reduce_scatter(out, flat, op, group)
+            _fsdp_torch.reduce_scatter(output_tensor, input_tensor, op, group)
             return
-        shards.reduce_scatter(
-            flat, out, unit.reducing, index=unit.index, factor=_factor(op, unit, shards.world_size)
-        )
+        factor = _factor(op, unit, shards.world_size)
+        shards.reduce_scatter(input_tensor, output_tensor, unit.reducing, index=unit.index, factor=factor)
 
-    def gather(self, unit: Unit, flat: Tensor) -> None:
+    def gather(
+        self, unit: Unit, output_tensor: Tensor, input_tensor: Tensor, group: Any, **unused: Any
+    ) -> None:
         """Gather the parameters of one unit; what FSDP calls in the place of its all-gather."""
-        names = [shard.name for shard in unit.shards]
-        self._shards.all_gather(flat, names, index=unit.index)
+        row = output_tensor.view(group.size(), -1)[group.rank()]
+        if row.data_ptr() != input_tensor.data_ptr():
+            row.copy_(input_tensor.view(-1))
+        self._shards.all_gather(output_tensor, [shard.name for shard in unit.shards], index=unit.index)
 
     def average_replicas(self, unit: Unit, shard: Tensor) -> None:
         """Average the reduced gradients of one unit over the replicas.
@@ -251,7 +229,8 @@ class ShardedHandle(GradientHandle):
         As in FSDP itself, with `set_gradient_divide_factor` replicas are summed, and while
         `set_requires_all_reduce(False)` holds they are only collected.
         """
-        sync = self._replicated
+        sync = self._shards.replicas
+        assert sync is not None
         self._backward.enter()
         if self._shards.is_plain:
             self._shards.enter(unit.index)
@@ -264,7 +243,8 @@ class ShardedHandle(GradientHandle):
             shard += self._partial.pop(unit.index)
         if sync.failure is not None:
             raise sync.failure
-        sync.wait(sync.average(shard, unit.reducing, index=unit.index + 1))  # as it is in the header
+        # The header of a message holds the index, and wire format 1 counts units from 1 there.
+        sync.wait(sync.average(shard, unit.reducing, index=unit.index + 1))
         if unit.divide_factor is not None:
             shard *= sync.world_size
 
@@ -294,7 +274,8 @@ class ShardedHandle(GradientHandle):
     @property
     def checkpoint_path(self) -> tuple[str, ...]:
         """Where under the key of a checkpoint this rank's state stands: replicas of a shard share one."""
-        return self._checkpoint_path if self.sync is not self._shards else ()
+        shards = self._shards
+        return () if self.sync is shards else (f"shard{shards.rank}of{shards.world_size}",)
 
     @property
     def checkpoint_groups(self) -> list[dist.ProcessGroup]:

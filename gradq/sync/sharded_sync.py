@@ -36,14 +36,9 @@ class ShardedSync(Sync):
     """Reduces sharded gradients over the ranks of a group, and gathers sharded parameters; see `Sync`.
 
     Args:
-        parameters: whole parameters; their dtype is that of the reduction.
+        parameters: whole parameters, in the dtype of the reduction; all not named here as in `Sync`.
         shard_numels: elements of each that a rank holds, padding included.
-        policy: which codec for which parameter; None leaves reductions alone.
-        label: what the policy is called when ranks compare notes.
-        group: the ranks a parameter is sharded over.
-        config: see `SyncConfig`; there is one collective, so its choice is ignored.
         gather_plan: how parameters travel when they are gathered; empty leaves that alone.
-        device: device of the gradients; the CPU by default.
 
     Attributes:
         gather_plan: the argument.
@@ -204,19 +199,25 @@ class ShardedSync(Sync):
         self._reduced.add(index)
 
     def _syncs(self) -> list[Sync]:
-        """This and the one that averages replicas, if there is one."""
+        """This one, and the one that averages replicas, if there is one."""
         return [self] if self.replicas is None else [self, self.replicas]
 
     def begin_step(self) -> None:
-        """Start a step, for the replicas too."""
+        """Start a step, for the replicas too, whose number a checkpoint may have set."""
+        if self.replicas is not None:
+            self.step = self.replicas.step
+            self.replicas.begin_step()
         super().begin_step()
         self._reduced.clear()
-        if self.replicas is not None:
-            self.replicas.begin_step()
 
     def end_step(self) -> None:
-        """End a step, for the replicas too. With feedback all ranks hear whether all are content with it."""
+        """End a step, for the replicas too. With feedback all ranks hear whether all are content with it.
+
+        A step in which the averaging failed does not end.
+        """
         syncs = self._syncs()
+        if any(sync.failure is not None for sync in syncs):
+            return
         verdicts = [bool(sync.verdict()) for sync in syncs]  # FSDP2 with feedback is on the CPU
         verdict = all(verdicts)
         if self.world_size > 1 and any(sync.has_feedback for sync in syncs):
