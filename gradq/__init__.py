@@ -15,10 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 from gradq import errors, metrics, policy
-from gradq.checkpoint import load_checkpoint, load_newest, save_checkpoint
+from gradq.checkpoint import load_newest, save_checkpoint
 from gradq.errors import GradqError
 from gradq.hooks.compress import compress
 from gradq.hooks.ddp import HookState, hook
+from gradq.hooks.handle import load_checkpoint
 from gradq.local_steps.local_sgd import DiLoCo, LocalSGD
 from gradq.metrics import Stats
 from gradq.options import Options

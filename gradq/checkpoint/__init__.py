@@ -28,22 +28,16 @@ folders), `restore` (making it current), `load`, and `newest` (whole checkpoints
 from __future__ import annotations
 
 from gradq.checkpoint.files import Folder
-from gradq.checkpoint.load import Resumable, load_checkpoint, load_state_dict, load_sync, read_sync
+from gradq.checkpoint.load import load_state_dict, load_sync, read_sync
 from gradq.checkpoint.newest import load_newest, save_checkpoint
-from gradq.checkpoint.parse import Saved, parse
+from gradq.checkpoint.parse import parse
 from gradq.checkpoint.restore import restore, together
-from gradq.checkpoint.rows import Rows, check_tensor, own_row
-from gradq.checkpoint.state import RowsState, gather_rows, state_dict, to_row
+from gradq.checkpoint.rows import own_row
+from gradq.checkpoint.state import gather_rows, state_dict, to_row
 
 __all__ = [
     "Folder",
-    "Resumable",
-    "Rows",
-    "RowsState",
-    "Saved",
-    "check_tensor",
     "gather_rows",
-    "load_checkpoint",
     "load_newest",
     "load_state_dict",
     "load_sync",

@@ -25,7 +25,7 @@ from gradq.errors import CheckpointError
 from gradq.saved import damaged_part
 from gradq.sync.base import Sync
 
-__all__ = ["LIST", "Folder", "listed", "open_state", "size_and_crc"]
+__all__ = ["LIST", "Folder", "check_file", "listed", "open_state", "size_and_crc"]
 
 LIST = "gradq-files.json"  # sizes and CRC-32 of the files, in folders that `gradq.save_checkpoint` wrote
 
@@ -63,11 +63,8 @@ class Folder:
                 "which is written last: the save did not finish, or the folder is of something else; "
                 f"{_EARLIER}"
             )
-        known = listed(self.path).get(".metadata")
-        if known is not None and size_and_crc(self.path / ".metadata") != known:
-            raise CheckpointError(
-                f"{self.path / '.metadata'} is not as it was saved: it has another size or digest; {_EARLIER}"
-            )
+        if (known := listed(self.path).get(".metadata")) is not None:
+            check_file(self.path / ".metadata", known)
         self._reader = FileSystemReader(self.path)
         try:
             self._metadata = self._reader.read_metadata()
@@ -88,7 +85,7 @@ class Folder:
             ) from error
 
     def check_complete(self, key: str | None = None) -> None:
-        """Whether the files of all entries, or of those under a key, are there in full.
+        """Check that the files of all entries, or of those under a key, are there in full.
 
         Raises:
             CheckpointError: naming the first file that is not.
@@ -110,7 +107,7 @@ class Folder:
                 )
 
     def check_bytes(self, key: str, rank: int, world_size: int) -> None:
-        """Whether a rank's share of the tensors under a key is as it was saved.
+        """Check that a rank's share of the tensors under a key is as it was saved.
 
         Raises:
             CheckpointError: a tensor has another CRC-32 than torch.save wrote beside it; names its file.
@@ -188,6 +185,18 @@ def listed(folder: Path) -> dict[str, tuple[int, int]]:
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; {_EARLIER}") from error
+
+
+def check_file(path: Path, known: tuple[int, int]) -> None:
+    """Check that a file is there, with the size and CRC-32 that it was saved with.
+
+    Raises:
+        CheckpointError: it is missing, or has another.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; {_EARLIER}")
+    if size_and_crc(path) != known:
+        raise CheckpointError(f"{path} is not as it was saved: it has another size or digest; {_EARLIER}")
 
 
 def size_and_crc(path: Path) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -12,18 +11,10 @@ from gradq.checkpoint.files import Folder, open_state
 from gradq.checkpoint.parse import Saved, parse
 from gradq.checkpoint.restore import restore, together
 from gradq.checkpoint.rows import mapping
-from gradq.errors import CheckpointError, UnsupportedError
+from gradq.errors import CheckpointError
 from gradq.sync.base import Sync
 
-__all__ = ["Resumable", "load_checkpoint", "load_state_dict", "load_sync", "read_sync"]
-
-
-class Resumable(ABC):
-    """What `gradq.load_checkpoint` takes: a handle."""
-
-    @abstractmethod
-    def load_checkpoint(self, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
-        """Continue from a checkpoint saved by any number of ranks. Collective."""
+__all__ = ["load_state_dict", "load_sync", "read_sync"]
 
 
 def load_state_dict(
@@ -55,36 +46,13 @@ def load_state_dict(
     restore(sync, saved)
 
 
-def load_checkpoint(handle: Resumable, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
-    """Load what `dcp.save({key: handle.state_dict(), ...})` wrote, on any number of ranks. Collective.
-
-    Args:
-        handle: the handle from `gradq.compress`, or a `gradq.LocalSGD` or `gradq.DiLoCo`.
-        checkpoint_id: the checkpoint's folder.
-        key: the key under which the state stands in the saved dictionary.
-
-    Raises:
-        UnsupportedError: the first argument is no handle.
-        CheckpointError: there is no such checkpoint or key, it is torn or damaged, or the model differs.
-            Nothing is changed on any rank.
-    """
-    if not isinstance(handle, Resumable):
-        raise UnsupportedError(
-            "gradq.load_checkpoint(handle, folder) takes the handle that gradq.compress returned (or a "
-            f"gradq.LocalSGD or gradq.DiLoCo) first, got {type(handle).__name__}"
-        )
-    if not isinstance(key, str):
-        raise CheckpointError(f"key must be the name of the state in the checkpoint, got {key!r}")
-    handle.load_checkpoint(checkpoint_id, key)
-
-
 def load_sync(
     sync: Sync,
     checkpoint_id: str | os.PathLike[str],
     key: str,
     groups: Sequence[dist.ProcessGroup] | None = None,
 ) -> None:
-    """Load the sync's part; see `load_checkpoint`, and `load_state_dict` for the groups."""
+    """Load a state from a folder; see `gradq.load_checkpoint`, and `load_state_dict` for the groups."""
     with together(groups or [sync.group]) as notes:
         saved = read_sync(sync, checkpoint_id, key)
         notes |= saved.notes()

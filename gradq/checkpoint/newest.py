@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gradq.checkpoint.files import LIST, Folder, listed, size_and_crc
+from gradq.checkpoint.files import LIST, Folder, check_file, listed, size_and_crc
 from gradq.checkpoint.restore import together
 from gradq.errors import CheckpointError
 from gradq.transport.handshake import gather
@@ -65,7 +65,8 @@ def save_checkpoint(
         save(dict(state), checkpoint_id=partial, process_group=group)
     own: dict[str, tuple[int, int]] = {}
     with together([group], verb):
-        own = {name: size_and_crc(partial / name) for name in _share(partial, group)}
+        names = sorted(path.name for path in partial.iterdir())
+        own = {name: size_and_crc(partial / name) for name in names[group.rank() :: group.size()]}
     files = {name: found for theirs in gather(own, group) for name, found in theirs.items()}
     with together([group], verb):
         if group.rank() == 0:
@@ -128,7 +129,7 @@ def load_newest(
 
 
 def check_files(path: Path, group: dist.ProcessGroup) -> None:
-    """Whether a checkpoint is whole, and as it was saved; each rank reads a share of the files.
+    """Check that a checkpoint is whole and as it was saved; each rank reads a share of the files.
 
     Without `save_checkpoint`'s list of files only their presence and size are known.
 
@@ -138,13 +139,7 @@ def check_files(path: Path, group: dist.ProcessGroup) -> None:
     Folder(path).check_complete()
     files = listed(path)
     for name in sorted(files)[group.rank() :: group.size()]:
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name} is missing; use an earlier checkpoint")
-        if size_and_crc(path / name) != files[name]:
-            raise CheckpointError(
-                f"{path / name} is not as it was saved: it has another size or digest; use an "
-                "earlier checkpoint"
-            )
+        check_file(path / name, files[name])
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -157,13 +152,8 @@ def _candidates(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _share(folder: Path, group: dist.ProcessGroup) -> list[str]:
-    """The files of which this rank takes the digest."""
-    return sorted(path.name for path in folder.iterdir())[group.rank() :: group.size()]
-
-
 def _sync(path: Path) -> None:
-    """Have a file or folder on the disk."""
+    """Make the system write a file or folder to the disk now."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -173,7 +163,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _words_of_dcp(verb: str) -> Iterator[None]:
-    """DCP's error, which is no Exception and prints tracebacks, as a CheckpointError."""
+    """Turn DCP's error, a BaseException whose text is tracebacks, into a CheckpointError."""
     try:
         yield
     except BaseException as error:

@@ -121,7 +121,7 @@ def parse(sync: Sync, saved_state: object) -> Saved:
     if rows.same:
         saved.shard = contents.unpack("shard", names.wanted(contents.numels["shard"], wanted_shard), rows)
     wanted_bases = sync.parameters if saved.policy is not None else bases_shapes(sync)
-    saved.bases = contents.unpack_bases(names.wanted(contents.numels["bases"], wanted_bases))
+    saved.bases = contents.unpack("bases", names.wanted(contents.numels["bases"], wanted_bases), rows)
     return saved
 
 
@@ -148,7 +148,7 @@ class _Names:
 
 @dataclass
 class _Contents:
-    """What a state says that it holds, and the way to it."""
+    """The contents of a state by its index, and the way to them."""
 
     state: Mapping[str, Any]
     spec: str | None
@@ -197,11 +197,11 @@ class _Contents:
         return sum(len(pieces) for kind in kinds for pieces in pack(self.numels[kind], self.most))
 
     def unpack(self, kind: str, names: Mapping[str, str], rows: Rows) -> dict[str, Tensor]:
-        """Residuals of a kind, by this run's names: of one row, or the mean over all."""
-        entries, numels = self.state[kind], self.numels[kind]
+        """Residuals or bases, by this run's names: of one row, or the mean over all."""
+        numels = self.numels[kind]
         if self.digests is None:
             return {
-                ours: _one(rows.take(entries[name], f"{kind}.{name}", numels[name]), kind, name, rows)
+                ours: _one(self._rows(kind, name, numels[name], None, rows), kind, name, rows)
                 for name, ours in names.items()
             }
         first = 2 + (self._count("local") if kind == "shard" else 0)
@@ -210,15 +210,22 @@ class _Contents:
             used = [piece for piece in pieces if piece.name in names]
             if not used:
                 continue
-            entry = f"{kind}.{number}"
             length = pieces[-1].start + pieces[-1].length
-            flat = rows.take(entries[str(number)], entry, length, torch.float32)
+            flat = self._rows(kind, str(number), length, torch.float32, rows)
             for piece in used:
                 part = flat[:, piece.start : piece.start + piece.length]
-                self._check_digests(part, piece, first, kind, entry, rows)
+                if kind != "bases":  # `_check_head` has compared their digests
+                    self._check_digests(part, piece, first, kind, f"{kind}.{number}", rows)
                 target = found[names[piece.name]]
                 target[piece.begin : piece.begin + piece.length] = _one(part, kind, piece.name, rows)
         return found
+
+    def _rows(self, kind: str, entry: str, numel: int, dtype: torch.dtype | None, rows: Rows) -> Tensor:
+        """The rows of an entry that this rank uses; of bases, which are equal on all ranks, there is one."""
+        value, what = self.state[kind][entry], f"{kind}.{entry}"
+        if kind == "bases":
+            return check_tensor(value, what, (numel,), dtype)[None]
+        return rows.take(value, what, numel, dtype)
 
     def _check_digests(
         self, part: Tensor, piece: Piece, first: int, kind: str, entry: str, rows: Rows
@@ -232,28 +239,6 @@ class _Contents:
                     "Use an earlier checkpoint"
                 )
 
-    def unpack_bases(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """Bases by this run's names."""
-        numels = self.numels["bases"]
-        found = {}
-        if self.digests is None:
-            entries = self.state.get("bases", {})
-            for name, ours in names.items():
-                found[ours] = check_tensor(entries[name], f"bases.{name}", (numels[name],)).float()
-        else:
-            found = {ours: torch.empty(numels[name]) for name, ours in names.items()}
-            for number, pieces in enumerate(pack(numels, self.most)):
-                size = (pieces[-1].start + pieces[-1].length,)
-                flat = check_tensor(self.state["bases"][str(number)], f"bases.{number}", size, torch.float32)
-                for piece in pieces:
-                    if piece.name in names:
-                        part = flat[piece.start : piece.start + piece.length]
-                        found[names[piece.name]][piece.begin : piece.begin + piece.length] = part
-        for ours, basis in found.items():
-            if not torch.isfinite(basis).all():
-                raise CheckpointError(f"the saved basis of {ours!r} has NaN or Inf in it")
-        return found
-
 
 def _one(part: Tensor, kind: str, name: str, rows: Rows) -> Tensor:
     """The row if there is one, else the mean over all; [n], fp32.
@@ -261,20 +246,20 @@ def _one(part: Tensor, kind: str, name: str, rows: Rows) -> Tensor:
     Raises:
         CheckpointError: a value is not finite: feedback would add it to every later gradient.
     """
-    for place, rank in enumerate(rows.ranks):
-        if not torch.isfinite(part[place]).all():
+    for row, rank in zip(part, rows.ranks, strict=False):
+        if not torch.isfinite(row).all():
+            what = "basis" if kind == "bases" else f"{kind} residual"
             raise CheckpointError(
-                f"the saved {kind} residual of {name!r} of rank {rank} has NaN or Inf in it, which would "
-                "never leave the gradients; load an earlier checkpoint, or drop the residuals by not loading "
-                "the gradq state"
+                f"the saved {what} of {name!r} of rank {rank} has NaN or Inf in it, which would never leave "
+                "the gradients; load an earlier checkpoint, or drop the residuals by not loading the gradq "
+                "state"
             )
-    return part[0].float() if len(rows.ranks) == 1 else part.float().mean(0)
+    return part[0].float() if len(part) == 1 else part.float().mean(0)
 
 
 def _check_head(state: Mapping[str, Any], rows: Rows, digests: Tensor) -> None:
-    """Whether step, index, bases and plan are as they were saved."""
-    bases = state.get("bases", {})
-    for name, value in [*bases.items(), *state.get("policy", {}).items()]:
+    """Raise CheckpointError unless step, index, bases and plan are as they were saved."""
+    for name, value in [*state.get("bases", {}).items(), *state.get("policy", {}).items()]:
         if name != "measured":
             check_tensor(value, str(name))
     for place, rank in enumerate(rows.ranks):
@@ -286,7 +271,7 @@ def _check_head(state: Mapping[str, Any], rows: Rows, digests: Tensor) -> None:
 
 
 def _norms(state: Mapping[str, Any], rows: Rows, digests: Tensor) -> Tensor | None:
-    """By which this rank tells outliers, if it saved that."""
+    """The norms by which this rank tells outliers; None if other ranks saved them, or nobody did."""
     if "norms" not in state:
         return None
     rows_of = [rows.take(state["norms"], "norms", WINDOW + 1, torch.float64)]
@@ -336,11 +321,7 @@ def _policy(sync: Sync, state: Mapping[str, Any], rows: Rows) -> tuple[dict[str,
 
 
 def _check_fit(saved_numel: Mapping[str | None, int], sync: Sync) -> None:
-    """Whether saved residuals have the sizes of this run's parameters.
-
-    Raises:
-        CheckpointError: naming the first that has not.
-    """
+    """Raise CheckpointError for the first saved residual that has another size than its parameter here."""
     for name, numel in saved_numel.items():
         info = None if name is None else sync.parameters.get(name)
         if info is not None and info.numel != numel:

@@ -84,11 +84,7 @@ class Rows:
         return isinstance(value, DTensor)
 
     def _rows(self, value: object, what: str) -> Tensor:
-        """The local rows of a DTensor, or a plain tensor.
-
-        Raises:
-            CheckpointError: it is neither, or a DTensor of other ranks.
-        """
+        """The local rows of a DTensor, or a plain tensor; raise CheckpointError for anything else."""
         from torch.distributed.tensor import DTensor, Shard
 
         if not isinstance(value, Tensor):

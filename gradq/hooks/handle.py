@@ -1,10 +1,10 @@
-"""Handles: what gradq gives back for a model, and what is left of one in a copied or pickled model."""
+"""Handles: what gradq gives back for a model, and what takes its place in a copied or pickled model."""
 
 from __future__ import annotations
 
 import logging
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch.distributed as dist
 
 from gradq import checkpoint
-from gradq.errors import ConfigError
+from gradq.errors import CheckpointError, ConfigError, UnsupportedError
 from gradq.metrics import Event, Stats
 from gradq.policy import Asked, Policy, Spec, label
 from gradq.sync.base import Sync
@@ -21,12 +21,12 @@ from gradq.transport.handshake import meeting
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CopiedHandle", "GradientHandle", "Handle"]
+__all__ = ["CopiedHandle", "GradientHandle", "Handle", "load_checkpoint"]
 
 _log = logging.getLogger("gradq")
 
 
-class Handle(checkpoint.Resumable):
+class Handle(ABC):
     """What every trainer gives back: figures, checkpoints, and an end.
 
     A copied or pickled handle, such as that in `copy.deepcopy(model)`, is a `CopiedHandle`.
@@ -70,6 +70,10 @@ class Handle(checkpoint.Resumable):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state. Collective."""
+
+    @abstractmethod
+    def load_checkpoint(self, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
+        """Continue from a checkpoint saved by any number of ranks; what `gradq.load_checkpoint` calls."""
 
     @property
     def closed(self) -> bool:
@@ -185,7 +189,7 @@ class GradientHandle(Handle):
         checkpoint.load_state_dict(self.sync, state, self.checkpoint_path, self.checkpoint_groups)
 
     def load_checkpoint(self, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
-        """Continue from a checkpoint saved by any number of ranks; what `gradq.load_checkpoint` calls."""
+        """See `Handle.load_checkpoint`."""
         key = ".".join((key, *self.checkpoint_path))
         checkpoint.load_sync(self.sync, checkpoint_id, key, self.checkpoint_groups)
 
@@ -207,6 +211,29 @@ class GradientHandle(Handle):
             _log.warning(remark)
 
 
+def load_checkpoint(handle: Handle, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
+    """Load what `dcp.save({key: handle.state_dict(), ...})` wrote, on any number of ranks. Collective.
+
+    Args:
+        handle: the handle from `gradq.compress`, or a `gradq.LocalSGD` or `gradq.DiLoCo`.
+        checkpoint_id: the checkpoint's folder.
+        key: the key under which the state stands in the saved dictionary.
+
+    Raises:
+        UnsupportedError: the first argument is no handle.
+        CheckpointError: there is no such checkpoint or key, it is torn or damaged, or the model differs.
+            Nothing is changed on any rank.
+    """
+    if not isinstance(handle, Handle):
+        raise UnsupportedError(
+            "gradq.load_checkpoint(handle, folder) takes the handle that gradq.compress returned (or a "
+            f"gradq.LocalSGD or gradq.DiLoCo) first, got {type(handle).__name__}"
+        )
+    if not isinstance(key, str):
+        raise CheckpointError(f"key must be the name of the state in the checkpoint, got {key!r}")
+    handle.load_checkpoint(checkpoint_id, key)
+
+
 @dataclass(frozen=True, repr=False)
 class CopiedHandle:
     """What `copy.copy`, `copy.deepcopy` and `pickle` make of a handle: it does no harm, and says what it is.
@@ -225,12 +252,8 @@ class CopiedHandle:
         """Do nothing: there is nothing to end."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Everything else a handle has.
-
-        Raises:
-            ConfigError: saying what to do; AttributeError for private names, which copying looks for.
-        """
-        if name.startswith("_"):
+        """Refuse everything else that a handle has: a ConfigError says what to do."""
+        if name.startswith("_"):  # copying looks for such names
             raise AttributeError(name)
         raise ConfigError(
             f"{name}: this handle ({self.label}) came out of a copy or a pickle of a model or handle, and "

@@ -135,12 +135,7 @@ def _template(
 
 def _shared(local: LocalSteps) -> dict[str, Tensor]:
     """What is the same on all ranks, by name; views."""
-    shared: dict[str, Tensor] = {}
-    for bucket in local.buckets():
-        shared |= {f"anchor.{name}": view for name, view in bucket.views(bucket.anchor).items()}
-        if bucket.momentum is not None:
-            shared |= {f"momentum.{name}": view for name, view in bucket.views(bucket.momentum).items()}
-    return shared | _under_way(local, "mean")
+    return local.anchors() | _under_way(local, "mean")
 
 
 def _frozen(local: LocalSteps) -> dict[str, Tensor]:
@@ -195,45 +190,28 @@ def _optimizer_state(local: LocalSteps) -> tuple[str, dict[str, Tensor]]:
 
 
 def _check(local: LocalSteps, state: dict[str, Any]) -> None:
-    """Whether the state has just what this model needs.
-
-    Raises:
-        CheckpointError: naming what differs.
-    """
+    """Raise CheckpointError, naming what differs, unless the state has just what this model needs."""
     kinds = ("parameter.", "frozen.", "buffer.")
     wanted = {_plain(n): t.shape for n, t in (_own(local) | _frozen(local)).items() if n.startswith(kinds)}
     saved = {_plain(n): t.shape for n, t in state["shared"].items() if n.startswith(kinds)}
     saved |= {_plain(n): t.shape[1:] for n, t in state["rows"].items() if n.startswith(kinds)}
-    if not any(name.startswith("frozen.") for name in state["shared"]):  # saved before they were kept
-        wanted = {
-            n: shape for n, shape in wanted.items() if n in saved or f"frozen.{n}" not in _frozen(local)
-        }
     for name in [*wanted, *saved]:
         if wanted.get(name) != saved.get(name):
             raise CheckpointError(
                 f"{name} has the shape {_shape(saved.get(name))} in the saved state and "
                 f"{_shape(wanted.get(name))} here; this checkpoint is of another model"
             )
-    has_momentum = [
-        any(n.startswith("momentum.") for n in names) for names in (_shared(local), state["shared"])
-    ]
-    if has_momentum[0] != has_momentum[1]:
+    if local.has_momentum != any(name.startswith("momentum.") for name in state["shared"]):
         raise CheckpointError(
             "this checkpoint is of another outer step: one has a momentum, the other has none"
         )
     fragment = int(state["fragment"])
     names = {n.removeprefix("mean.") for n in state["shared"] if n.startswith("mean.")}
-    if fragment >= 0 and (
-        fragment >= len(local.fragments)
-        or names != {n for bucket in local.fragments[fragment].buckets for n in bucket.parameters}
-    ):
-        here = {n for each in local.fragments for bucket in each.buckets for n in bucket.parameters}
-        differ = sorted(names - here)
-        why = (
-            f"{differ[0]!r} is not trained here"
-            if differ
-            else "the model is cut into fragments otherwise here"
-        )
+    here = [{n for bucket in each.buckets for n in bucket.parameters} for each in local.fragments]
+    if fragment >= 0 and (fragment >= len(here) or names != here[fragment]):
+        why = "the model is cut into fragments otherwise here"
+        if differ := sorted(names.difference(*here)):
+            why = f"{differ[0]!r} is not trained here"
         raise CheckpointError(
             f"the saved state was averaging fragment {fragment}, and {why}; resume with the same trained "
             "parameters and number of fragments, or save when no average is under way"
@@ -241,7 +219,7 @@ def _check(local: LocalSteps, state: dict[str, Any]) -> None:
 
 
 def _plain(name: str) -> str:
-    """Of a parameter its name, frozen or not."""
+    """The name of a parameter without its kind, which may have changed since it was saved."""
     return name.removeprefix("parameter.").removeprefix("frozen.")
 
 
@@ -261,9 +239,7 @@ def _restore(local: LocalSteps, state: dict[str, Any]) -> None:
         has_sent = any(name.startswith("sent.") for name in rows)
         local.resume_pending(int(state["fragment"]), int(state["due"]), has_sent)
     with torch.no_grad():
-        for name, tensor in _own(local).items():
-            _restore_tensor(local, name, tensor, state["shared"], rows)
-        for name, tensor in _frozen(local).items():
+        for name, tensor in (_own(local) | _frozen(local)).items():
             _restore_tensor(local, name, tensor, state["shared"], rows)
         _restore_shared(local, state["shared"], rows)
     if local.inner_optimizer is not None:
@@ -279,11 +255,9 @@ def _restore_tensor(
         tensor.copy_(rows[name])
     elif f"frozen.{plain}" in shared:
         tensor.copy_(shared[f"frozen.{plain}"])
-    elif f"parameter.{plain}" in rows:  # it has been frozen since
+    else:  # it has been frozen since
         tensor.copy_(rows[f"parameter.{plain}"])
         membership.mean_over_ranks(tensor, local.sync.group)
-    else:
-        _log.warning("resumed: no value of the frozen parameter %r was saved; all ranks keep rank 0's", plain)
 
 
 def _restore_shared(local: LocalSteps, shared: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
@@ -331,10 +305,10 @@ def _restore_optimizer(local: LocalSteps, text: str, rows: dict[str, Tensor]) ->
 
 
 def _places(local: LocalSteps, optimizer: Optimizer, saved: list[dict[str, Any]]) -> dict[int, int]:
-    """Where each saved parameter of the optimizer stands now: by name, or by its place if that is all.
+    """The present index of each saved parameter of the optimizer: by name, or by place without names.
 
     Raises:
-        CheckpointError: there are no names to go by, and the groups differ.
+        CheckpointError: there are no names, and the groups differ.
     """
     groups = optimizer.state_dict()["param_groups"]
     names = {id(parameter): name for name, parameter in membership.named(local.model).items()}

@@ -49,6 +49,11 @@ class Bucket:
             for (name, parameter), part in zip(self.parameters.items(), parts, strict=True)
         }
 
+    def state(self) -> dict[str, Tensor]:
+        """Anchor and momentum of each parameter, as "anchor.<name>" and "momentum.<name>"; views."""
+        flats = {"anchor": self.anchor} | ({} if self.momentum is None else {"momentum": self.momentum})
+        return {f"{kind}.{name}": v for kind, flat in flats.items() for name, v in self.views(flat).items()}
+
     def read(self, flat: Tensor) -> None:
         """Copy the parameters into flat [n]."""
         for name, view in self.views(flat).items():
@@ -85,8 +90,8 @@ def cut(numels: Sequence[int], count: int) -> list[int]:
     total, done = max(sum(numels), 1), 0
     for index, numel in enumerate(numels):
         middle = int((done + numel / 2) / total * count)
-        least = max(count - (len(numels) - index), 0)  # leave a parameter for each fragment to come
-        most = owners[-1] + 1 if owners else 0  # and none out
+        least = max(count - (len(numels) - index), 0)  # a parameter is left for each fragment to come
+        most = owners[-1] + 1 if owners else 0  # no fragment is skipped
         owners.append(min(max(middle, least), most, count - 1))
         done += numel
     return owners

@@ -2,8 +2,8 @@
 
 torch's own hook counts the steps of a plain optimizer. A class that is an optimizer but hands everything to
 another one (as Accelerate's) may lack that hook; then calls of its `step` are counted. A GradScaler skips
-steps on single ranks, after which ranks would average at different iterations: what it is asked to step is
-counted in the place of what it does, if it is known; if it is met unknown, that is an error.
+steps on single ranks, after which ranks would average at different iterations. So the calls of its own `step`
+are counted, skipped or not, where it was given; where it was not, the first step that it makes is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["StepCounter", "check", "stateful"]
 
 
 def check(optimizer: object, scaler: object, parameters: Iterable[Tensor]) -> None:
-    """Whether the steps of an optimizer can be counted; None is for a loop that counts by itself.
+    """Check that the steps of an optimizer can be counted; None stands for a loop that counts by itself.
 
     Raises:
         UnsupportedError, ConfigError: naming what to do.
@@ -66,7 +66,7 @@ def stateful(optimizer: Optimizer) -> Optimizer:
 
 
 def _untraced(function: Callable[..., None]) -> Callable[..., None]:
-    """The function, which torch.compile calls as it is."""
+    """The function, made so that torch.compile calls it and does not compile it."""
     disable: Callable[[Callable[..., None]], Callable[..., None]] = torch.compiler.disable
     return disable(function)
 
@@ -99,7 +99,7 @@ class StepCounter:
         self._undo.clear()
 
     def _hook(self, *unused: Any) -> None:
-        """The end of a step, which is counted unless it is part of one that is counted as a whole."""
+        """Count the end of a step, unless the step is part of one that `_wrap` counts."""
         if not self._depth:
             self._refuse_unknown_scaler()
             self._counted()
@@ -137,7 +137,7 @@ class StepCounter:
         self._undo.append(undo)
 
     def _counts(self, *unused: Any, **unused_too: Any) -> bool:
-        """Accelerate's optimizer does nothing while gradients are accumulated."""
+        """Whether a call is a step: Accelerate's optimizer does nothing while gradients are accumulated."""
         return bool(getattr(getattr(self._optimizer, "gradient_state", None), "sync_gradients", True))
 
     def _is_ours(self, optimizer: Any, *unused: Any, **unused_too: Any) -> bool:

@@ -130,7 +130,7 @@ class LocalSGD(LocalSteps):
         checkpoint.load_state_dict(self, state)
 
     def load_checkpoint(self, checkpoint_id: str | os.PathLike[str], key: str = "gradq") -> None:
-        """Continue from a checkpoint saved by any number of ranks; what `gradq.load_checkpoint` calls."""
+        """See `Handle.load_checkpoint`."""
         checkpoint.load_checkpoint(self, checkpoint_id, key)
 
 
@@ -197,7 +197,7 @@ class DiLoCo(LocalSGD):
         """See `LocalSteps.settings`; with the outer step's."""
         for name, value in (("outer_lr", self.outer_lr), ("outer_momentum", self.outer_momentum)):
             if not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"{name}={value!r:.200}: it is a finite number")
+                raise ConfigError(f"{name}={value!r:.200}: it must be a finite number")
         outer = f"outer_lr={self.outer_lr}, outer_momentum={self.outer_momentum}"
         return f"{super().settings()}, {outer}"
 

@@ -1,4 +1,4 @@
-"""What local steps average of a model, what they only give to all ranks, and whether ranks agree.
+"""Members: what local steps average of a model, what they only give to all ranks, and whether ranks agree.
 
 Trained parameters are averaged. Frozen ones and buffers are rank 0's at the start, byte for byte, in any
 dtype. What is trained may change: every average carries a note of what its rank trains and where it stands,
@@ -46,7 +46,7 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that require a gradient and hold anything, by name; there may be none.
+    """The parameters that require a gradient and have elements, by name; there may be none.
 
     Raises:
         UnsupportedError: naming what cannot be averaged, and what to do.
@@ -133,7 +133,7 @@ def take_residuals(old: GradientSync, new: GradientSync) -> None:
 
 
 class Notes:
-    """What every average says of the rank that takes part: its inner step, why it averages, what it trains.
+    """Notes between ranks, one with every average: the inner step, the reason, and what the rank trains.
 
     Args:
         group: the ranks.
@@ -160,7 +160,7 @@ class Notes:
         self._work = dist.all_gather(self._rows, note, group=self._group, async_op=True)
 
     def check(self) -> None:
-        """Wait for the notes of all ranks and compare them; does nothing if none is under way.
+        """Wait for the notes of all ranks and compare them; does nothing if no note was posted.
 
         Raises:
             MismatchError: they differ, naming the rank and what to do.

@@ -33,13 +33,13 @@ class Schedule:
         for name in ("every", "fragments", "delay"):
             if type(getattr(self, name)) is not int:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)!r:.200}: it is a number of inner steps, an integer"
+                    f"{name}={getattr(self, name)!r:.200}: it must be a number of inner steps, an integer"
                 )
         if self.every < 1:
             raise ConfigError(f"every={self.every}: ranks average after 1 inner step or more")
         if not 1 <= self.fragments <= self.every:
             raise ConfigError(
-                f"fragments={self.fragments}: choose from 1 to every={self.every}, one a step at most"
+                f"fragments={self.fragments}: choose from 1 to every={self.every}, at most one in a step"
             )
         if not 0 <= self.delay <= self.every // self.fragments:
             raise ConfigError(

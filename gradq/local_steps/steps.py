@@ -130,7 +130,7 @@ class LocalSteps(Handle):
         """What all ranks must have in common, besides what `GradientSync` compares.
 
         Raises:
-            ConfigError: something of it cannot work.
+            ConfigError: a value in it cannot work.
         """
         return f"{self.label}, {self.schedule}"
 
@@ -170,6 +170,10 @@ class LocalSteps(Handle):
     def parameters(self) -> dict[str, Tensor]:
         """What is averaged, by name, in the order of the buckets."""
         return {name: p for bucket in self.buckets() for name, p in bucket.parameters.items()}
+
+    def anchors(self) -> dict[str, Tensor]:
+        """The state of all buckets; see `Bucket.state`."""
+        return {name: view for bucket in self.buckets() for name, view in bucket.state().items()}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -211,7 +215,7 @@ class LocalSteps(Handle):
             self._apply(plain=True)
 
     def _start(self, index: int, due: int, final: bool = False) -> None:
-        """Start to average a fragment; what the rank learns meanwhile can be kept on top of the outcome."""
+        """Start to average a fragment; with a delay a copy of it stays, to tell what is learned meanwhile."""
         self._post_note(final)
         buckets, pending = self.fragments[index].buckets, Pending(index, due, [], [])
 
@@ -229,7 +233,7 @@ class LocalSteps(Handle):
         self.pending = pending
 
     def _apply(self, plain: bool = False) -> None:
-        """Wait for the average under way and take the outer step, or just the mean."""
+        """Wait for the average under way, and take the outer step; plain: go to the mean instead."""
         pending = self.wait()
         self.pending = None
         for place, bucket in enumerate(self.fragments[pending.fragment].buckets):
@@ -284,21 +288,17 @@ class LocalSteps(Handle):
         if self._asked == self._members:
             return
         now, old, group = membership.trained(self.model), self.sync, self.sync.group
-        kept = dict(self._anchors(now))
-        present = membership.named(self.model)
-        left = {n for bucket in self.buckets() for n in bucket.parameters if n in present and n not in now}
-        for name in sorted((now.keys() - kept.keys()) | left):
+        before, present = self.anchors(), membership.named(self.model)
+        kept = {n for n, p in now.items() if _continues(before.get(f"anchor.{n}"), p)}
+        left = {name for name in self.parameters() if name in present and name not in now}
+        for name in sorted((now.keys() - kept) | left):
             membership.mean_over_ranks(present[name], group)
         self.fragments = self._cut(now)
         for bucket in self.buckets():
             bucket.read(bucket.anchor)
-            anchors = bucket.views(bucket.anchor)
-            momenta = {} if bucket.momentum is None else bucket.views(bucket.momentum)
-            for name in anchors.keys() & kept.keys():
-                anchor, momentum = kept[name]
-                anchors[name].copy_(anchor)
-                if momentum is not None:
-                    momenta[name].copy_(momentum)
+        for name, view in self.anchors().items():
+            if name.partition(".")[2] in kept:
+                view.copy_(before[name])
         self.sync = self._make_sync(now, group)
         self.sync.step = old.step
         membership.take_residuals(old, self.sync)
@@ -308,15 +308,6 @@ class LocalSteps(Handle):
         old.close()
         self._count_dense_bytes(now)
         _log.info("local steps average %d parameters from inner step %d on", len(now), self.inner_step)
-
-    def _anchors(self, now: dict[str, Tensor]) -> Iterator[tuple[str, tuple[Tensor, Tensor | None]]]:
-        """Anchor and momentum of each parameter that goes on being averaged, by name."""
-        for bucket in self.buckets():
-            momenta = {} if bucket.momentum is None else bucket.views(bucket.momentum)
-            for name, anchor in bucket.views(bucket.anchor).items():
-                new = now.get(name)
-                if new is not None and new.shape == anchor.shape and WORK_DTYPES[new.dtype] == anchor.dtype:
-                    yield name, (anchor, momenta.get(name))
 
     def wait(self) -> Pending:
         """Wait for the average under way.
@@ -339,7 +330,7 @@ class LocalSteps(Handle):
         return self.pending
 
     def resume_pending(self, fragment: int, due: int, has_sent: bool) -> None:
-        """Make room for a finished average that a checkpoint brings; it is applied when it is due."""
+        """Make room for a finished average out of a checkpoint; it is applied when it is due."""
         buckets = self.fragments[fragment].buckets
         means = [torch.empty_like(bucket.anchor) for bucket in buckets]
         sent = [torch.empty_like(bucket.anchor) for bucket in buckets] if has_sent else []
@@ -374,8 +365,15 @@ class LocalSteps(Handle):
         return f"<gradq {self.settings()}, {self.stats()}>"
 
 
+def _continues(anchor: Tensor | None, parameter: Tensor) -> bool:
+    """Whether a parameter goes on being averaged from its anchor."""
+    if anchor is None:
+        return False
+    return anchor.shape == parameter.shape and anchor.dtype == WORK_DTYPES[parameter.dtype]
+
+
 def _policy(spec: Asked, options: Options) -> tuple[Policy | None, str]:
-    """The policy a spec stands for, and what to call it."""
+    """The policy that a spec stands for, and its name."""
     if isinstance(spec, AdaptivePolicy):
         raise UnsupportedError(
             f"{type(spec).__name__} plans again at step boundaries, and fragments have none in common; "
