@@ -118,15 +118,8 @@ class Stats:
         )
 
 
-_SUMS = (
-    "dense_bytes",
-    "wire_bytes",
-    "intra_node_bytes",
-    "gather_bytes",
-    "encode_ms",
-    "exchange_ms",
-    "decode_ms",
-)
+_BYTES = ("dense_bytes", "wire_bytes", "intra_node_bytes", "gather_bytes")
+_SUMS = (*_BYTES, "encode_ms", "exchange_ms", "decode_ms")
 
 
 class Metrics:
@@ -174,22 +167,18 @@ class Metrics:
             totals, energies = dict(self._totals), dict(self._energies)
         errors = sum(value for (_, kind), value in energies.items() if kind == "error_energy")
         signals = sum(value for (_, kind), value in energies.items() if kind == "signal_energy")
-        gather_bytes = int(totals.get("gather_bytes", 0))
+        totals["dense_bytes"] = totals.get("dense_bytes", 0.0) + totals.pop("dense_gather_bytes", 0.0)
+        totals["wire_bytes"] = totals.get("wire_bytes", 0.0) + totals.get("gather_bytes", 0.0)
+        figures = {name: type(getattr(Stats, name))(totals.get(name, 0)) for name in _SUMS}
         filled = {}
         for name, entry in (parameters or {}).items():
             nmse = _nmse(energies.get((name, "error_energy")), energies.get((name, "signal_energy")))
             filled[name] = ParameterStats(entry.numel, entry.codec, entry.wire_bits_per_element, nmse)
         return Stats(
             steps=int(totals.get("step", 0)),
-            dense_bytes=int(totals.get("dense_bytes", 0) + totals.get("dense_gather_bytes", 0)),
-            wire_bytes=int(totals.get("wire_bytes", 0)) + gather_bytes,
-            encode_ms=totals.get("encode_ms", 0.0),
-            exchange_ms=totals.get("exchange_ms", 0.0),
-            decode_ms=totals.get("decode_ms", 0.0),
             nmse=_nmse(errors, signals) if energies else None,
-            intra_node_bytes=int(totals.get("intra_node_bytes", 0)),
-            gather_bytes=gather_bytes,
             parameters=filled,
+            **figures,
         )
 
 

@@ -59,15 +59,10 @@ class Header:
 
     def pack(self) -> bytes:
         """The 16 bytes that start the message."""
-        return _FORMAT.pack(
-            _MAGIC,
-            VERSION,
-            self.phase,
-            self.sender & 0xFFFF,
-            self.bucket & 0xFFFF,
-            self.step & 0xFFFFFFFF,
-            self.layout,
-        )
+        return _FORMAT.pack(_MAGIC, VERSION, *self._fields())
+
+    def _fields(self) -> tuple[int, ...]:
+        return self.phase, self.sender & 0xFFFF, self.bucket & 0xFFFF, self.step & 0xFFFFFFFF, self.layout
 
     def check(self, received: bytes) -> None:
         """Compare what arrived with what must arrive.
@@ -85,15 +80,8 @@ class Header:
             raise WireError(f"{where}: not a gradq message (it starts with {received[:4].hex()})")
         if version != VERSION:
             raise WireError(f"{where}: wire format {version}, this gradq speaks {VERSION}; use one version")
-        expected = (
-            self.phase,
-            self.sender & 0xFFFF,
-            self.bucket & 0xFFFF,
-            self.step & 0xFFFFFFFF,
-            self.layout,
-        )
         names = ("phase", "sender", "bucket", "step", "layout digest")
-        for name, got, want in zip(names, fields, expected, strict=True):
+        for name, got, want in zip(names, fields, self._fields(), strict=True):
             if got != want:
                 raise WireError(f"{where}: its {name} is {got}, expected {want}; the ranks are out of step")
 

@@ -13,7 +13,6 @@ from gradq.collectives.direct import Direct
 from gradq.collectives.hierarchical import Hierarchical, ranks_per_node
 from gradq.collectives.low_rank.collective import LowRank, LowRankSegment
 from gradq.collectives.reduce_scatter import ReduceScatter, Scratch, ShardSegment
-from gradq.collectives.sparse import sparse
 from gradq.collectives.two_phase import TwoPhase
 from gradq.errors import ConfigError
 
@@ -55,12 +54,17 @@ class Entry(NamedTuple):
     for_models: bool = True
 
 
+def _sparse(world_size: int) -> type[Collective]:
+    """The exchange for top-k gradients; docs/codecs.md has the losses that decided."""
+    return Direct if world_size <= 4 else TwoPhase
+
+
 COLLECTIVES: dict[str, Entry] = {
     "direct": Entry(lambda _: Direct),
     "two_phase": Entry(lambda _: TwoPhase),
     "hierarchical": Entry(lambda _: Hierarchical),
     "low_rank": Entry(lambda _: LowRank, for_models=False),
-    "sparse": Entry(sparse, for_models=False),
+    "sparse": Entry(_sparse, for_models=False),
 }
 
 _SMALL_BYTES = 64 * 1024

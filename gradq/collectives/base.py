@@ -203,6 +203,10 @@ class Collective(ABC):
         ]
         self._digest = wire.layout_digest(f"{type(self).__name__} {described}")
 
+    def buffer(self, *shape: int) -> Tensor:
+        """Bytes for messages, zeros."""
+        return torch.zeros(*shape, dtype=torch.uint8, device=self.setting.device)
+
     @classmethod
     def warm_up(cls, device: torch.device) -> None:
         """Compile what this collective uses besides codecs, before the first step. Here: nothing.

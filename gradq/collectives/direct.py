@@ -28,9 +28,7 @@ class Direct(Collective):
         super().__init__(segments, dtype, setting)
         self._layout = MessageLayout(segments)
         self._layout.coalesce(dtype, setting.device, setting.world_size)
-        self._messages_WN = torch.zeros(
-            setting.world_size, self._layout.nbytes1, dtype=torch.uint8, device=setting.device
-        )
+        self._messages_WN = self.buffer(setting.world_size, self._layout.nbytes1)
 
     def average(self, flat: Tensor, step: Step) -> Iterator[Pending]:
         """See `Collective.average`.

@@ -129,13 +129,9 @@ class Hierarchical(Collective):
         # by local owner: where each of its shards stands in flat; in a message one follows another
         self._shards = [[slot.flat for slot in layout.slots] for layout in layouts]
         own_bytes = [wire.HEADER_BYTES + layout.numel * dtype.itemsize for layout in layouts]
-
-        def buffer(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.uint8, device=setting.device)
-
-        self._gathered_LN = buffer(local_world_size, own_bytes[local_rank])  # one shard, from all mates
+        self._gathered_LN = self.buffer(local_world_size, own_bytes[local_rank])  # one shard, from all mates
         self._messages = [
-            self._gathered_LN[local_rank] if owner == local_rank else buffer(own_bytes[owner])
+            self._gathered_LN[local_rank] if owner == local_rank else self.buffer(own_bytes[owner])
             for owner in range(local_world_size)
         ]  # the shards of all, from this rank; later the means, from all
 
@@ -184,7 +180,7 @@ class Hierarchical(Collective):
             for there, shard in zip(self._split(message, shards), shards, strict=True):
                 there.copy_(flat[shard])
         if mates > 1:
-            yield self._post_inside(1, self._messages, list(self._gathered_LN), step)
+            yield self.exchange(self._inside, 1, self._messages, list(self._gathered_LN), step)
         total = self._body(self._gathered_LN[0])
         for row in self._gathered_LN[1:]:
             total += self._body(row)
@@ -194,15 +190,10 @@ class Hierarchical(Collective):
         own = self._messages[self._local_rank]
         self._body(own).copy_(total)
         if mates > 1:
-            yield self._post_inside(2, [own] * mates, self._messages, step)
+            yield self.exchange(self._inside, 2, [own] * mates, self._messages, step)
         for shards, message in zip(self._shards, self._messages, strict=True):
             for there, shard in zip(self._split(message, shards), shards, strict=True):
                 flat[shard] = there
 
     def _split(self, message: Tensor, shards: Sequence[slice]) -> Sequence[Tensor]:
         return torch.split(self._body(message), [shard.stop - shard.start for shard in shards])
-
-    def _post_inside(
-        self, phase: int, send: Sequence[Tensor], receive: Sequence[Tensor], step: Step
-    ) -> Pending:
-        return self.exchange(self._inside, phase, send, receive, step)

@@ -33,18 +33,13 @@ class TwoPhase(Collective):
         self._layouts = [MessageLayout(segments, world_size, owner) for owner in range(world_size)]
         for layout in self._layouts:
             layout.coalesce(dtype, device, world_size)
-
-        def buffer(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.uint8, device=device)
-
-        self._gathered_WN = buffer(
-            world_size, self._layouts[rank].nbytes1
-        )  # phase 1, what this rank receives
+        # phase 1: what this rank receives, and what it sends; phase 2: the means, by owner
+        self._gathered_WN = self.buffer(world_size, self._layouts[rank].nbytes1)
         self._scattered = [
-            self._gathered_WN[rank] if owner == rank else buffer(layout.nbytes1)
+            self._gathered_WN[rank] if owner == rank else self.buffer(layout.nbytes1)
             for owner, layout in enumerate(self._layouts)
-        ]  # phase 1, what it sends
-        self._means = [buffer(layout.nbytes2) for layout in self._layouts]  # phase 2, by owner
+        ]
+        self._means = [self.buffer(layout.nbytes2) for layout in self._layouts]
         largest = max((slot.numel for slot in self._layouts[rank].slots), default=0)
         self._mean = torch.zeros(largest, dtype=dtype, device=device)
 

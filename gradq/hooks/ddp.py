@@ -54,7 +54,7 @@ class HookState(GradientHandle):
             of both.
             "topk": the 1 % of largest magnitude in each block; "topk(percent=0.1)" fewer. Always with error
             feedback. Up to 4 ranks everyone sends to everyone; beyond, owners average and send on the largest
-            2 % of the means (see `gradq.collectives.sparse`).
+            2 % of the means (see docs/codecs.md).
             "powersgd:4": matrices as a product of rank 4, one average a step, always with error feedback (see
             `gradq.collectives.low_rank`); all else exact. "powersgd:4+int8" sends what is left in that codec.
         options: the options of the run, see `gradq.Options`.
@@ -98,7 +98,7 @@ class HookState(GradientHandle):
             self._infos = averaged.describe(inner, self._names)
             self._world_size = group.size()
             self.spec, policy, remark = self.choose(spec)
-            device = averaged.device_of(self._names)
+            device = next(iter(self._names)).device
         self.sync = GradientSync(self._infos, policy, label(self.spec), group, config, device)
         weakref.finalize(module, self.sync.release)
         self.say(remark)
@@ -157,7 +157,7 @@ class HookState(GradientHandle):
         return [self._names[parameter] for parameter in parameters]
 
     def _watch(self, trainer: Trainer, bucket: GradBucket) -> None:
-        """See to it that residuals stay where DDP throws the mean away."""
+        """Arrange that residuals stay as they are where DDP throws the mean away."""
         if in_backward():
             if bucket.is_last() and self.sync.has_feedback and trainer.leaves_out:
                 after_backward(self._keep_unused)

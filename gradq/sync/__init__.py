@@ -1,1 +1,1 @@
-"""The main path: `gradient_sync` (a step), `layout` (how parameters travel), `bucket` (their exchanges)."""
+"""The main path: `gradient_sync` (a step), `layout` (chunks of a bucket), `plan` (codecs and collectives)."""

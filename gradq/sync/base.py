@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from gradq import wire
 from gradq.codecs import Codec
+from gradq.codecs.uniform.format import BACKENDS
 from gradq.collectives import Segment, Setting, Step, num_channels
 from gradq.errors import ConfigError
 from gradq.metrics import Event, Metrics, Stats
@@ -93,14 +94,17 @@ class Sync(ABC):
             group, num_channels(resolved.plain), self.metrics, config.timeout, self.device
         )
         self.executor.failed.tell = self._close_channels
-        self._release = weakref.finalize(self, end, os.getpid(), self.executor, self._close_channels)
+        self._release = weakref.finalize(self, end, os.getpid(), self.executor.stop, self._close_channels)
 
     # --- what a kind of sync says -------------------------------------------------------------------------
 
     def resolve(self, policy: Policy | None, label: str) -> ResolvedPlan:
         """What is quick about a policy and can fail on one rank alone; changes nothing."""
         resolved = ResolvedPlan.of(policy, label, self.parameters, self.config, self.world_size)
-        resolved.load_kernels(self.device)
+        if resolved.plan and self.world_size > 1:
+            BACKENDS.on(
+                self.device
+            )  # a quick import: a rank without kernels says so before the others compile
         return resolved
 
     def notes(self, resolved: ResolvedPlan, label: str) -> dict[str, object]:

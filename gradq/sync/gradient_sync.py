@@ -83,21 +83,18 @@ class GradientSync(Sync):
             A future of flat.
         """
         with self._telling():
-            return self._average(flat, names, index)
-
-    def _average(self, flat: Tensor, names: Sequence[str], index: int) -> Future[Tensor]:
-        if self.world_size == 1:  # the mean is the gradient
-            return done(flat)
-        dense_bytes = wire.ring_bytes(dense.nbytes(flat), self.world_size)
-        self.metrics.record(Event("dense_bytes", dense_bytes, self.step, index))
-        if self.is_plain:  # what DDP does without a hook, counted
-            self.metrics.record(Event("wire_bytes", dense_bytes, self.step, index))
-            return dense.all_reduce(flat, self.group)
-        layout, step = self._layout_of(flat, tuple(names), index), self.step_of(index)
-        if self.learner.adaptive is not None:
-            self.executor.submit(self._measure(layout, flat, step), flat)
-        futures = [self.executor.submit(self._stages(chunk, flat, step), flat) for chunk in layout.chunks]
-        return futures[-1]  # the others are done before it
+            if self.world_size == 1:  # the mean is the gradient
+                return done(flat)
+            dense_bytes = wire.ring_bytes(dense.nbytes(flat), self.world_size)
+            self.metrics.record(Event("dense_bytes", dense_bytes, self.step, index))
+            if self.is_plain:  # what DDP does without a hook, counted
+                self.metrics.record(Event("wire_bytes", dense_bytes, self.step, index))
+                return dense.all_reduce(flat, self.group)
+            layout, step = self._layout_of(flat, tuple(names), index), self.step_of(index)
+            if self.learner.adaptive is not None:
+                self.executor.submit(self._measure(layout, flat, step), flat)
+            futures = [self.executor.submit(self._stages(chunk, flat, step), flat) for chunk in layout.chunks]
+            return futures[-1]  # the others are done before it
 
     def end_step(self, last: Future[Tensor]) -> Future[Tensor]:
         """End the step under way: `commit_step`, as soon as all its buckets are averaged.

@@ -9,7 +9,6 @@ from functools import cached_property, partial
 import torch
 
 from gradq.codecs import Codec
-from gradq.codecs.uniform.format import BACKENDS
 from gradq.collectives import Collective, LowRankSegment, Segment, Transfer, choose
 from gradq.kernels.turns import in_turns
 from gradq.metrics import ParameterStats
@@ -84,15 +83,6 @@ class ResolvedPlan:
             bits = 8 * entry.payload_bytes(info) / max(info.numel, 1)
             table[name] = ParameterStats(info.numel, str(entry), bits)
         return table
-
-    def load_kernels(self, device: torch.device) -> None:
-        """Import the kernels, which is quick, so that a rank without them says so before the others compile.
-
-        Raises:
-            KernelError: this machine has no kernels for the device.
-        """
-        if self.plan and self.world_size > 1:
-            BACKENDS.on(device)
 
     def codecs(self) -> set[tuple[Codec, bool]]:
         """The codecs that the collectives use, each with or without a residual."""

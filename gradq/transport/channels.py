@@ -32,8 +32,7 @@ from gradq.metrics import Event, Metrics
 from gradq.transport.contract import Channel
 from gradq.transport.handshake import gather, meeting, reason
 
-__all__ = ["Links", "PeerChannel", "open_peer_channels"]
-
+__all__ = ["Links", "PeerChannel", "backend_of", "open_peer_channels", "registered"]
 
 _BACKENDS = ("gloo", "mpi4py")  # what can post a receive before the send, and tell messages apart by tags
 _TAGS = 1 << 15  # MPI allows at least as many
@@ -91,7 +90,7 @@ class Links:
 
 
 def _within(seconds: float, action: Callable[[], object]) -> None:
-    """Try something that may fail, or never return: the store's host may be gone, or stopped."""
+    """Try an action that may fail or never return, because the store's host may be gone or stopped."""
 
     def attempt() -> None:
         with contextlib.suppress(Exception):
@@ -161,7 +160,7 @@ class _Exchange:
 
 
 def _backend_words(error: RuntimeError) -> str:
-    """What the backend says, and what may be behind a timeout."""
+    """The backend's message, with the likely causes of a timeout."""
     if "timed out" not in str(error).lower():
         return str(error)
     return (
@@ -225,14 +224,19 @@ def open_peer_channels(
         UnsupportedError: the group does not move CPU tensors over Gloo or MPI.
     """
     with meeting(group):
-        backend = _cpu_backend(group)
+        backend = backend_of(group, "cpu")
+        if backend not in _BACKENDS:
+            raise UnsupportedError(
+                f"the process group moves CPU tensors by {backend!r}; gradq needs Gloo or MPI: "
+                'dist.init_process_group("gloo") or "cpu:gloo,cuda:nccl", or gradq.backends.mpi.init()'
+            )
         if timeout is None:
             timeout = getattr(group._get_backend(torch.device("cpu")).options, "_timeout", None)
     if backend == "gloo":
         links = [_gloo(group, timeout)]
         channels = [PeerChannel(links[0], metrics, index, count) for index in range(count)]
     else:
-        links = [_registered(group, timeout, backend) for _ in range(count)]
+        links = [registered(group, timeout, backend) for _ in range(count)]
         channels = [PeerChannel(each, metrics) for each in links]
     dist.barrier(group)  # a rank that fails right after this must not break a peer's connecting
     _open.update(links)
@@ -260,8 +264,8 @@ def _gloo(group: dist.ProcessGroup, timeout: timedelta | None) -> Links:
     return Links(dist.ProcessGroupGloo(store, group.rank(), group.size(), options), store)
 
 
-def _registered(group: dist.ProcessGroup, timeout: timedelta | None, backend: str) -> Links:
-    """A group of a backend that torch must make.
+def registered(group: dist.ProcessGroup, timeout: timedelta | None, backend: str) -> Links:
+    """A process group of gradq's own of a backend that torch must make.
 
     torch names a locally synchronized group after its ranks. Destroyed and made again it would find the old
     one's addresses in the store and hang, so those of a subgroup live until destroy_process_group().
@@ -281,12 +285,7 @@ def _registered(group: dist.ProcessGroup, timeout: timedelta | None, backend: st
     return Links(own, None, destroy)
 
 
-def _cpu_backend(group: dist.ProcessGroup) -> str:
+def backend_of(group: dist.ProcessGroup, kind: str) -> str:
+    """The backend that moves a kind of device's tensors; "nothing" if there is none."""
     config = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
-    backend = next((e.removeprefix("cpu:") for e in config.split(",") if e.startswith("cpu:")), "nothing")
-    if backend not in _BACKENDS:
-        raise UnsupportedError(
-            f"the process group moves CPU tensors by {backend!r}; gradq needs Gloo or MPI: "
-            'dist.init_process_group("gloo") or "cpu:gloo,cuda:nccl", or gradq.backends.mpi.init()'
-        )
-    return backend
+    return dict(entry.split(":", 1) for entry in config.split(",") if ":" in entry).get(kind, "nothing")

@@ -12,7 +12,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch.futures import Future
 from gradq.errors import ConfigError, UnsupportedError
 from gradq.transport.contract import Pending
 
-__all__ = ["Executor", "Failure", "Stoppable", "end"]
+__all__ = ["Executor", "Failure", "end"]
 
 _PATIENCE_S = 1.0  # how long `stop` waits for a thread
 
@@ -54,13 +53,6 @@ class Failure:
             return before
         self.tell(error)
         return error
-
-
-class Stoppable(Protocol):
-    """What `end` needs of an executor."""
-
-    def stop(self) -> None:
-        """End without waiting for a peer."""
 
 
 @dataclass
@@ -189,10 +181,12 @@ class Executor:
             self._stage(index + 1).put(job)
 
 
-def end(process: int, executor: Stoppable, close_channels: Callable[[BaseException | None], None]) -> None:
-    """Give back what only one process has, its threads and connections: a forked child leaves them alone."""
+def end(
+    process: int, stop: Callable[[], None], close_channels: Callable[[BaseException | None], None]
+) -> None:
+    """Give back the threads and connections, which only one process has: a forked child leaves them alone."""
     if os.getpid() == process:
-        executor.stop()
+        stop()
         close_channels(None)
 
 

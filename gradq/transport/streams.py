@@ -27,7 +27,7 @@ from torch.futures import Future
 from gradq import wire
 from gradq.errors import ConfigError, PeerError, UnsupportedError, WireError
 from gradq.metrics import Event, Metrics
-from gradq.transport.channels import Links, PeerChannel
+from gradq.transport.channels import Links, PeerChannel, backend_of, registered
 from gradq.transport.contract import Channel, Pending
 from gradq.transport.executor import Failure
 
@@ -274,9 +274,7 @@ def open_stream_channels(
     Raises:
         UnsupportedError: the group moves the device's tensors by something else than NCCL or Gloo.
     """
-    config = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
-    pairs = dict(entry.split(":", 1) for entry in config.split(",") if ":" in entry)
-    backend = pairs.get(device.type, "nothing")
+    backend = backend_of(group, device.type)
     if backend not in ("nccl", "gloo"):
         raise UnsupportedError(
             f"the process group moves {device.type} tensors by {backend!r}; gradq needs NCCL or Gloo: "
@@ -284,16 +282,14 @@ def open_stream_channels(
         )
     if timeout is None:
         timeout = getattr(group._get_backend(device).options, "_timeout", None)
-    ranks, whole_world = dist.get_process_group_ranks(group), group.size() == dist.get_world_size()
-    own = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=not whole_world)
+    links = registered(group, timeout, backend)
     dist.barrier(group)  # see `channels.open_peer_channels`
 
     def close(error: BaseException | None = None) -> None:
-        if error is not None:  # exchanges may be under way on the device; its watchdog tells the others
-            return
-        if dist.is_initialized() and whole_world:
-            dist.destroy_process_group(own)
+        if error is None:  # else exchanges may be under way on the device; its watchdog tells the others
+            links.close()
 
+    own = links.group
     channel: Channel = (
         StreamChannel(own, metrics, device) if backend == "nccl" else StagedChannel(own, metrics)
     )
