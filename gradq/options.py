@@ -38,7 +38,7 @@ RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SEEDS = (-(1 << 63), 1 << 64)
 _LONGEST_S = 1e9
 
-# What is said to a trainer's user who gives an option that the trainer does not have.
+# The message for a user who gives a trainer an option that the trainer does not have.
 _REFUSALS = {
     "DDP": "replicate_group=, shard_spec= and gather_spec= are for FSDP2 models",
     "FSDP2": "group= and local_world_size= are for DistributedDataParallel; FSDP2 knows its mesh",
@@ -116,7 +116,9 @@ class Options:
         if not callable(self.exact):
             object.__setattr__(self, "exact", exact_patterns(self.exact))
         if not isinstance(self.replicate_group, dist.ProcessGroup | None):
-            raise ConfigError(f"replicate_group={self.replicate_group!r:.200}: it is a process group or None")
+            raise ConfigError(
+                f"replicate_group={self.replicate_group!r:.200}: it must be a process group or None"
+            )
         object.__setattr__(self, "seed", self.config().seed)
 
     @classmethod
@@ -134,7 +136,7 @@ class Options:
         """
         if not isinstance(options, cls | None):
             raise ConfigError(
-                f"options={options!r:.200}: it is a gradq.Options, such as gradq.Options(seed=1), or None"
+                f"options={options!r:.200}: it must be a gradq.Options, as gradq.Options(seed=1), or None"
             )
         known = {each.name: each for each in dataclasses.fields(cls)}
         for name in overrides:
@@ -223,7 +225,7 @@ class SyncConfig:
         object.__setattr__(self, "seed", _as_seed(self.seed))
         if not isinstance(self.collective, str):
             raise ConfigError(
-                f"collective={self.collective!r:.200}: it is a name, such as 'auto', 'direct' or 'two_phase'"
+                f"collective={self.collective!r:.200}: it must be a name: 'auto', 'direct', 'two_phase', ..."
             )
         choose(self.collective, world_size=2)
         if not isinstance(self.residual_dtype, str) or self.residual_dtype not in RESIDUAL_DTYPES:
@@ -244,7 +246,7 @@ def as_timedelta(timeout: Timeout) -> timedelta | None:
         return None
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise ConfigError(f"timeout={timeout!r:.200}: it is a number of seconds or a datetime.timedelta")
+        raise ConfigError(f"timeout={timeout!r:.200}: it must be a number of seconds or a datetime.timedelta")
     if not 0 < seconds <= _LONGEST_S or not math.isfinite(seconds):
         raise ConfigError(
             f"timeout={timeout!r:.200}: it must be positive and finite, in seconds; None takes the process "
@@ -266,7 +268,7 @@ def scale_of(grad_scaler: object) -> Callable[[], float]:
     get_scale = getattr(grad_scaler, "get_scale", None)
     if not callable(get_scale):
         raise ConfigError(
-            f"grad_scaler={grad_scaler!r:.200}: it takes the torch.amp.GradScaler in use, or None, not a "
+            f"grad_scaler={grad_scaler!r:.200}: it must be the torch.amp.GradScaler in use, or None, not a "
             f"{type(grad_scaler).__name__}"
         )
 
@@ -289,7 +291,7 @@ def _as_seed(seed: object) -> int:
             raise TypeError
         number = operator.index(seed)  # type: ignore[arg-type]
     except (TypeError, RuntimeError):  # RuntimeError: a tensor of several elements
-        raise ConfigError(f"seed={seed!r:.200}: it is an integer, the same on all ranks") from None
+        raise ConfigError(f"seed={seed!r:.200}: it must be an integer, the same on all ranks") from None
     if not _SEEDS[0] <= number < _SEEDS[1]:
-        raise ConfigError(f"seed={seed!r:.40}: it has at most 64 bits, from -2**63 to 2**64 - 1")
+        raise ConfigError(f"seed={seed!r:.40}: it must have at most 64 bits, from -2**63 to 2**64 - 1")
     return number

@@ -1,4 +1,4 @@
-"""Where the outermost backward begins and ends, which torch does not say in public.
+"""Where the outermost backward begins and ends, for which torch has no public interface.
 
 A backward may run others inside: reentrant activation checkpointing runs one for every block. FSDP calls its
 hooks in whichever it is, and several roots of a model have callbacks of their own at its end. A training step
@@ -109,7 +109,7 @@ class OutermostBackward:
 
 
 class _Mark:
-    """What a backward that has not ended holds.
+    """A mark that a backward holds until it has ended.
 
     Attributes:
         task: the backward whose end it waits for, by `backward_id`; None for the one around that.

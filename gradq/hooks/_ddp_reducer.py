@@ -1,4 +1,4 @@
-"""What DistributedDataParallel does not say in public; the only home of its private members here."""
+"""The private members of DistributedDataParallel that gradq needs; no other file uses any."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
 
 
 class _AsTheyAre(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """zeros_like without zeros."""
+    """A mode in which zeros_like gives back its argument."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -47,7 +47,7 @@ class _AsTheyAre(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def averaged_parameters(model: DistributedDataParallel) -> set[Tensor]:
     """The parameters that DDP averages: what required a gradient when it was made, but for the ignored.
 
-    Only the reducer knows; it tells by its buckets. It is asked for zeros like them, which are not made.
+    Only the reducer knows. It shows its buckets when asked for zeros like them, which are not made here.
     """
     try:
         with _AsTheyAre():  # type: ignore[no-untyped-call]

@@ -20,7 +20,6 @@ __all__ = [
     "check_group",
     "confirm_group",
     "describe",
-    "device_of",
     "find_wrapper",
     "kind",
     "unsupported",
@@ -41,8 +40,8 @@ def check_group(group: object) -> dist.ProcessGroup:
         raise ConfigError("group=: this rank is not in the group; call gradq on its ranks only")
     if not isinstance(group, dist.ProcessGroup):
         raise ConfigError(
-            f"group={group!r:.200}: it is a process group, such as torch.distributed.new_group([0, 1]) or "
-            "mesh.get_group()"
+            f"group={group!r:.200}: it must be a process group, such as torch.distributed.new_group([0, 1]) "
+            "or mesh.get_group()"
         )
     return group
 
@@ -182,13 +181,8 @@ def unsupported(module: nn.Module, names: Mapping[Tensor, str]) -> UnsupportedEr
     return None
 
 
-def device_of(names: Mapping[Tensor, str]) -> torch.device:
-    """The device of the parameters; of the first, if only a plain all-reduce is to average them."""
-    return next(iter(names)).device
-
-
 def kind(thing: object) -> str:
-    """The kind of an object that is not a model, for a message."""
-    return (
-        f"the class {thing.__name__}" if isinstance(thing, type) else f"an object of {type(thing).__name__}"
-    )
+    """The words of a message for an object that is not a model."""
+    if isinstance(thing, type):
+        return f"the class {thing.__name__}"
+    return f"an object of {type(thing).__name__}"

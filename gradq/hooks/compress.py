@@ -79,11 +79,7 @@ def compress(
 
 
 def _closed_states(model: DistributedDataParallel) -> list[HookState]:
-    """The model's states that were closed, if it may have another one.
-
-    Raises:
-        UnsupportedError: it may not.
-    """
+    """The closed states of a model; raise UnsupportedError if it may not have another one."""
     if model.mixed_precision is not None:
         raise UnsupportedError(
             "DistributedDataParallel(mixed_precision=...) takes the model's only hook; use torch.autocast"
@@ -102,7 +98,7 @@ _WRAP_FIRST = "; wrap it first: model = DistributedDataParallel(model)"
 
 
 def _not_ddp(model: nn.Module) -> str:
-    """What to say to a module that is neither wrapped nor sharded."""
+    """The message for a module that is neither wrapped nor sharded."""
     says = (
         "gradq.compress takes a DistributedDataParallel model or one with fully_shard applied (FSDP2), got "
         f"{type(model).__name__}"

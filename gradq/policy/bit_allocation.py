@@ -77,9 +77,9 @@ class BitAllocation:
         if average_bits is not None and not 0 < average_bits < math.inf:
             raise ConfigError(f"average_bits={average_bits!r}: it must be positive")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ConfigError(f"every={every!r}: it is a number of steps, at least 1")
+            raise ConfigError(f"every={every!r}: it must be a number of steps, at least 1")
         if isinstance(samples, bool) or not isinstance(samples, int) or not 1 <= samples <= every:
-            raise ConfigError(f"samples={samples!r}: it is a number of steps, from 1 to every={every}")
+            raise ConfigError(f"samples={samples!r}: it must be a number of steps, from 1 to every={every}")
         if weighting not in ("energy", "relative"):
             raise ConfigError(f"weighting={weighting!r}: choose 'energy' or 'relative'")
         if isinstance(candidates, str) or len(candidates) < 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from gradq.codecs import Codec, ExactCodec
 from gradq.errors import ConfigError
 from gradq.policy.base import Assignment, ParameterInfo
-from gradq.policy.names import canonical_name
+from gradq.policy.names import canonical_name, closest
 from gradq.policy.spec import Spec
 
 __all__ = [
@@ -118,9 +117,7 @@ class FixedPolicy:
         names = [parameter.name for parameter in parameters]
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
-                close = difflib.get_close_matches(pattern, names, n=3)
-                hint = f"; close: {', '.join(close)}" if close else f"; the first are: {', '.join(names[:3])}"
-                raise ConfigError(f"exact={pattern!r} matches no parameter{hint}")
+                raise ConfigError(f"exact={pattern!r} matches no parameter{closest(pattern, names)}")
         chosen = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
         return lambda parameter: parameter.name in chosen or default(parameter)
 
@@ -141,7 +138,7 @@ def exact_patterns(exact: str | Sequence[str]) -> tuple[str, ...]:
     patterns = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(
-            f"exact={exact!r:.200}: it takes names or shell patterns such as 'wte.weight' or "
+            f"exact={exact!r:.200}: it must be names or shell patterns such as 'wte.weight' or "
             "['head.*', '*.gate'], or a predicate over ParameterInfo"
         )
     return patterns

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -14,7 +14,7 @@ from gradq.codecs import Codec
 from gradq.errors import ConfigError
 from gradq.policy.base import Assignment, ParameterInfo
 from gradq.policy.fixed import ExactRule, FixedPolicy
-from gradq.policy.names import canonical_name, named_parameters
+from gradq.policy.names import canonical_name, closest, named_parameters
 from gradq.policy.spec import Spec
 
 __all__ = ["ROLES", "MixedPolicy", "Rules", "Selector", "roles"]
@@ -144,24 +144,15 @@ def _owner(module: nn.Module, path: str, child: nn.Module) -> nn.Module:
 
 
 def _pairs(rules: object) -> list[tuple[Selector, str | Codec | Spec]]:
-    """Pairs (selector, spec).
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    pairs = (
-        list(rules.items() if isinstance(rules, Mapping) else rules) if isinstance(rules, Iterable) else []
-    )
-    if isinstance(rules, str) or not isinstance(rules, Iterable) or not all(_is_pair(pair) for pair in pairs):
+    """Pairs (selector, spec); raise ConfigError for anything else."""
+    given = rules.items() if isinstance(rules, Mapping) else rules
+    pairs: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    if isinstance(rules, str) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise ConfigError(
-            f"rules={rules!r:.200}: they are pairs of a selector and a spec, such as "
+            f"rules={rules!r:.200}: they must be pairs of a selector and a spec, such as "
             '{"wte*": "int8", "*": "int4"} or [("wte*", "int8"), ("*", "int4")]'
         )
     return pairs
-
-
-def _is_pair(pair: object) -> bool:
-    return isinstance(pair, list | tuple) and len(pair) == 2
 
 
 def _everything(parameter: ParameterInfo) -> bool:
@@ -207,5 +198,4 @@ def _hint(selector: Selector, by_name: Mapping[str, ParameterInfo]) -> str:
     if selector.startswith(_ROLE):
         known = sorted({parameter.role for parameter in by_name.values()} - {""})
         return f"; there are: {', '.join(known)}" if known else "; roles are not known here"
-    close = difflib.get_close_matches(selector, by_name, n=3)
-    return f"; close: {', '.join(close)}" if close else f"; the first are: {', '.join(list(by_name)[:3])}"
+    return closest(selector, by_name)

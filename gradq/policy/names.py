@@ -6,15 +6,16 @@ finds its residuals again, and `exact=["wte*"]` means the same before and after 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["canonical_name", "named_parameters"]
+__all__ = ["canonical_name", "closest", "named_parameters"]
 
 # Of torch.compile, of activation checkpointing, of FullyShardedDataParallel.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
@@ -50,6 +51,13 @@ def named_parameters(module: nn.Module) -> dict[nn.Parameter, str]:
     short = {parameter: canonical_name(_without(name, skipped)) for parameter, name in full.items()}
     times = Counter(short.values())
     return {p: name if times[name] == 1 else full[p] for p, name in short.items()}
+
+
+def closest(wanted: str, names: Iterable[str]) -> str:
+    """The names that were probably meant, as the end of a sentence."""
+    known = list(names)
+    close = difflib.get_close_matches(wanted, known, n=3)
+    return f"; close: {', '.join(close)}" if close else f"; the first are: {', '.join(known[:3])}"
 
 
 def _without(name: str, skipped: set[str]) -> str:

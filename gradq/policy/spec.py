@@ -123,7 +123,7 @@ def _rank(part: str, spec: str) -> int:
 
 
 def _not_a_string(spec: object) -> str:
-    """What to say to something that is no spec."""
+    """The message for an object that is no spec."""
     kind = getattr(spec, "__name__", "") if isinstance(spec, type) else type(spec).__name__
     said = "a spec is a string such as 'int4', a codec or a Spec, not "
     if spec is None or isinstance(spec, bool):

@@ -128,7 +128,7 @@ class _Hall:
         return [here[peer][1] for peer in range(self.world_size)]
 
     def leave(self, rank: int, error: BaseException | None = None) -> None:
-        """A rank comes no more."""
+        """Note that a rank comes to no more operations."""
         with self._changed:
             self._gone[rank] = "has returned" if error is None else f"gave up: {reason(error)}"
             self._changed.notify_all()

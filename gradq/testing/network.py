@@ -29,7 +29,7 @@ _DROP, _LATE = "drop", "late"
 
 
 class Route(NamedTuple):
-    """Where one message goes: it is the number-th exchange of a channel, counted from 0."""
+    """The way of one message; number counts the exchanges of its channel, from 0."""
 
     channel: int
     number: int
@@ -83,7 +83,7 @@ class Exchange:
         self.metrics.record(Event("exchange_ms", elapsed_ms, header.step, header.bucket, header.phase))
 
     def fail(self, route: Route, why: str) -> None:
-        """This exchange can never end: a message of its is lost, or was not sent."""
+        """Note that this exchange can never end: one of its messages is lost, or was not sent."""
         receives = route.receiver == self.header.sender
         verb, peer = ("receiving from", route.sender) if receives else ("sending to", route.receiver)
         self.error = self.error or PeerError(
@@ -282,7 +282,7 @@ class Network:
                 raise exchange.error
 
     def leave(self, rank: int, channels: Sequence[int], error: BaseException | None = None) -> None:
-        """A rank closes its ends of some channels: peers that wait for a message of its get an error."""
+        """Close a rank's ends of some channels: peers that wait for a message from it get an error."""
         why = "its connections are closed" if error is None else f"rank {rank} gave up: {reason(error)}"
         with self._changed:
             for channel in channels:

@@ -76,7 +76,7 @@ STARTS = {
     "interrupt": "KeyboardInterrupt",
     "unknown spec": "no codec is called 'int99'",
     "misspelt keyword": "sed= is not an option; did you mean seed=?",
-    "no options": "options={'seed': 1}: it is a gradq.Options",
+    "no options": "options={'seed': 1}: it must be a gradq.Options",
 }
 
 

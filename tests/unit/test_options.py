@@ -106,7 +106,7 @@ def test_keyword_arguments_replace_fields():
     base = Options(seed=3, feedback=True)
     assert Options.of("DDP", base, {"seed": 4}) == Options(seed=4, feedback=True)
     assert Options.of("DDP", base, {"gather_spec": "none"}) == base, "a default is no choice"
-    with pytest.raises(gradq.errors.ConfigError, match=r"options=\{'seed': 3\}: it is a gradq.Options"):
+    with pytest.raises(gradq.errors.ConfigError, match=r"options=\{'seed': 3\}: it must be a gradq.Options"):
         Options.of("DDP", {"seed": 3}, {})
 
 
