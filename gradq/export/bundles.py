@@ -1,9 +1,8 @@
 """`bundle` packs a model for several processors; `load` picks the variant for this one.
 
-A bundle is a folder or a zip file: ``manifest.json`` and one ONNX file a variant. `load` looks at the
-processor, drops what would be wrong or cannot run here, takes the variant made for this processor unless
-another
-one is clearly faster here, and says what it chose and why.
+A bundle is a folder or a zip file that holds ``manifest.json`` and one ONNX file for each variant. `load`
+looks at the processor and drops the variants that would be wrong or cannot run here. It takes the variant
+made for this processor unless another one is clearly faster here, and says what it chose and why.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from gradq.quant.batches import unwrap
 
 __all__ = ["Bundle", "bundle", "load", "verify_bundle"]
 
-_CLEARLY_FASTER = 1.2  # in nine tenths of the rounds: what another variant must be to be taken instead
+_CLEARLY_FASTER = 1.2  # ratio that another variant must reach in nine tenths of the rounds to be taken
 _FORMAT = 1
-_FLOAT = "float"  # the variant that is right everywhere
+_FLOAT = "float"  # name of the variant that is right on every processor
 _MANIFEST = "manifest.json"
-# Which variants are right on which processor, best first. "other" has no integer kernels to choose for.
+# Processor → the variants that are right on it, best first. For "other" processors no kernels are known.
 _SUITS = {
     "x86-vnni": ("x86-vnni", "edge-int4", "x86-avx2", "arm"),
     "x86-avx2": ("x86-avx2", "edge-int4", "x86-vnni"),
@@ -67,19 +66,19 @@ def bundle(
         models: a calibrated model, from which `gradq.export.variant` makes the variants; or a mapping from
             target to a model prepared for it (``quant.Config.for_target``).
         out: a name that ends with ``.zip``, or a folder to make; what stood there is replaced at the end.
-        variants: targets to make if `models` is one model: ``x86-vnni``, ``x86-avx2``, ``arm``,
-            ``edge-int4`` (for batch 1).
-        include_float: put the float model in as well, as the variant ``float``, for processors on which it is
-            clearly faster; False saves its space.
-        example_inputs: as for `gradq.export.onnx`.
-        accuracy: target → accuracy, kept in the manifest.
+        variants: targets for which variants are made if `models` is one model: ``x86-vnni``, ``x86-avx2``,
+            ``arm``, ``edge-int4`` (for batch 1).
+        include_float: whether the bundle holds the float model, too, as the variant ``float``, for processors
+            on which it is clearly faster.
+        example_inputs: inputs to trace with, as for `gradq.export.onnx`.
+        accuracy: target → accuracy of that variant, which the manifest keeps.
 
     Returns:
-        What was written, by target.
+        Target → report of what was written.
 
     Raises:
-        ConfigError: an unknown target, or none.
-        ExportError: as `gradq.export.onnx`; nothing is left behind.
+        ConfigError: an unknown target, or no target at all.
+        ExportError: the errors of `gradq.export.onnx`; nothing is left behind.
     """
     named = dict(models) if isinstance(models, Mapping) else {t: variant(models, t) for t in variants}
     unknown = set(named) - set(VARIANTS)
@@ -135,7 +134,7 @@ def _describe(model: nn.Module, example_inputs: Any, file: Path) -> list[dict[st
 
 
 def _place(folder: Path, target: Path) -> None:
-    """Move the finished files to where they were wanted, whole or not at all."""
+    """Move the finished files to their place, all of them or none."""
     if target.suffix == ".zip":
         with atomic(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             for file in sorted(folder.iterdir()):
@@ -168,14 +167,14 @@ def _digest(path: Path) -> str:
 
 @dataclass
 class Bundle:
-    """A loaded bundle: call it with arrays or tensors.
+    """A loaded bundle, which is called with arrays or tensors.
 
     Attributes:
         chosen: name of the variant that runs.
-        why: one sentence for people.
-        timings_ms: median latency of every variant that was timed.
+        why: one sentence that says why this variant runs.
+        timings_ms: variant → median latency in milliseconds, for the variants that were timed.
         session: the ``onnxruntime.InferenceSession``.
-        manifest: what the bundle says of itself.
+        manifest: contents of the bundle's ``manifest.json``.
     """
 
     chosen: str
@@ -216,19 +215,20 @@ def load(
     pass `choose`, or ``seconds=0``, which times nothing.
 
     Args:
-        path: folder or zip file from `bundle`.
-        batch_size: to time with.
-        threads: of the session.
-        seconds: for timing, all variants together; 0 takes the first that suits the processor.
-        processor: instead of what this machine is found to be.
-        choose: a variant to take without asking.
+        path: folder or zip file that `bundle` wrote.
+        batch_size: batch size of the inputs that the variants are timed with.
+        threads: number of threads of the session.
+        seconds: time for timing all variants together; with 0 the first variant that suits the processor is
+            taken.
+        processor: name of the processor to choose for; this machine's if None.
+        choose: name of the variant to take; the rule above decides if None.
 
     Raises:
         ExportError: no such bundle, a damaged file, or no variant for this processor.
         ConfigError: `choose` names no variant.
     """
     require("onnxruntime")
-    with _opened(Path(path)) as folder:  # a session keeps nothing of it
+    with _opened(Path(path)) as folder:  # a session holds the file in memory
         manifest = _manifest(folder, path)
         found = {v["name"]: v for v in manifest["variants"]}
         if choose is not None and choose not in found:
@@ -275,7 +275,7 @@ def _suits(processor: str) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Path]:
-    """The bundle's folder; a zip file is unpacked for the time being."""
+    """The folder of a bundle; a zip file is unpacked into a temporary one."""
     if path.is_dir():
         yield path
         return
@@ -290,7 +290,7 @@ def _opened(path: Path) -> Iterator[Path]:
                 archive.extractall(folder)
         except ExportError:
             raise
-        except Exception as error:  # zipfile's, zlib's, or that of a password or an unknown compression
+        except Exception as error:  # of zipfile or zlib; also for passwords and unknown compressions
             raise ExportError(
                 f"{path} is neither a bundle's folder nor its zip file, or it is damaged: {error}; export it "
                 "again"
@@ -315,7 +315,7 @@ def _manifest(folder: Path, path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _problem(manifest: Mapping[str, Any]) -> str:
-    """What `load` needs and the manifest does not say; "" for nothing."""
+    """The first thing that `load` needs and the manifest lacks, as text; empty if it lacks nothing."""
     variants, inputs = manifest.get("variants"), manifest.get("inputs")
     if not isinstance(variants, list) or not variants:
         return "it lists no variants"
@@ -341,7 +341,7 @@ def _problem(manifest: Mapping[str, Any]) -> str:
 
 
 def _sample(inputs: Sequence[Mapping[str, Any]], batch_size: int, running: Any) -> dict[str, Any]:
-    """Random inputs of the manifest's shapes."""
+    """Random inputs with the shapes that the manifest gives."""
     wanted = [i.name for i in running.get_inputs()]
     if [spec["name"] for spec in inputs] != wanted:
         raise ExportError(f"the manifest's inputs are not the model's, {wanted}; export the bundle again")
@@ -395,16 +395,15 @@ def verify_bundle(
     """Check every variant of a bundle that is right on this processor against the float model.
 
     Args:
-        path: from `bundle`, made from one model.
-        model: the model it was made from.
-        loader: as for `gradq.export.verify`; iterated once a variant.
-        processor: instead of what this machine is found to be.
-        options: more for `gradq.export.verify`; nothing is raised for a variant that failed, and by default
-        nothing
-            is timed.
+        path: bundle that was made from one model.
+        model: quantized model that the bundle was made from.
+        loader: batches, as for `gradq.export.verify`; it is iterated once for each variant.
+        processor: name of the processor whose variants are checked; this machine's if None.
+        options: further arguments for `gradq.export.verify`. By default nothing is timed, and a variant that
+            fails raises no error.
 
     Returns:
-        Report by variant.
+        Variant → its report.
 
     Raises:
         ExportError: no such bundle, or a damaged one.

@@ -1,4 +1,4 @@
-"""Batches through the file, the integer reference and the untouched float model, and what differs."""
+"""Runs batches through the file, the integer reference and the untouched float model, and compares."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _LABELS = ("labels", "label", "targets", "target", "y")
 
 @dataclass(frozen=True)
 class Agreement:
-    """File against integer reference.
+    """How the file agrees with the integer reference.
 
     Attributes:
-        inputs: how many were compared.
+        inputs: number of inputs that were compared.
         equal: share of the output elements that are equal, bit for bit.
-        largest_difference: of the others, relative to the outputs' largest magnitude.
+        largest_difference: largest difference of an element, relative to the outputs' largest magnitude.
         same_choice: share of the inputs with the same argmax over the last axis.
-        exact: True if every operator is exact, so that nothing but equality will do.
+        exact: True if every operator of the file is exact, so that every element must be equal.
         repeatable: True if a second call gave the same bits.
-        batch_independent: True if single inputs gave the bits they gave in a batch; None if not asked.
+        batch_independent: True if a single input gave the bits that it gave in a batch; None if not checked.
     """
 
     inputs: int
@@ -59,15 +59,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """File against the float model as it was given to `gradq.quant.prepare`.
+    """How near the file is to the float model that was given to `gradq.quant.prepare`.
 
     Attributes:
         sqnr_db: signal to quantization noise of the worst output, in dB; infinite if all are equal.
-        output: its number.
+        output: index of that output.
         same_choice: share of the inputs with the same argmax over the last axis of the first output.
-        trained: True if the quantized model was trained (or its weights rounded) since `prepare`, so that
-        other
-            outputs are what is wanted.
+        trained: True if the quantized model was trained (or its weights were rounded) since `prepare`: its
+            outputs are then meant to differ.
     """
 
     sqnr_db: float
@@ -80,7 +79,7 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Names of a model's inputs, in the file's order.
 
     Args:
-        model: prepared, or with layers placed by hand.
+        model: model from `prepare`, or one with layers placed by hand.
         args: positional example arguments.
         kwargs: keyword example arguments.
     """
@@ -91,15 +90,15 @@ def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def split_batch(batch: Any, names: list[str]) -> tuple[dict[str, Any], Any]:
-    """Inputs by name, and labels, of a batch as a loader gives it.
+    """Split a batch, as a loader gives it, into the inputs by name and the labels.
 
     Args:
         batch: a tensor, a tuple with the inputs first and the labels behind them, or a dict by name with
             the labels under ``labels``, ``label``, ``targets``, ``target`` or ``y``.
-        names: of the model's inputs.
+        names: names of the model's inputs.
 
     Raises:
-        ConfigError: another type, or an input that is missing; named.
+        ConfigError: a batch of another type, or one that lacks an input; the input is named.
     """
     if isinstance(batch, Tensor):
         batch = (batch,)
@@ -130,17 +129,17 @@ def _batch_size(inputs: dict[str, Any]) -> int:
 
 
 class Comparison:
-    """Runs batches through file, reference and float model, and counts.
+    """Runs batches through the file, the reference and the float model, and counts what is equal.
 
     Args:
         model: the quantized model.
-        original: the float model, as (names → outputs); untouched.
-        running: the file's session.
-        names: of the inputs, in the model's order.
+        original: the float model as a function from inputs by name to outputs.
+        running: session of the file.
+        names: names of the inputs, in the model's order.
         found: operators of the file.
-        metric: (outputs, labels) → figure, higher is better; None for the share of labels that are the
-        argmax.
-        trained: see `Fidelity`.
+        metric: function from outputs and labels to a figure, higher is better; if None, the share of labels
+            that are the argmax.
+        trained: whether the quantized model was trained, as in `Fidelity`.
     """
 
     def __init__(
@@ -172,7 +171,7 @@ class Comparison:
         ]
 
     def add(self, batch: Any) -> None:
-        """Compare on one batch."""
+        """Compare the outputs for one batch and add to the counts."""
         inputs, labels = split_batch(batch, self.names)
         theirs, again = self._run_file(inputs), self._run_file(inputs)
         self.repeatable &= all(
@@ -207,18 +206,18 @@ class Comparison:
             self.labelled += size
 
     def _add_noise(self, plain: list[Tensor], theirs: list[Tensor]) -> None:
-        """Signal and noise of every floating output."""
+        """Add the signal and the noise of every floating output."""
         self.signal = self.signal or [0.0] * len(plain)
         self.noise = self.noise or [0.0] * len(plain)
         for i, (a, b) in enumerate(zip(plain, theirs, strict=True)):
             if a.is_floating_point():
-                usable = a.isfinite()  # masks hold infinities
+                usable = a.isfinite()  # masks may hold infinities
                 a, b = a[usable].double(), b[usable].double()
                 self.signal[i] += float(a.square().sum())
                 self.noise[i] += float((a - b).square().sum())
 
     def finish(self, free: bool) -> tuple[Agreement, Fidelity, dict[str, float]]:
-        """What was found, and the figures: per cent for the default metric, else its own unit."""
+        """The findings, and the figures: in per cent for the default metric, else in the metric's unit."""
         if self.last is None:
             raise ConfigError("the loader yielded no batch; give at least one")
         agreement = Agreement(
@@ -255,7 +254,7 @@ class Comparison:
 
 
 def _share_of_argmax(outputs: Tensor, labels: Any) -> float:
-    """Share of the labels that are the argmax: over the last axis, or over the second of images (B, C, …)."""
+    """Share of labels that are the argmax over the last axis, or over the second one of images (B, C, …)."""
     labels = torch.as_tensor(labels)
     for axis in (-1, 1):
         if outputs.ndim > 1 and not labels.is_floating_point():
@@ -274,8 +273,8 @@ def float_runner(model: nn.Module, positional: int) -> Callable[[dict[str, Any]]
     """A float model as a function of its inputs by name.
 
     Args:
-        model: untouched but for its mode, which comes back.
-        positional: how many of the inputs it takes by position.
+        model: float model; only its mode changes, and is set back after each call.
+        positional: number of the inputs that the model takes by position.
     """
 
     def run(inputs: dict[str, Any]) -> Any:

@@ -15,8 +15,8 @@ def leaf_names(name: str, value: Any) -> list[str]:
     """Names of the tensors (and arrays) in an input, in order.
 
     Args:
-        name: of the input.
-        value: a tensor, or a container of them; numbers and None have no name.
+        name: name of the input.
+        value: the input, a tensor or a container of tensors; numbers and None have no name.
     """
     return [leaf for leaf, _ in _leaves(name, value)]
 

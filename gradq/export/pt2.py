@@ -36,12 +36,12 @@ class Pt2Report:
 
     Attributes:
         path: the file.
-        size_bytes: its size.
-        operators: as asked for.
+        size_bytes: size of the file in bytes.
+        operators: kind of operators that the file is written in: ``aten``, ``int_mm`` or ``pt2e``.
         forms: layers by the form of their weights: ``int8``, ``int4``, ``table``, ``int_mm``.
         float_islands: (name, reason) of layers that multiply in float though ``int_mm`` was asked for.
-        average_bits: bits a quantized weight takes, scales included.
-        metadata: what stands in the file as ``gradq.json``.
+        average_bits: number of bits that an element of a quantized weight takes on average.
+        metadata: entries of ``gradq.json`` in the file.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Pt2Report:
     metadata: dict[str, str] = field(repr=False)
 
     def __str__(self) -> str:
-        """Some lines for people."""
+        """The report as a few lines of text."""
         return describe(self.path, self.size_bytes, self.operators, self.forms, self.float_islands)
 
 
@@ -69,12 +69,12 @@ def exported_program(
 
     Args:
         model: from `gradq.quant.prepare` and `calibrate`, trained or not, possibly inside DDP; untouched.
-        example_inputs: as for `gradq.export.onnx`.
+        example_inputs: inputs to trace with, as for `gradq.export.onnx`.
         operators: ``aten`` computes in float exactly what the simulation computes; ``int_mm`` puts linear
             layers on ``torch._int_mm`` (checked on the CPU and on an H100); ``pt2e`` writes the
             ``quantized_decomposed`` operators that converters to ExecuTorch and LiteRT take.
-        dynamic_batch: leave the first axis of every input free.
-        dynamic_axes: more free axes: input name → axis → name.
+        dynamic_batch: whether the first axis of every input stays free.
+        dynamic_axes: further free axes: input name → axis → name of the axis.
 
     Raises:
         CalibrationError: a quantizer has no range; named.
@@ -98,24 +98,25 @@ def pt2(
 ) -> Pt2Report:
     """Write a calibrated model as a ``.pt2`` file: portable, small, and exactly the simulation.
 
-    It is small (8-bit weights a byte, 4-bit weights and tables half a byte), but not fast by itself: with
-    ``aten`` torch multiplies in float. For speed on a CPU export ONNX. The file is complete or not there.
+    The file is small (an 8-bit weight takes a byte, a 4-bit weight or an index into a table half a byte), but
+    not fast by itself: with ``aten`` torch multiplies in float. Export ONNX for speed on a CPU. The file is
+    written whole or not at all.
 
     Args:
-        model: as for `exported_program`.
+        model: calibrated model, as for `exported_program`.
         path: the file to write; its name ends with ``.pt2``.
-        example_inputs: as for `gradq.export.onnx`.
-        operators: as for `exported_program`.
-        dynamic_batch: leave the first axis of every input free.
-        dynamic_axes: more free axes: input name → axis → name.
-        accuracy: the model's, to be kept in the file.
-        metadata: more entries for ``gradq.json`` in it.
+        example_inputs: inputs to trace with, as for `gradq.export.onnx`.
+        operators: kind of operators, as for `exported_program`.
+        dynamic_batch: whether the first axis of every input stays free.
+        dynamic_axes: further free axes: input name → axis → name of the axis.
+        accuracy: accuracy of the model, which the file keeps among its facts.
+        metadata: further entries for ``gradq.json`` in the file.
 
     Returns:
         What was written.
 
     Raises:
-        GradqError: as `exported_program`; and ExportError for a path that cannot be written.
+        GradqError: the errors of `exported_program`; also ExportError for a path that cannot be written.
     """
     if Path(path).suffix != ".pt2":
         raise ConfigError(f"path is {str(path)!r}; torch.export's files end with .pt2")
@@ -147,7 +148,7 @@ def _program(
     dynamic_batch: bool,
     dynamic_axes: dict[str, dict[int, str]] | None,
 ) -> tuple[ExportedProgram, dict[str, str], list[tuple[str, str]]]:
-    """The program, the forms of its weights, and what is in float."""
+    """The program, the forms of its weights, and the layers that compute in float, with reasons."""
     ready = exportable(model, example_inputs, dynamic_batch=dynamic_batch, dynamic_axes=dynamic_axes)
     forms, islands = store(ready.model, operators)
     try:
@@ -159,6 +160,6 @@ def _program(
             "is to be free, pass dynamic_batch=False or rewrite that line"
         ) from error
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
-    program.example_inputs = None  # the caller's data
+        node.meta.pop("stack_trace", None)  # it holds paths of this machine
+    program.example_inputs = None  # they are the caller's data
     return program, forms, islands

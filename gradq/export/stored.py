@@ -2,16 +2,15 @@
 
 Four ways to write it:
 
-* ``aten``: weights become float when they are read and everything is computed in float: the same numbers as
-  the simulation, bit for bit, from a small file, without gradq.
-* ``int_mm``: linear layers on codes, through ``torch._int_mm`` (int8 × int8 → int32), on the CPU and, by its
-  rules, on CUDA; the rest as ``aten``.
-* ``pt2e``: the ``quantized_decomposed`` operators that torchao's PT2E puts into a graph, here with gradq's
-  ranges: what converters to ExecuTorch read.
-* ``pt2e-float``: the same, but with float weights in front of a quantize operator, as LiteRT's converter
-  wants them.
+* ``aten``: weights become float when they are read, and everything is computed in float. A small file gives
+  the same numbers as the simulation, bit for bit, without gradq.
+* ``int_mm``: linear layers compute on codes, through ``torch._int_mm`` (int8 × int8 → int32), on the CPU and
+  on CUDA; everything else is as in ``aten``.
+* ``pt2e``: the graph has the ``quantized_decomposed`` operators of torchao's PT2E with gradq's ranges, as
+  converters to ExecuTorch read it.
+* ``pt2e-float``: the same with float weights in front of a quantize operator, as LiteRT's converter reads it.
 
-Shapes: O outputs, I inputs, R rows that own a scale, n elements a row, M rows of a matrix product.
+Shapes: O outputs, I inputs, R rows with a scale each, n elements in a row, M rows of a matrix product.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ OPERATORS = ("aten", "int_mm", "pt2e", "pt2e-float")
 
 
 class StoredWeight(nn.Module):
-    """A weight as codes; calling it gives the float weight.
+    """A weight that is stored as codes; a call gives the float weight.
 
     Args:
-        weight: (O, …) fp32.
-        quantizer: of the weight.
+        weight: (O, …) fp32 weight.
+        quantizer: quantizer of the weight.
 
     Attributes:
-        form: ``int8``, ``int4`` (two codes a byte) or ``table`` (two indices a byte into an int8 table).
+        form: ``int8``, ``int4`` (two codes in a byte) or ``table`` (two indices in a byte).
     """
 
     data: Tensor
@@ -76,7 +75,7 @@ class StoredWeight(nn.Module):
         self.symmetric = not bool(quantizer.zero_point.any())
 
     def codes(self) -> Tensor:
-        """(R, n) integers."""
+        """The codes, (R, n) integers."""
         if self.form == "int8":
             return self.data
         nibbles = torch.stack([self.data.bitwise_and(15), self.data.bitwise_right_shift(4)], -1)
@@ -86,7 +85,7 @@ class StoredWeight(nn.Module):
         return nibbles.to(torch.int8) + self.low
 
     def forward(self) -> Tensor:
-        """(O, …) fp32."""
+        """The float weight, (O, …) fp32."""
         rows = self.codes().to(torch.float32)
         if not self.symmetric:
             rows = rows - self.zero_point[:, None]
@@ -97,19 +96,20 @@ class StoredWeight(nn.Module):
 
 
 def _packed(nibbles: Tensor) -> Tensor:
-    """Two values of 0 … 15 a byte, the first in the low bits; any shape → one axis, uint8."""
+    """Pack two values of 0 … 15 into each byte, the first into the low bits: any shape → one axis, uint8."""
     flat = nibbles.reshape(-1).to(torch.uint8)
     flat = functional.pad(flat, (0, flat.numel() % 2))
     return flat[0::2] | (flat[1::2] << 4)
 
 
 class _Decomposed(nn.Module):
-    """A weight behind PT2E's dequantize operator, per channel or per tensor.
+    """A weight behind the dequantize operator of PT2E, with a scale per channel or per tensor.
 
     Args:
-        weight: (O, …) fp32.
-        quantizer: of the weight.
-        folded: store codes; otherwise store the float weight (on its grid) and quantize it in the graph.
+        weight: (O, …) fp32 weight.
+        quantizer: quantizer of the weight.
+        folded: whether codes are stored; otherwise the float weight is stored (rounded to its grid) and the
+            graph quantizes it.
     """
 
     data: Tensor
@@ -132,7 +132,7 @@ class _Decomposed(nn.Module):
         self.register_buffer("zero_point", quantizer.zero_point.to(torch.int64))
 
     def forward(self) -> Tensor:
-        """(O, …) fp32."""
+        """The float weight, (O, …) fp32."""
         ops, limits = torch.ops.quantized_decomposed, (self.low, self.high, torch.int8)
         if self.scale.numel() == 1:
             parts: tuple[Any, ...] = (float(self.scale[0]), int(self.zero_point[0]), *limits)
@@ -147,15 +147,15 @@ class _Decomposed(nn.Module):
 
 
 class IntMatmul(nn.Module):
-    """A linear layer on codes.
+    """A linear layer that computes on codes.
 
-    ``torch._int_mm`` on CUDA wants I and O in multiples of 8 and more than 16 rows: zeros are added and taken
-    away. Checked on an H100 by tests/gpu/test_int_mm.py.
+    ``torch._int_mm`` on CUDA takes only multiples of 8 for I and O and more than 16 rows: zeros are appended
+    to the operands, and their results are cut off. Checked on an H100 by tests/gpu/test_int_mm.py.
 
     Args:
-        layer: with a symmetric weight, a scale a tensor or a channel.
-        stored: its weight.
-        quantizer: of its input; if static, the input is expected on its grid.
+        layer: linear layer whose weight is symmetric, with a scale per tensor or per channel.
+        stored: weight of the layer, stored as codes.
+        quantizer: quantizer of the input; if it is static, the input must be rounded to its grid.
     """
 
     bias: Tensor | None
@@ -200,18 +200,18 @@ class IntMatmul(nn.Module):
 
 
 def store(model: nn.Module, operators: str) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Rewrite a model in place; it is of no use to gradq afterwards.
+    """Rewrite a model in plain operators, in place; gradq cannot use it afterwards.
 
     Args:
-        model: from `gradq.export.capture.exportable`.
-        operators: one of `OPERATORS`.
+        model: model from `gradq.export.capture.exportable`.
+        operators: name of the operators, one of `OPERATORS`.
 
     Returns:
         Layer name → form of its weight, and (name, reason) of layers that multiply in float though ``int_mm``
         was asked for.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: a name that is not among them.
         ExportError: a format that the operators do not have; the tensor is named.
     """
     if operators not in OPERATORS:
@@ -229,7 +229,7 @@ def store(model: nn.Module, operators: str) -> tuple[dict[str, str], list[tuple[
     readers = _readers(model)
     acts = [m for m in model.modules() if isinstance(m, ActQuant)]
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
-    parts: dict[int, Any] = {}  # by quantizer: tied weights stay one
+    parts: dict[int, Any] = {}  # by the quantizer's id: tied weights share one
     for layer in layers.values():
         for _, weight, quantizer in layer.quantized_weights():
             if id(quantizer) not in parts:
@@ -265,7 +265,7 @@ def store(model: nn.Module, operators: str) -> tuple[dict[str, str], list[tuple[
 
 
 def _empty(module: nn.Module) -> None:
-    """Drop everything a module holds."""
+    """Remove every parameter, buffer and submodule of a module."""
     for held in (module._parameters, module._buffers, module._modules):
         held.clear()
 
@@ -275,7 +275,7 @@ def _ignoring_its_argument(part: nn.Module) -> Any:
 
 
 def _fix_range(quantizer: ActQuant) -> None:
-    """Keep the scale instead of its logarithm."""
+    """Hold the scale as a buffer in the place of its logarithm, which is a parameter."""
     if quantizer.format.is_dynamic:
         return
     scale = quantizer.scale.detach().clone()
@@ -288,7 +288,7 @@ def _range_of(quantizer: ActQuant) -> tuple[Tensor, Tensor]:
 
 
 def _plain(quantizer: ActQuant) -> Any:
-    """What `gradq.quant.ops.fake_quantize` computes, in torch's own operators."""
+    """A function of torch's own operators that computes what `gradq.quant.ops.fake_quantize` does."""
     fmt = quantizer.format
 
     def call(x: Tensor) -> Tensor:
@@ -299,7 +299,7 @@ def _plain(quantizer: ActQuant) -> Any:
 
 
 def _decomposed(quantizer: ActQuant) -> Any:
-    """Codes of int8: those of an asymmetric quantizer are shifted by 128, which changes no value."""
+    """A function on int8 codes; asymmetric codes are shifted by half their range, which changes no value."""
     fmt = quantizer.format
     ops = torch.ops.quantized_decomposed
     half = 0 if fmt.symmetric else 1 << (fmt.bits - 1)
@@ -318,7 +318,7 @@ def _decomposed(quantizer: ActQuant) -> Any:
 
 
 def _decomposed_dynamic(quantizer: ActQuant, low: int, high: int) -> Any:
-    """The range of each batch, found by PT2E's own operator: within a rounding of gradq's."""
+    """A function that finds the range of each batch by PT2E's own operator, within a rounding of gradq's."""
     fmt, ops = quantizer.format, torch.ops.quantized_decomposed
     if fmt.range != "batch" or fmt.symmetric:
         raise ExportError(
@@ -339,7 +339,7 @@ def _decomposed_dynamic(quantizer: ActQuant, low: int, high: int) -> Any:
 def _quantize_behind_moves(traced: fx.GraphModule) -> None:
     """Put the same quantizer behind what only moves elements (max pooling, reshaping, …), in place.
 
-    It changes no value. PT2E's converters want a dequantize operator directly in front of every reader.
+    It changes no value. The converters of PT2E need a dequantize operator directly before every reader.
     """
     for node in list(traced.graph.nodes):
         source = source_of(node, traced)
@@ -356,7 +356,7 @@ def _quantize_behind_moves(traced: fx.GraphModule) -> None:
 
 
 def _readers(model: nn.Module) -> dict[str, list[ActQuant]]:
-    """Layer name → the quantizers of what it reads, one a call."""
+    """Layer name → the quantizers of its inputs, one for each call."""
     found: dict[str, list[ActQuant]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear) and module.input_quant is not None:

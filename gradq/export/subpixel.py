@@ -1,8 +1,8 @@
-"""A transposed convolution as a convolution that computes every phase of its output as channels of their own.
+"""A transposed convolution written as a convolution that computes each phase of the output as channels.
 
 With stride s and kernel k output position ``s·q + r`` is ``Σ_j x[q − j]·w[r + s·j]``: for each phase r a
-convolution with ⌈k / s⌉ taps. ONNX Runtime has an integer convolution and no integer transposed convolution;
-the phases are put side by side by moving codes.
+convolution with ⌈k / s⌉ taps. ONNX Runtime has an integer convolution but no integer transposed
+convolution. Afterwards the codes are moved so that the phases stand side by side.
 
 Shapes: O outputs, I inputs a group, d axes, K taps an axis.
 """
@@ -25,10 +25,10 @@ class Subpixel:
     """Geometry of a transposed convolution with the same stride along every axis and no dilation.
 
     Attributes:
-        stride: s.
+        stride: s, the same along every axis.
         kernel: k of each axis.
-        padding: of each axis, as torch has it.
-        output_padding: likewise.
+        padding: padding of each axis, as torch counts it.
+        output_padding: additional output size of each axis, as torch counts it.
     """
 
     stride: int
@@ -38,12 +38,12 @@ class Subpixel:
 
     @property
     def phases(self) -> int:
-        """s^d."""
+        """Number of phases, s^d."""
         return int(self.stride ** len(self.kernel))
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """K of each axis: ⌈k / s⌉, or more where ``output_padding`` asks for more outputs."""
+        """K of each axis: ⌈k / s⌉, and more where ``output_padding`` makes the output larger."""
         return tuple(
             -(-max(k, k - p + more) // self.stride)
             for k, p, more in zip(self.kernel, self.padding, self.output_padding, strict=True)
@@ -51,7 +51,7 @@ class Subpixel:
 
     @property
     def cuts(self) -> list[tuple[int, int]]:
-        """How much of each axis is cut off at its begin and end."""
+        """Number of outputs that are cut off at the begin and at the end of each axis."""
         return [
             (p, self.stride * (taps - 1) + self.stride + p - k - more)
             for taps, k, p, more in zip(
@@ -60,14 +60,14 @@ class Subpixel:
         ]
 
     def rearrange(self, codes: Array, zero_point: Array) -> Array:
-        """The weight of the convolution.
+        """Rearrange the weight of the transposed convolution into that of the convolution.
 
         Args:
-            codes: (O, I, *kernel).
-            zero_point: (1,) or (O,): what stands where a phase has no tap.
+            codes: (O, I, *kernel) codes of the weight.
+            zero_point: (1,) or (O,) code of zero, which stands where a phase has no tap.
 
         Returns:
-            (O·s^d, I, *taps), the phases of an output behind one another.
+            (O·s^d, I, *taps) codes; the phases of one output follow one another.
         """
         s, d = self.stride, len(self.kernel)
         wide = np.empty((*codes.shape[:2], *(s * t for t in self.taps)), codes.dtype)
@@ -80,5 +80,5 @@ class Subpixel:
         return np.ascontiguousarray(split.transpose(order).reshape(-1, codes.shape[1], *self.taps))
 
     def repeat(self, values: Array) -> Array:
-        """(O,) of the outputs to (O·s^d,) of the phases; a single value stays one."""
+        """Values of the outputs (O,) to values of the phases (O·s^d,); a single value stays single."""
         return values if len(values) == 1 else np.repeat(values, self.phases)

@@ -1,4 +1,4 @@
-"""Latencies of several sessions, run in turns, so that what else the machine does weighs on all of them."""
+"""Latencies of several sessions that run in turns, so that other work on the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from statistics import median
 
 __all__ = ["Latency", "Turn", "interleave", "summarize"]
 
-TURN_S = 0.05  # so long a contender is called again before the next one's turn
+TURN_S = 0.05  # seconds for which one contender is called before it is the next one's turn
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One contender's turn: calls in a row.
+    """The turn of one contender: calls in a row.
 
     Attributes:
-        first_ms: the first call, whose weights the other contenders have pushed out of the caches.
-        ms: median of the later half of the calls (of the only one): a session that is called again and again.
+        first_ms: time of the first call in milliseconds, with caches that the other contenders have emptied.
+        ms: median time of the later half of the calls in milliseconds, as of a session that is called often.
     """
 
     first_ms: float
@@ -27,16 +27,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Latency:
-    """One contender.
+    """The latency of one contender.
 
     Attributes:
-        median_ms: of its turns.
-        low_ms: a tenth of the turns was faster.
-        high_ms: a tenth was slower.
-        ratio: median over the rounds of baseline time over its time in the same round; above 1 is faster.
-        ratio_low: a tenth of the rounds had a lower ratio.
-        ratio_high: a tenth had a higher one.
-        rounds: how many there were.
+        median_ms: median time of the turns in milliseconds.
+        low_ms: time that a tenth of the turns stayed below.
+        high_ms: time that a tenth of the turns exceeded.
+        ratio: median over the rounds of the baseline's time divided by this contender's; above 1 is faster.
+        ratio_low: ratio that a tenth of the rounds stayed below.
+        ratio_high: ratio that a tenth of the rounds exceeded.
+        rounds: number of rounds.
     """
 
     median_ms: float
@@ -55,16 +55,17 @@ def interleave(
     min_rounds: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[Turn]]:
-    """Give every contender a turn a round, of `TURN_S` seconds or one call, until the time is up.
+    """Give every contender one turn in each round, of `TURN_S` seconds or one call, until the time is up.
 
     Args:
-        contenders: name → what to time.
-        seconds: for all rounds together.
-        min_rounds: at least so many, however long they take.
-        clock: seconds; `time.thread_time` leaves out what other processes took from a single-threaded call.
+        contenders: name → function to time.
+        seconds: time for all rounds together.
+        min_rounds: smallest number of rounds, whatever time they take.
+        clock: function that gives the time in seconds; `time.thread_time` does not count the time that other
+            processes took from a single-threaded call.
 
     Returns:
-        name → its turn in every round. One untimed call of each goes first.
+        Name → the turns of that contender, one for each round. One untimed call of each goes first.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in contenders}
     for call in contenders.values():
@@ -72,7 +73,10 @@ def interleave(
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < min_rounds or time.perf_counter() < end:
-        for name, call in contenders.items():  # always in this order: no one follows itself, with warm caches
+        for (
+            name,
+            call,
+        ) in contenders.items():  # the order is fixed: no contender follows itself with warm caches
             turns[name].append(_turn(call, clock))
         rounds += 1
     return turns
@@ -84,9 +88,9 @@ def summarize(
     """Medians and spreads, and ratios paired round by round with the baseline.
 
     Args:
-        turns: as from `interleave`.
-        baseline: the contender that ratios compare with.
-        first: of the first calls of the turns, with cold caches.
+        turns: name → turns, from `interleave`.
+        baseline: name of the contender that the ratios compare with.
+        first: whether the first calls of the turns count, with cold caches, in the place of the later half.
     """
     times = {n: [turn.first_ms if first else turn.ms for turn in taken] for n, taken in turns.items()}
     out = {}

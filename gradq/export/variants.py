@@ -1,7 +1,7 @@
 """One calibrated model in the number formats of another processor, without new data.
 
-Ranges that were calibrated or trained are kept where the format allows it: fewer weight bits are refitted to
-the weights, symmetric activations cover the asymmetric range.
+Ranges that were calibrated or trained are kept where the format allows it. Where weights get fewer bits,
+their ranges are fitted again; where activations become symmetric, the new range covers the asymmetric one.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ VARIANTS = ("x86-vnni", "x86-avx2", "arm", "edge-int4")
 def variant(model: nn.Module, target: str) -> nn.Module:
     """A copy of a calibrated model in a target's formats.
 
-    * ``x86-vnni``: as it is: u8 activations, weights of up to 8 bits.
-    * ``x86-avx2``: 8-bit weights get 7 bits, because without VNNI products of full ones overflow 16 bits.
+    * ``x86-vnni``: the model as it is, with u8 activations and weights of up to 8 bits.
+    * ``x86-avx2``: 8-bit weights get 7 bits: without VNNI two products of 8-bit weights overflow 16 bits.
     * ``arm``: activations become s8 symmetric.
-    * ``edge-int4``: linear layers get 4-bit weights in groups of 32 (a quarter of the memory traffic: for
-      batch 1), their inputs are quantized by the runtime; convolutions get 4 bits per channel.
+    * ``edge-int4``: linear layers get 4-bit weights in groups of 32, for batch 1, where half the memory
+      traffic of 8 bits counts, and the runtime quantizes their inputs; convolutions get 4 bits per channel.
 
     Args:
-        model: from `prepare` and `calibrate`; untouched.
-        target: one of `VARIANTS`.
+        model: model from `prepare` and `calibrate`; it is not changed.
+        target: name of the target, one of `VARIANTS`.
 
     Returns:
-        The copy; compare its `gradq.quant.integer_reference` with the model's to see what the formats cost.
+        The copy. Its `gradq.quant.integer_reference` beside the model's shows what the formats cost.
 
     Raises:
-        ConfigError: another target.
+        ConfigError: a target that is none of them.
     """
     if target not in VARIANTS:
         raise ConfigError(f"target is {target!r}; legal: {', '.join(VARIANTS)}")

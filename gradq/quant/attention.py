@@ -1,7 +1,7 @@
-"""Attention and transformer layers with quantized weight matmuls; attention itself stays in float.
+"""Attention and transformer layers whose projections are quantized; attention itself stays in float.
 
-Quantizing the inputs and weights of the projections only is faster in INT8 runtimes *and* more accurate than
-quantizing the attention matmuls, softmax, GELU and layer norms as well.
+In INT8 runtimes it is faster *and* more accurate to quantize the inputs and weights of the projections alone
+than the products of attention, softmax, GELU and layer norms as well.
 
 Shapes: B batch, L target length, S source length, E embedding, H heads.
 """
@@ -26,19 +26,19 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with quantized projections.
 
     Args:
-        embed_dim: E.
-        num_heads: H.
-        num_inputs: 1 if query, key and value are one tensor, 2 if key and value are, 3 otherwise; each
-            distinct tensor has one quantizer.
-        weights: format of the projections' weights.
-        activations: format of their inputs, or None.
-        observer: how calibration chooses the inputs' ranges.
-        weight_observer: how the weights' ranges are chosen.
-        name: for errors.
-        **kw: as `nn.MultiheadAttention`.
+        embed_dim: embedding dimension, E.
+        num_heads: number of heads, H.
+        num_inputs: number of distinct tensors among query, key and value: 1 if they are one tensor, 2 if key
+            and value are, 3 otherwise. Each distinct tensor has one quantizer.
+        weights: format of the weights of the projections.
+        activations: format of the inputs of the projections; None leaves them in float.
+        observer: rule by which calibration chooses the ranges of the inputs.
+        weight_observer: rule by which the ranges of the weights are chosen.
+        name: name of the layer, for errors.
+        **kw: further arguments of `nn.MultiheadAttention`.
 
     Raises:
-        UnsupportedError: ``kdim``, ``vdim``, ``add_bias_kv`` or ``add_zero_attn``.
+        UnsupportedError: a layer with ``kdim``, ``vdim``, ``add_bias_kv`` or ``add_zero_attn``; named.
     """
 
     key_quant: ActQuant | None
@@ -127,19 +127,19 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         )  # type: ignore[assignment]  # fmt: skip
 
     def effective_weight(self) -> Tensor:
-        """(3E, E), the three projections."""
+        """The weight of the three projections, (3E, E)."""
         return self.in_proj_weight
 
     def effective_bias(self) -> Tensor | None:
-        """(3E,) or None."""
+        """The bias of the three projections, (3E,), or None."""
         return self.in_proj_bias
 
     def quantized_weights(self) -> list[tuple[str, Tensor, WeightQuant]]:
-        """The input projections; the output projection is a layer of its own."""
+        """Name, weight and quantizer of the input projections; the output projection is another layer."""
         return [("in_proj_weight", self.in_proj_weight, self.weight_quant)]
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Three (…, E) projections; each distinct input is quantized once."""
+        """The three projections (…, E); each distinct input is quantized once."""
         E, W, b = self.embed_dim, self.in_proj_weight, self.in_proj_bias
         if self.num_inputs == 1:
             q, k, v = self._matmul(query, self.input_quant, W, self.weight_quant, b).chunk(3, -1)
@@ -174,10 +174,11 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`: query (L, B, E), or (B, L, E) with ``batch_first``.
+        """Attend as `nn.MultiheadAttention` does: query (L, B, E), or (B, L, E) with ``batch_first``.
 
         Returns:
-            output like the query, and the attention weights (B, L, S) or (B, H, L, S) if asked for.
+            The output in the shape of the query, and the attention weights (B, L, S) or (B, H, L, S), or None
+            if `need_weights` is False.
         """
         if query.ndim != 3:
             raise UnsupportedError(
@@ -214,7 +215,7 @@ class QuantMultiheadAttention(QuantLayer, nn.MultiheadAttention):
 def _merge_masks(
     attn_mask: Tensor | None, padding: Tensor | None, B: int, H: int, L: int, S: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """One additive mask that broadcasts to (B, H, L, S)."""
+    """Both masks as one additive mask that broadcasts to (B, H, L, S); None if there is none."""
 
     def additive(mask: Tensor) -> Tensor:
         if mask.dtype != torch.bool:
@@ -241,7 +242,7 @@ class QuantTransformerEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """As `nn.TransformerEncoderLayer`."""
+        """Compute what `nn.TransformerEncoderLayer` computes."""
         x = src
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal=is_causal)
@@ -260,7 +261,7 @@ class QuantTransformerEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        """As `nn.TransformerEncoder`."""
+        """Compute what `nn.TransformerEncoder` computes."""
         out = src
         for layer in self.layers:
             out = layer(

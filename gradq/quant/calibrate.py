@@ -1,4 +1,4 @@
-"""Calibration: run batches through the model, let the observers choose ranges, agree over the ranks.
+"""Calibration: batches run through the model, observers choose ranges, and the ranks agree on them.
 
 Under ``torch.distributed`` every rank calls `calibrate` with its own share of the data, *before* wrapping in
 DDP; statistics are merged, so all ranks get the same scales and zero points, bit for bit.
@@ -23,12 +23,12 @@ __all__ = ["calibrate", "quantizers", "weights"]
 
 
 def quantizers(model: nn.Module) -> dict[str, ActQuant]:
-    """Every activation quantizer of a model, by qualified name."""
+    """Qualified name → activation quantizer, for every one of a model."""
     return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, ActQuant)}
 
 
 def weights(model: nn.Module) -> dict[str, tuple[torch.Tensor, WeightQuant]]:
-    """Every quantized weight of a model by qualified name, tied weights once."""
+    """Qualified name → weight and its quantizer, for every quantized weight; tied weights appear once."""
     found: dict[str, tuple[torch.Tensor, WeightQuant]] = {}
     seen: set[int] = set()
     for name, module in unwrap(model).named_modules():
@@ -53,22 +53,22 @@ def calibrate(
     """Choose the ranges of activations (and weights) from data, in place.
 
     Args:
-        model: from `prepare`, or with quantized layers placed by hand.
-        loader: any iterable of batches; see `gradq.quant.batches.run_batch` for what a batch may be.
-        num_batches: stop after so many; None for all.
-        to_inputs: batch → the model's arguments, if the default does not fit.
-        refit_weights: fit the weights' scales again; False keeps learned ones.
-        show_progress: a progress bar on stderr.
-        group: ranks that calibrate together; None is all of them.
+        model: model from `prepare`, or one with quantized layers placed by hand.
+        loader: iterable of batches; `gradq.quant.batches.run_batch` says what a batch may be.
+        num_batches: largest number of batches to run; all of them if None.
+        to_inputs: function from a batch to the model's arguments, if the default does not fit.
+        refit_weights: whether the scales of the weights are fitted again; False keeps learned ones.
+        show_progress: whether a progress bar is shown on stderr.
+        group: ranks that calibrate together; all ranks if None.
 
     Returns:
-        The model, quantizing from now on.
+        The model, which quantizes from now on.
 
     Raises:
-        CalibrationError: no batch, or a quantizer that no batch reached (named), or another rank failed
+        CalibrationError: a loader without batches; a quantizer that no batch reached, or a rank that failed
             (named).
-        NonFiniteError: NaN or Inf in an activation; named. The model is then as it was.
-        MismatchError: ranks have different quantizers.
+        NonFiniteError: NaN or Inf in an activation; named. The model is then unchanged.
+        MismatchError: ranks with different quantizers.
     """
     model = unwrap(model)
     acts = quantizers(model)
@@ -109,7 +109,7 @@ def calibrate(
 
 
 def _agree(acts: dict[str, ActQuant], failure: Exception | None, group: dist.ProcessGroup | None) -> None:
-    """Merge statistics over the ranks; if one rank failed, every rank raises."""
+    """Merge the statistics of all ranks; if one rank failed, every rank raises an error."""
     device = next((q.zero_point.device for q in acts.values()), torch.device("cpu"))
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     state = torch.zeros(world, 2, dtype=torch.int64, device=device)

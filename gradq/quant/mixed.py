@@ -1,8 +1,7 @@
-"""Mixed bits: widths for each weight from measured sensitivities, under a budget.
+"""Mixed bits: a width for each weight by measured sensitivities, within a budget.
 
-Greedy: start with every weight at the largest width and take, again and again, the step down that costs least
-for each bit it saves, until the budget holds. (On the models measured, an integer program finds the same
-assignment.)
+The search is greedy. Every weight starts at the largest width; the step down that costs least for each bit it
+saves is taken until the budget holds. On the models measured an integer program finds the same assignment.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ def choose_bits(
     """Choose a width for each weight.
 
     Args:
-        report: from `sensitivity`.
-        average_bits: bits an element over all weights, at most.
-        max_cost: sum of the layers' costs (KL), at most. Give one of the two.
+        report: sensitivities from `sensitivity`.
+        average_bits: largest average number of bits of an element over all weights.
+        max_cost: largest sum of the layers' costs (KL). Exactly one of the two is given.
 
     Returns:
-        Width by weight name.
+        Name of the weight → width in bits.
 
     Raises:
-        ConfigError: not exactly one budget, or one that cannot be met.
+        ConfigError: no budget, two budgets, or one that cannot be met.
     """
     if (average_bits is None) == (max_cost is None):
         raise ConfigError("give exactly one of average_bits and max_cost")
@@ -48,7 +47,7 @@ def choose_bits(
             f"average_bits is {average_bits}; legal: {widths[0]} to {widths[-1]}, the widths measured"
         )
     costs = {(row.name, row.bits): row.cost for row in report.rows}
-    # A smaller width never costs less than a larger one: measurement noise must not say otherwise.
+    # By noise of the measurement a smaller width may seem to cost less than a larger one; it does not.
     for name in sizes:
         for low, high in zip(reversed(widths[:-1]), reversed(widths[1:]), strict=True):
             costs[name, low] = max(costs[name, low], costs[name, high])
@@ -57,7 +56,7 @@ def choose_bits(
         raise ConfigError(f"max_cost is {max_cost}; even {widths[-1]} bits everywhere cost more")
 
     def steps() -> list[tuple[float, str, int]]:
-        # Any smaller width is a candidate: a jump over a bad width may be the cheapest way down.
+        # Every smaller width is a candidate, because a step over a bad width may cost least.
         return [
             ((costs[name, low] - costs[name, now]) / ((now - low) * sizes[name]), name, low)
             for name, now in chosen.items()
@@ -88,7 +87,7 @@ def _spend_rest(
     widths: list[int],
     budget_bits: float,
 ) -> None:
-    """Steps are coarse: what the last one left over buys the wider weights that gain most for a bit."""
+    """Spend what the last, coarse step left of the budget on the widths that gain most for each bit."""
     while True:
         spent = sum(sizes[n] * b for n, b in chosen.items())
         raises = [
@@ -110,19 +109,19 @@ def assign_bits(
     average_bits: float | None = None,
     max_cost: float | None = None,
 ) -> dict[str, int]:
-    """Choose widths and set them, in place; the weights' scales are fitted again.
+    """Choose widths and set them, in place; the scales of the weights are fitted again.
 
     Args:
-        model: prepared.
-        report: from `sensitivity` on this model.
-        average_bits: bits an element, at most.
-        max_cost: sum of the layers' costs, at most. Give one of the two.
+        model: model from `prepare`.
+        report: sensitivities from `sensitivity` of this model.
+        average_bits: largest average number of bits of an element over all weights.
+        max_cost: largest sum of the layers' costs (KL). Exactly one of the two is given.
 
     Returns:
-        Width by weight name.
+        Name of the weight → width in bits.
 
     Raises:
-        ConfigError: not exactly one budget, one that cannot be met, or a report of another model.
+        ConfigError: no budget, two budgets, one that cannot be met, or a report of another model.
     """
     found = weights(unwrap(model))
     chosen = choose_bits(report, average_bits=average_bits, max_cost=max_cost)
@@ -137,13 +136,13 @@ def assign_bits(
 
 
 def average_bits(model: nn.Module) -> float:
-    """Bits an element over all quantized weights (codes only)."""
+    """Average number of bits of an element over all quantized weights; only codes count."""
     pairs = weights(unwrap(model)).values()
     return sum(w.numel() * q.format.bits for w, q in pairs) / max(1, sum(w.numel() for w, _ in pairs))
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Bytes the model takes in storage: codes, scales, zero points and tables, and the rest in its own dtype.
+    """Bytes that a model takes in storage: codes, scales, zero points and tables; the rest in its own dtype.
 
     Batch norm that is still live is counted as the bias it will be folded into.
     """

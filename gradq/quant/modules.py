@@ -1,8 +1,8 @@
-"""Layers with quantized weights: placed by `gradq.quant.prepare`, or by hand where fx cannot trace.
+"""Layers with quantized weights, placed by `gradq.quant.prepare`, or by hand where fx cannot trace.
 
 Each is a subclass of the torch layer with the same parameter names, a `weight_quant`, and an `input_quant`
-that is None when a pass has placed one shared quantizer on the tensor it reads. In integer mode (set by
-`gradq.quant.integer_reference`) the same forward runs on codes.
+that is None where `prepare` has placed one shared quantizer on the tensor that the layer reads. In integer
+mode (set by `gradq.quant.integer_reference`) the same forward runs on codes.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ T = TypeVar("T", bound="QuantLayer")
 
 
 class QuantLayer(nn.Module):
-    """What all quantized layers share.
+    """The base class of quantized layers.
 
     Attributes:
         weight_quant: quantizer of the weight.
-        input_quant: quantizer of the input, or None if it arrives quantized (or stays in float).
-        integer: True while the integer reference runs.
+        input_quant: quantizer of the input; None if the input arrives quantized, or stays in float.
+        integer: whether the layer computes in integers, as the integer reference does.
     """
 
     is_convolution: ClassVar[bool] = False
@@ -49,9 +49,9 @@ class QuantLayer(nn.Module):
 
     @property
     def bias_correction(self) -> Tensor | None:
-        """(O,) added to the bias while the weight is quantized (`gradq.quant.correct_bias`), or None.
+        """The correction of the bias by `gradq.quant.correct_bias`, (O,), or None.
 
-        The float model, which is the bias alone, stays as it is.
+        It is added to the bias while the weight is quantized; the float model has the bias alone.
         """
         return self._buffers.get("bias_correction")
 
@@ -59,13 +59,13 @@ class QuantLayer(nn.Module):
         """Add to the correction of the bias.
 
         Args:
-            shift: (O,).
+            shift: (O,) values to add.
         """
         old = 0.0 if self.bias_correction is None else self.bias_correction
         self._buffers["bias_correction"] = (old + shift).detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As torch; a correction that was saved is taken over."""
+        """Load as torch does; a saved correction of the bias is loaded, too."""
         saved = state_dict.get(f"{prefix}bias_correction")
         if saved is None and self.bias_correction is not None:
             del self._buffers["bias_correction"]
@@ -82,7 +82,7 @@ class QuantLayer(nn.Module):
         weight_observer: str,
         name: str,
     ) -> None:
-        """Create the quantizers and fit the weight's."""
+        """Make the quantizers and fit that of the weight."""
         weight = self.effective_weight()
         fmt = parse_format(weights, "weights")
         if self.is_convolution and fmt.granularity == "group":
@@ -102,7 +102,7 @@ class QuantLayer(nn.Module):
         self.weight_quant.fit(weight)
 
     def effective_weight(self) -> Tensor:
-        """The weight as it is quantized (batch norm folded in, if it is live)."""
+        """The weight that is quantized; live batch norm is folded into it."""
         return self.weight  # type: ignore[return-value]
 
     def effective_bias(self) -> Tensor | None:
@@ -117,7 +117,7 @@ class QuantLayer(nn.Module):
         return [("weight", self.effective_weight(), self.weight_quant)]
 
     def integer_forward(self, x: Codes) -> Accumulator | Tensor:
-        """The layer on codes; see `gradq.quant.integer`."""
+        """Compute the layer on codes; see `gradq.quant.integer`."""
         raise NotImplementedError
 
     def _quantized_input(self, x: Tensor) -> Tensor:
@@ -146,7 +146,12 @@ class QuantLayer(nn.Module):
 
 
 def share_parameters(new: nn.Module, old: nn.Module) -> None:
-    """Make `new` hold the very parameters of `old`, its training mode and its plain attributes."""
+    """Give a layer the very parameters of another one, and its training mode.
+
+    Args:
+        new: layer that gets them.
+        old: layer that has them.
+    """
     for key, parameter in old._parameters.items():
         new._parameters[key] = parameter
     new.training = old.training
@@ -156,16 +161,16 @@ class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` with a quantized weight and input.
 
     Args:
-        in_features: I.
-        out_features: O.
-        bias: as in torch.
+        in_features: number of inputs, I.
+        out_features: number of outputs, O.
+        bias: whether the layer has a bias.
         weights: format of the weight.
-        activations: format of the input; None if it arrives quantized or stays in float.
-        observer: how calibration chooses the input's range.
-        weight_observer: how the weight's range is chosen.
-        name: for errors.
-        device: as in torch.
-        dtype: as in torch.
+        activations: format of the input; None if the input arrives quantized, or stays in float.
+        observer: rule by which calibration chooses the range of the input.
+        weight_observer: rule by which the range of the weight is chosen.
+        name: name of the layer, for errors.
+        device: device of the parameters, as in torch.
+        dtype: dtype of the parameters, as in torch.
     """
 
     def __init__(
@@ -210,11 +215,11 @@ def _with_defaults(kw: dict[str, str]) -> dict[str, str]:
 
 
 class _QuantConv(QuantLayer):
-    """The convolutions' shared forward, with batch norm live if it has not been folded yet.
+    """The base class of quantized convolutions; batch norm that is not folded yet is live in it.
 
-    With live batch norm the quantized weight is the folded one, ``w·γ/σ`` with the running σ; the output is
-    divided by ``γ/σ`` again and goes through the batch norm, which so sees (and keeps statistics of) the
-    unscaled output (Krishnamoorthi 2018, arXiv:1806.08342, §3.2.2; as in Jacob et al. 2018).
+    With live batch norm the quantized weight is the folded one, ``w·γ/σ`` with the running σ. The output is
+    divided by ``γ/σ`` again and then goes through the batch norm, which so keeps statistics of the unscaled
+    output (Krishnamoorthi 2018, arXiv:1806.08342, §3.2.2; as in Jacob et al. 2018).
     """
 
     is_convolution = True
@@ -227,7 +232,7 @@ class _QuantConv(QuantLayer):
         super()._attach(weights, activations, **kw)
 
     def _bn_scale(self) -> Tensor:
-        """(O,) γ/σ with the running σ; 1 where γ is 0, so that the division is defined."""
+        """The factors γ/σ, (O,), with the running σ; 1 where γ is 0, so that one can divide by them."""
         bn: Any = self.bn
         sigma = torch.sqrt(bn.running_var + bn.eps)
         scale = (bn.weight if bn.weight is not None else torch.ones_like(sigma)) / sigma
@@ -246,12 +251,12 @@ class _QuantConv(QuantLayer):
         self.weight_quant.fit(self.effective_weight())
 
     def freeze_batch_norm(self) -> None:
-        """Stop updating the statistics of live batch norm, in training too."""
+        """Keep the statistics of live batch norm as they are, in training too."""
         self.bn_frozen = True
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Any:
-        """As torch; batch norm with frozen statistics stays in evaluation mode."""
+        """Set the mode, as in torch; batch norm with frozen statistics stays in evaluation."""
         super().train(mode)
         if self.bn is not None and self.bn_frozen:
             self.bn.eval()
@@ -356,15 +361,15 @@ QUANTIZED: dict[type[nn.Module], Any] = {
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):
-    """`nn.Embedding` with a quantized table, a scale a row by default.
+    """`nn.Embedding` with a quantized table, by default with a scale for each row.
 
     Args:
-        num_embeddings: rows.
-        embedding_dim: columns.
+        num_embeddings: number of rows.
+        embedding_dim: number of columns.
         weights: format of the table.
-        weight_observer: how its range is chosen.
-        name: for errors.
-        **kw: as `nn.Embedding`.
+        weight_observer: rule by which the range of the table is chosen.
+        name: name of the layer, for errors.
+        **kw: further arguments of `nn.Embedding`.
     """
 
     is_embedding = True

@@ -1,10 +1,10 @@
-"""Observers: from the values a tensor took to the range its codes should cover. One interface, five rules.
+"""Observers choose the range that codes cover from the values of a tensor: one interface, five rules.
 
-Shapes: C channels (rows that get a scale each; 1 for an activation), N values a row.
+Shapes: C channels (rows with a scale each; 1 for an activation), N values in a row.
 
-An observer is fed with `update`, agrees with the other ranks in `merge`, and answers `range`. Statistics of
-one row are kept in a histogram whose half-width is a power of two, so histograms of any two batches or ranks
-nest exactly; statistics of several rows (weights, seen once) are kept as they are.
+An observer sees values in `update`, agrees with the other ranks in `merge`, and chooses in `range`. Values of
+one row are kept in a histogram whose half-width is a power of two, so that histograms of any two batches or
+ranks nest exactly; values of several rows (weights, seen once) are kept as they are.
 
 ============  =====================================================================================
 ``minmax``    the smallest and largest value seen
@@ -43,18 +43,18 @@ _BINS = 8192
 
 
 def affine(low_C: Tensor, high_C: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that cover ranges.
+    """Scales and zero points whose codes cover given ranges.
 
     The range is widened to hold 0, which is then exactly a code: padding and ReLU stay exact.
 
     Args:
         low_C: (C,) smallest values.
         high_C: (C,) largest values.
-        fmt: the format.
+        fmt: format of the codes.
 
     Returns:
         scale: (C,) fp32, positive (1 for a row of zeros).
-        zero_point: (C,) int32, 0 if symmetric.
+        zero_point: (C,) int32, 0 if the format is symmetric.
     """
     low = low_C.to(torch.float64).clamp(max=0.0)
     high = high_C.to(torch.float64).clamp(min=0.0)
@@ -72,12 +72,12 @@ def affine(low_C: Tensor, high_C: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
 
 
 class Observer:
-    """The contract. Subclasses implement `_choose`; everything else is shared.
+    """The base class of observers; a rule is a subclass that implements `_choose`.
 
     Args:
-        fmt: the format the range is for.
-        num_channels: C, the rows that get a scale each.
-        name: the tensor's name, for errors.
+        fmt: format that the range is for.
+        num_channels: number of rows with a scale each, C.
+        name: name of the tensor, for errors.
     """
 
     def __init__(self, fmt: Format, num_channels: int = 1, *, name: str = "tensor") -> None:
@@ -97,13 +97,13 @@ class Observer:
         return True
 
     def update(self, x: Tensor) -> None:
-        """See values.
+        """Take values into the statistics.
 
         Args:
-            x: floating; (C, N) if C > 1, any shape otherwise. An empty tensor is skipped.
+            x: floating tensor, (C, N) if C > 1, of any shape otherwise. An empty tensor is skipped.
 
         Raises:
-            NonFiniteError: NaN or Inf in `x`.
+            NonFiniteError: NaN or Inf in `x`; the tensor is named.
         """
         if x.numel() == 0:
             return
@@ -146,7 +146,7 @@ class Observer:
         assert self._counts is not None
         while self._half_width < wanted:
             if float(self._counts.sum()) == 0.0 or self._half_width == 2.0**-100:
-                # only zeros so far: all of them lie in one bin, move it
+                # Only zeros were seen: they lie in one bin, which is moved.
                 total = self._counts.sum()
                 self._counts.zero_()
                 self._counts[_BINS // 2] = total
@@ -164,7 +164,7 @@ class Observer:
         batches, none included.
 
         Args:
-            group: as in torch; None is the default group.
+            group: ranks that agree; the default group if None.
         """
         device = self.low_C.device if self.low_C is not None else torch.device("cpu")
         C = self.num_channels
@@ -188,11 +188,11 @@ class Observer:
             self.low_C, self.high_C = (-limits[:C]).float(), limits[C : 2 * C].float()
 
     def values(self) -> tuple[Tensor, Tensor]:
-        """What was seen.
+        """The values that were seen.
 
         Returns:
-            values_CN: (C, N) fp32 values, or bin centres.
-            counts_CN: (C, N) or (1, N) fp64, how often each was seen.
+            values_CN: (C, N) fp32 values, or centres of the histogram's bins.
+            counts_CN: (C, N) or (1, N) fp64 number of times that each was seen.
         """
         if self.num_channels == 1 and self._counts is not None:
             edges = torch.arange(_BINS, dtype=torch.float64, device=self._counts.device)
@@ -227,11 +227,11 @@ class Observer:
 
 
 class MinMaxObserver(Observer):
-    """The smallest and largest value seen: nothing saturates, outliers widen every step."""
+    """The smallest and the largest value seen: no value saturates, but outliers widen every step."""
 
     @property
     def needs_values(self) -> bool:
-        """False: the extremes are all."""
+        """False: the rule needs the extremes alone."""
         return False
 
     def _choose(self) -> tuple[Tensor, Tensor]:
@@ -242,9 +242,9 @@ class AverageObserver(MinMaxObserver):
     """Exponential moving average of each batch's extremes.
 
     Args:
-        fmt: the format the range is for.
-        num_channels: C.
-        name: for errors.
+        fmt: format that the range is for.
+        num_channels: number of rows with a scale each, C.
+        name: name of the tensor, for errors.
         momentum: weight of the newest batch, in (0, 1].
     """
 
@@ -275,13 +275,13 @@ class AverageObserver(MinMaxObserver):
 
 
 class PercentileObserver(Observer):
-    """Keeps `percentile` % of the values inside, cutting both tails alike.
+    """The range that holds `percentile` % of the values and leaves out as many below as above.
 
     Args:
-        fmt: the format the range is for.
-        num_channels: C.
-        name: for errors.
-        percentile: in (50, 100].
+        fmt: format that the range is for.
+        num_channels: number of rows with a scale each, C.
+        name: name of the tensor, for errors.
+        percentile: share of the values in per cent, above 50 and at most 100.
     """
 
     def __init__(
@@ -308,7 +308,7 @@ class PercentileObserver(Observer):
 
 
 class _SearchObserver(Observer):
-    """Tries shrunken ranges and keeps the one with the smallest cost."""
+    """The base class of rules that try narrower ranges and keep the one with the smallest cost."""
 
     candidates = torch.linspace(0.15, 1.0, 69, dtype=torch.float64)
 
@@ -319,7 +319,7 @@ class _SearchObserver(Observer):
             high_C = torch.maximum(-low_C, high_C)
             low_C = -high_C
         low_C, high_C = low_C.clamp(max=0.0), high_C.clamp(min=0.0)
-        # errors in units of a power of two near the largest value: squares of tiny values are zero in fp32
+        # The unit of errors is a power of two near the largest value: squares of tiny errors are 0 in fp32.
         largest_C = torch.maximum(-low_C, high_C).double().clamp(2.0**-126, 2.0**126)
         self._per_unit_C = torch.exp2(-torch.floor(torch.log2(largest_C)))
 
@@ -365,8 +365,7 @@ class EntropyObserver(_SearchObserver):
     """The range whose quantized histogram diverges least (KL) from the histogram of the values.
 
     The histogram has 2048 bins, and the bin of exact zeros (ReLU) counts like its neighbours: a spike there
-    would ask for ever finer steps. It needs many values; for the few of a weight's channel another rule is
-    better.
+    would ask for ever finer steps. It needs many values; a channel of a weight has too few for it.
     """
 
     _num_bins = 2048
@@ -430,13 +429,13 @@ def make_observer(kind: str, fmt: Format, num_channels: int = 1, *, name: str = 
     """An observer by name.
 
     Args:
-        kind: one of `OBSERVERS`.
-        fmt: the format the range is for.
-        num_channels: C.
-        name: the tensor's name, for errors.
+        kind: name of the rule, one of `OBSERVERS`.
+        fmt: format that the range is for.
+        num_channels: number of rows with a scale each, C.
+        name: name of the tensor, for errors.
 
     Raises:
-        ConfigError: no such observer.
+        ConfigError: a name that is none of them.
     """
     if kind not in OBSERVERS:
         raise ConfigError(f"observer is {kind!r}; legal: {', '.join(OBSERVERS)}")

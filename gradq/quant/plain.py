@@ -1,7 +1,7 @@
 """Weights that a model computes before each call (weight norm, spectral norm, pruning) as plain parameters.
 
-Both of torch's mechanisms are known: ``torch.nn.utils.parametrize`` and the older hooks. What is quantized is
-the weight as it is in evaluation; `put_back` hands a trained weight to the mechanism again.
+Both mechanisms of torch are handled: ``torch.nn.utils.parametrize`` and the older hooks. The weight is
+quantized as it is in evaluation; `put_back` gives a trained weight back to the mechanism.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["computed_weights", "plain_copy", "put_back"]
 
 
 def computed_weights(model: nn.Module) -> list[tuple[str, str]]:
-    """(module, parameter) of every weight that is computed before each call."""
+    """Names of module and parameter of every weight that is computed before each call."""
     found = []
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
@@ -30,7 +30,7 @@ def computed_weights(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _hooks(module: nn.Module) -> dict[int, tuple[str, Any]]:
-    """Key of the hook → (parameter, hook), of the older mechanism."""
+    """Key of a hook of the older mechanism → name of its parameter, and the hook."""
     out: dict[int, tuple[str, Any]] = {}
     for key, hook in module._forward_pre_hooks.items():
         if isinstance(hook, (WeightNorm, SpectralNorm)):
@@ -45,7 +45,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """A copy that shares every parameter but the computed ones, which become parameters of their own.
 
     Args:
-        model: untouched.
+        model: model to copy; it is not changed.
     """
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
@@ -62,7 +62,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
                 module._buffers.pop(f"{key}_{suffix}", None)
             module.__dict__.pop(key, None)
             module._parameters[key] = nn.Parameter(computed)
-        if "bias" in module._parameters:  # torch keeps a layer's weight in front of its bias
+        if "bias" in module._parameters:  # as in torch's layers, the weight comes before the bias
             module._parameters["bias"] = module._parameters.pop("bias")
     return out
 
@@ -70,10 +70,10 @@ def plain_copy(model: nn.Module) -> nn.Module:
 def _make_plain(module: nn.Module) -> None:
     """Replace parametrizations by their results, in place.
 
-    (torch's own function takes the property away from the class, which copies of the module share.)
+    torch's own function is not used: it removes the property from the class that copies of the module share.
     """
     mode = module.training
-    module.eval()  # spectral norm iterates while it trains
+    module.eval()  # in training spectral norm would take another step
     keys: Any = module.parametrizations
     values = {key: getattr(module, key).detach().clone() for key in keys}
     kind = parametrize.type_before_parametrizations(module)
@@ -104,14 +104,16 @@ def put_back(module: nn.Module, key: str, value: Tensor) -> None:
     weight becomes a plain parameter.
 
     Args:
-        module: with the mechanism.
-        key: the parameter's name.
-        value: the weight.
+        module: module that computes the weight.
+        key: name of the parameter.
+        value: trained weight.
     """
     if torch.equal(_value(module, key), value):
         return
     if parametrize.is_parametrized(module, key):
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # no inverse: the mechanism goes
+        with contextlib.suppress(
+            NotImplementedError, RuntimeError
+        ):  # without an inverse the mechanism is removed
             setattr(module, key, value)
         if not _close(_value(module, key), value):
             _make_plain(module)
@@ -135,7 +137,7 @@ def put_back(module: nn.Module, key: str, value: Tensor) -> None:
 
 
 def _value(module: nn.Module, key: str) -> Tensor:
-    """The weight as evaluation computes it."""
+    """The weight as the module computes it in evaluation."""
     for name, hook in _hooks(module).values():
         if name == key:
             return _computed(module, hook)

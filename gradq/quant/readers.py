@@ -1,10 +1,9 @@
 """Which quantizers a layer reads through, and weight scales that leave room for the layer's int32 bias.
 
-An integer kernel adds the bias as an int32 with the scale ``input scale × weight scale``. Where a channel's
-weights are nearly zero (a dead filter behind a batch norm that gives it a constant) that scale is so small
-that
-the bias does not fit. Such a channel gets a wider weight scale, in the quantizer itself: the simulation, the
-integer reference and every file see the same one.
+An integer kernel adds the bias as an int32 with the scale ``input scale × weight scale``. Where the weights
+of a channel are nearly zero (a dead filter to which batch norm adds a constant) that scale is so small that
+the bias does not fit. The quantizer of such a channel gets a wider weight scale, so that the simulation, the
+integer reference and every file use the same one.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from gradq.quant.operators import source_of
 
 __all__ = ["input_quantizers", "widen_scales"]
 
-_LARGEST_BIAS = 2.0**30  # as a code: half the range is left for the sum of products
-_SMALLEST_STEP = 2.0**-122  # of an accumulator: in fp32 it has an inverse and can be divided by a scale
+_LARGEST_BIAS = 2.0**30  # largest code of a bias, which leaves half the range for the sum of products
+_SMALLEST_STEP = 2.0**-122  # smallest step of an accumulator that fp32 can invert and divide by a scale
 
 
 def input_quantizers(model: nn.Module) -> dict[str, list[ActQuant]]:
-    """Layer name → the activation quantizers of what it reads, one a call; its own come first.
+    """Layer name → the activation quantizers of its inputs, one for each call; its own come first.
 
     Args:
-        model: from `prepare`, or with layers placed by hand.
+        model: model from `prepare`, or one with layers placed by hand.
     """
     model = unwrap(model)
     found: dict[str, list[ActQuant]] = {}
@@ -59,7 +58,7 @@ def widen_scales(model: nn.Module) -> nn.Module:
     """Widen the weight scales of the channels whose bias would not fit into an int32, in place.
 
     Args:
-        model: calibrated.
+        model: calibrated model.
 
     Returns:
         The model.
@@ -86,13 +85,13 @@ def widen_scales(model: nn.Module) -> nn.Module:
 def _widen(quantizer: WeightQuant, bias: Tensor | None, input_scale: Tensor) -> None:
     fmt = quantizer.format
     if fmt.granularity == "group" or fmt.is_float8 or not quantizer.initialized:
-        return  # their bias is a float
+        return  # layers of these formats have a bias in float
     scale = quantizer.scale.double()
     low = torch.full_like(scale, _SMALLEST_STEP) / input_scale
     if bias is not None:
         needed = bias.detach().double().abs() / _LARGEST_BIAS / input_scale
         low = torch.maximum(low, needed.max() if fmt.granularity == "tensor" else needed)
     if bool((scale < low).any()):
-        # a hair above: the scale is kept as a logarithm
+        # The scale is a little wider than needed, because it is kept as a rounded logarithm.
         wide = torch.where(scale < low, low * (1 + 2.0**-20), scale)
         quantizer.set_range(wide.float(), quantizer.zero_point.clone())

@@ -40,8 +40,8 @@ class ModeConstant(nn.Module):
     """A constant that differs between training and evaluation, such as a functional dropout's rate.
 
     Args:
-        train: the value while training.
-        eval: the value in evaluation.
+        train: value in training.
+        eval: value in evaluation.
     """
 
     def __init__(self, train: Any, eval: Any) -> None:
@@ -57,13 +57,13 @@ class QuantGraph(fx.GraphModule):
     """A graph module that keeps its ``meta`` when it is pickled (fx's own drops it).
 
     Attributes:
-        only_evaluation: why it cannot be trained, or an empty string.
+        only_evaluation: reason why the graph cannot be trained; empty if it can.
     """
 
     only_evaluation: str = ""
 
     def train(self, mode: bool = True) -> QuantGraph:
-        """As torch.
+        """Set the mode, as in torch.
 
         Raises:
             TraceError: the model takes another path in training, and this is the graph of its evaluation.
@@ -74,14 +74,14 @@ class QuantGraph(fx.GraphModule):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantGraph:
-        """As fx, and the note with it."""
+        """A copy as fx makes it, with `only_evaluation`."""
         out: Any = super().__deepcopy__(memo)
         out.only_evaluation = self.only_evaluation
         graph: QuantGraph = out
         return graph
 
     def __reduce__(self) -> Any:
-        """Pickle as fx does, and the notes with it."""
+        """Pickle as fx does, with ``meta``, the mode and `only_evaluation`."""
         function, arguments = super().__reduce__()
         return _rebuild, (function, arguments, self.meta, self.training, self.only_evaluation)
 
@@ -99,18 +99,18 @@ def _rebuild(
 class _Tracer(fx.Tracer):
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
-        self.config = config or Config()  # fx makes one without arguments when it unpickles a graph
-        self.record_stack_traces = True  # errors name the line
+        self.config = config or Config()  # fx makes a tracer without arguments when it unpickles
+        self.record_stack_traces = True  # errors then name the line
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (QuantLayer, FakeQuantize)) or self.config.is_skipped(module_qualified_name):
             return True
-        if layer_kind(m) is not None:  # a subclass that computes what torch's layer does
+        if layer_kind(m) is not None:  # also a subclass that computes what torch's layer does
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Assertions hold for the example and fall away; any other branch on a tensor is an error."""
+        """Drop assertions, which hold for the example; every other branch on a tensor is an error."""
         frame = inspect.currentframe()
         while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _HERE)):
             frame = frame.f_back
@@ -123,8 +123,8 @@ class _Tracer(fx.Tracer):
 
 @contextmanager
 def _factories_accept_proxies() -> Iterator[None]:
-    """Let ``torch.arange(x.size(1))`` and its like be recorded: torch does not dispatch their sizes to fx."""
-    from torch._dynamo import trace_rules  # dynamo notes torch's functions once: the real ones, not ours
+    """Record ``torch.arange(x.size(1))`` and its like, whose sizes torch does not dispatch to fx."""
+    from torch._dynamo import trace_rules  # dynamo lists torch's functions once, and must list the real ones
 
     trace_rules.get_torch_obj_rule_map()
     saved = {name: getattr(torch, name) for name in _FACTORIES}
@@ -149,10 +149,10 @@ def _factories_accept_proxies() -> Iterator[None]:
 
 
 def example_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from what the user gave: a tensor, a tuple or list, or a dict.
+    """Positional and keyword arguments of example inputs: of a tensor, a tuple or list, or a dict.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: example inputs of another type, or none.
     """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
@@ -170,7 +170,7 @@ def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     """Example arguments by the names of ``forward``'s parameters.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: arguments that do not fit ``forward``.
     """
     signature = inspect.signature(model.forward)
     try:
@@ -182,15 +182,15 @@ def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: Config) -> fx.GraphModule:
-    """Trace a model in both modes and merge what differs.
+    """Trace a model in both modes and merge the graphs.
 
     Arguments of ``forward`` that the example leaves out keep their defaults.
 
     Args:
-        model: the model; its submodules are shared with the result.
-        args: example positional arguments.
-        kwargs: example keyword arguments.
-        config: modules it skips become leaves, so a module that cannot be traced can be skipped.
+        model: model to trace; the result shares its submodules.
+        args: positional example arguments.
+        kwargs: keyword example arguments.
+        config: configuration; the modules that it skips become leaves and need not be traceable.
 
     Returns:
         A graph module whose leaves are torch's layers.
@@ -273,16 +273,16 @@ def merge_modes(
     """Compare the graphs of both modes; constants that differ become `ModeConstant` nodes of `evaluation`.
 
     Args:
-        train: graph of the training mode.
-        evaluation: of the other; changed.
-        attributes: what the graphs' constants hold, by name.
-        kind: the model's class, for errors.
+        train: graph of the model in training.
+        evaluation: graph of the model in evaluation; changed.
+        attributes: name → value of the constants of both graphs.
+        kind: class of the model, for errors.
 
     Returns:
-        What the new nodes call, by name.
+        Name → module that a new node calls.
 
     Raises:
-        TraceError: the modes take different paths; `evaluation` is then as it was.
+        TraceError: the modes take different paths; `evaluation` is then unchanged.
     """
     model_name = kind.__name__
     constants: dict[str, ModeConstant] = {}
@@ -327,7 +327,7 @@ def merge_modes(
 
 
 def _equal_constants(a: fx.Node, b: fx.Node, attributes: Mapping[str, Any]) -> bool:
-    """True if both nodes get the same tensor that forward made without its inputs."""
+    """True if both nodes read equal tensors that forward made without its inputs."""
     if a.op != "get_attr" or not all(str(n.target) in attributes for n in (a, b)):
         return False
     u, v = (attributes[str(n.target)] for n in (a, b))
@@ -391,7 +391,7 @@ def ordered_inputs(traced: fx.GraphModule, args: Sequence[Any], kwargs: dict[str
 
 
 def float_tensors(traced: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, int]:
-    """Run the example; the nodes whose value is a floating tensor, with its number of dimensions."""
+    """Run the example: name of every node whose value is a floating tensor → number of its dimensions."""
     found: dict[str, int] = {}
 
     class Recorder(fx.Interpreter):

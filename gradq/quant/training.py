@@ -1,4 +1,4 @@
-"""Quantization-aware training: which parameters learn how fast, and when ranges and statistics freeze."""
+"""Quantization-aware training: groups of parameters, and the steps at which ranges and statistics freeze."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["RangeSchedule", "param_groups"]
 def param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, scale_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: weights with decay, biases and norms without, scales without.
+    """Parameter groups for an optimizer; only weights have weight decay, biases, norms and scales have none.
 
     Weight decay on ``log2_scale`` would pull every scale towards 1.
 
     Args:
-        model: prepared, possibly inside DDP.
-        lr: learning rate; with folded batch norm 1e-4 (Adam) is good and 2e-3 destroys.
-        weight_decay: for weights with two or more dimensions.
+        model: model from `prepare`, possibly inside DDP.
+        lr: learning rate; with folded batch norm and Adam 1e-4 works, and 2e-3 destroys the model.
+        weight_decay: weight decay of the weights with two or more dimensions.
         scale_lr: learning rate of the scales; `lr` if None.
 
     Returns:
-        Three groups, in this order: weights, biases and norms, scales.
+        Three groups: first the weights, then biases and norms, then the scales.
     """
     if lr <= 0:
         raise ConfigError(f"lr is {lr}; legal: greater than 0")
@@ -53,14 +53,14 @@ class RangeSchedule:
     gradients, so DDP sees no unused parameter; its value is put back after the optimizer's step.
 
     Args:
-        model: prepared, possibly inside DDP.
-        learn_from: first step whose update of the scales counts.
-        freeze_at: first step from which scales are frozen; None for never.
-        freeze_batch_norm_at: first step from which live batch norm stops updating its statistics; None for
-            never.
+        model: model from `prepare`, possibly inside DDP.
+        learn_from: number of the first step whose update of the scales is kept.
+        freeze_at: number of the step from which the scales are frozen; they never are if None.
+        freeze_batch_norm_at: number of the step from which live batch norm keeps its statistics; it always
+            updates them if None.
 
     Raises:
-        ConfigError: negative steps, or a freeze before learning begins.
+        ConfigError: a negative step, or scales that freeze before they learn.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RangeSchedule:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count a step, and put held scales back."""
+        """Count a step and put the held scales back; call it after ``optimizer.step()``."""
         if self.is_frozen:
             for name, parameter in self._scales():
                 parameter.copy_(self._held[name])
@@ -120,6 +120,10 @@ class RangeSchedule:
         return {"num_steps": self.num_steps, "held": dict(self._held)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue from a state of `state_dict`.
+
+        Args:
+            state: number of steps and held scales.
+        """
         self.num_steps, self._held = int(state["num_steps"]), dict(state["held"])
         self._apply()
