@@ -46,6 +46,9 @@ _REFUSALS = {
     "gather_spec= are for FSDP2 models; local steps have none of them",
 }
 
+# What other libraries call what a spec says.
+_SPEC_WORDS = dict.fromkeys(("bits", "codec", "compression", "compressor"), "int4") | {"rank": "powersgd:4"}
+
 
 def _only(*trainers: str) -> dict[str, tuple[str, ...]]:
     """The metadata of a field that only some trainers have."""
@@ -141,8 +144,10 @@ class Options:
         known = {each.name: each for each in dataclasses.fields(cls)}
         for name in overrides:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
+                close = difflib.get_close_matches(name, known, n=1) + sorted(known.keys() & name.split("_"))
                 hint = f"did you mean {close[0]}=?" if close else f"there are: {', '.join(known)}"
+                if name in _SPEC_WORDS:
+                    hint = f"how gradients travel is said by the spec, as in spec={_SPEC_WORDS[name]!r}"
                 raise ConfigError(f"{name}= is not an option; {hint}")
         found = dataclasses.replace(options or cls(), **overrides)
         if any(trainer not in known[name].metadata.get("trainers", (trainer,)) for name in found.changed()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -85,11 +86,18 @@ class Folder:
             ) from error
 
     def check_complete(self, key: str | None = None) -> None:
-        """Check that the files of all entries, or of those under a key, are there in full.
+        """Check that all entries, or those under a key, were saved by all ranks, in files that are whole.
 
         Raises:
-            CheckpointError: naming the first file that is not.
+            CheckpointError: naming the first entry or file that is not.
         """
+        for name, entry in self.entries.items():
+            if (key is None or name.startswith(f"{key}.")) and _missing_rows(entry):
+                raise CheckpointError(
+                    f"{name!r} has the rows of some ranks only: not all ranks took part in dcp.save. Save "
+                    "with torch.distributed.checkpoint on all ranks, or let rank 0 save what "
+                    f"handle.gathered_state_dict() gives; {_EARLIER}"
+                )
         sizes: dict[str, int] = {}
         for name, rows in self._files.items():
             for file, _, end in rows.values() if key is None or name.startswith(f"{key}.") else ():
@@ -206,6 +214,12 @@ def size_and_crc(path: Path) -> tuple[int, int]:
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return path.stat().st_size, crc
+
+
+def _missing_rows(entry: Any) -> bool:
+    """Whether there are elements of a tensor that nobody saved."""
+    chunks = getattr(entry, "chunks", None)
+    return chunks is not None and sum(math.prod(chunk.sizes) for chunk in chunks) < math.prod(entry.size)
 
 
 def _names(state: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -80,6 +80,11 @@ def parse(sync: Sync, saved_state: object) -> Saved:
         CheckpointError: the state cannot be loaded.
     """
     state = mapping(saved_state, "the gradq state")
+    if not state:
+        raise CheckpointError(
+            "the saved state is empty: handle.gathered_state_dict() gives all ranks' state to rank 0; every "
+            "rank loads what rank 0 was given"
+        )
     version = integer(state, "format", 0, 1 << 31)
     if version not in (1, FORMAT):
         raise CheckpointError(

@@ -161,7 +161,8 @@ def unsupported(module: nn.Module, names: Mapping[Tensor, str]) -> UnsupportedEr
     for parameter, name in names.items():
         if parameter.dtype not in DTYPES:
             return UnsupportedError(
-                f"parameter {name!r} is {parameter.dtype}; gradq averages fp32, bf16, fp16 and fp64 gradients"
+                f"parameter {name!r} is {parameter.dtype}; gradq averages fp32, bf16, fp16 and fp64 "
+                'gradients; the spec "none" leaves the model to DDP'
             )
         if parameter.is_meta:
             return UnsupportedError(

@@ -84,6 +84,11 @@ def _closed_states(model: DistributedDataParallel) -> list[HookState]:
         raise UnsupportedError(
             "DistributedDataParallel(mixed_precision=...) takes the model's only hook; use torch.autocast"
         )
+    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
+        raise UnsupportedError(
+            "an optimizer that steps during backward (torch's _apply_optimizer_in_backward) takes "
+            "DistributedDataParallel's only hook; step the optimizer after backward, or use FSDP2"
+        )
     states = [state for state in hook_states(model) if isinstance(state, HookState)]
     for old in states:
         if not old.closed:

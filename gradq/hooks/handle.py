@@ -60,7 +60,13 @@ class Handle(ABC):
         return self.sync.stats(parameters)
 
     def add_sink(self, sink: Callable[[Event], None]) -> None:
-        """Call sink(event) for every measurement, from the thread that made it; it must be quick."""
+        """Call sink(event) for every measurement, from the thread that made it; it must be quick.
+
+        Raises:
+            ConfigError: it cannot be called.
+        """
+        if not callable(sink):
+            raise ConfigError(f"add_sink({sink!r:.200}): it takes a function of one gradq.metrics.Event")
         self.sync.metrics.add_sink(sink)
 
     @abstractmethod

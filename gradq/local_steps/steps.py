@@ -350,8 +350,8 @@ class LocalSteps(Handle):
 
     def add_sink(self, sink: Callable[[Event], None]) -> None:
         """Call sink(event) for every measurement, from the thread that made it; it must be quick."""
-        self._sinks.append(sink)
         super().add_sink(sink)
+        self._sinks.append(sink)
 
     def close(self) -> None:
         """Leave the inner optimizer alone and end gradq's threads and process groups. Idempotent."""

@@ -400,3 +400,31 @@ def test_every_way_to_save_is_a_way_to_load(tmp_path: Path) -> None:
     assert saved[0][1] > 12, "the residuals were not cut into flats"
     for found in run_ranks(load_flats, 3, str(tmp_path)):
         assert equal(found, {n: (v + saved[1][0][n]) / 2 for n, v in saved[0][0].items() if n[0] == "l"})
+
+
+def one_rank_saves(rank: int, folder: str):
+    """What every rank hears where rank 0 alone has saved, or alone has what was gathered."""
+    _, handle, _ = trained(rank, "int4", 2, {})
+    state = handle.state_dict()
+    if rank == 0:
+        dcp.save({"gradq": state}, checkpoint_id=folder, no_dist=True)
+    torch.distributed.barrier()
+    heard = []
+    gathered = handle.gathered_state_dict()
+    for load in (lambda: gradq.load_checkpoint(handle, folder), lambda: handle.load_state_dict(gathered)):
+        with pytest.raises(gradq.GradqError) as caught:
+            load()
+        heard.append(str(caught.value))
+    step = handle.sync.step
+    handle.close()
+    return heard, step
+
+
+def test_what_one_rank_alone_saved_or_holds_is_refused(tmp_path: Path) -> None:
+    for (rows, empty), step in run_ranks(one_rank_saves, 2, str(tmp_path / "c")):
+        assert "has the rows of some ranks only" in rows
+        assert "gathered_state_dict()" in rows
+        assert "the saved state is empty" in empty
+        assert step == 2
+    for message in run_ranks(wrong, 3, str(tmp_path / "c"), ""):
+        assert "has the rows of some ranks only" in message

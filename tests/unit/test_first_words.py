@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import time
+import warnings
 from datetime import timedelta
 
 import numpy as np
@@ -129,6 +130,15 @@ def after_close(use):
     use(handle)
 
 
+def steps_in_backward():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the package scripts functions
+        from torch.distributed.optim import _apply_optimizer_in_backward
+    wrapped = model()
+    _apply_optimizer_in_backward(torch.optim.SGD, wrapped.parameters(), {"lr": 0.1})
+    gradq.compress(DistributedDataParallel(wrapped), "none")
+
+
 def twice():
     wrapped = ddp()
     gradq.compress(wrapped, "int8")
@@ -162,6 +172,12 @@ CALLS = {
         lambda: gradq.HookState(torch.optim.SGD(model().parameters(), 0.1)),
         gradq.UnsupportedError,
         ["SGD"],
+    ),
+    "optimizer in backward": (steps_in_backward, gradq.UnsupportedError, ["only hook", "after backward"]),
+    "complex parameter": (
+        lambda: gradq.HookState(nn.Linear(4, 4, dtype=torch.complex64)),
+        gradq.UnsupportedError,
+        ["'weight'", "complex64", '"none"'],
     ),
     "number as spec": (lambda: gradq.compress(ddp(), 8), gradq.SpecError, ["'int8'"]),
     "twice": (twice, gradq.UnsupportedError, ["already", "int8", "set_spec", "close()"]),
@@ -238,6 +254,17 @@ CALLS = {
         lambda: after_close(lambda handle: handle.load_state_dict({})),
         gradq.ConfigError,
         ["closed"],
+    ),
+    "option of another name": (
+        lambda: gradq.compress(ddp(), process_group=None),
+        gradq.ConfigError,
+        ["process_group= is not an option", "group=?"],
+    ),
+    "spec as an option": (lambda: gradq.compress(ddp(), bits=4), gradq.ConfigError, ["spec='int4'"]),
+    "a sink that is no function": (
+        lambda: gradq.compress(ddp()).add_sink("wandb"),
+        gradq.ConfigError,
+        ["'wandb'", "function"],
     ),
     "hook without its state": (lambda: gradq.hook(None, None), gradq.UnsupportedError, ["HookState(model"]),
 }
