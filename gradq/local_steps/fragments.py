@@ -104,7 +104,7 @@ def fragments_of(parameters: dict[str, Tensor], count: int, every: int, has_mome
         parameters: the parameters by name, of dtypes in `WORK_DTYPES`.
         count: the number of fragments.
         every: steps between two averages of a fragment.
-        has_momentum: whether the outer step keeps any.
+        has_momentum: whether the outer step keeps momentum.
 
     Raises:
         ConfigError: there are fewer parameters than fragments.

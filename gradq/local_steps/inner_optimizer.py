@@ -92,7 +92,7 @@ class StepCounter:
             self._wrap(scaler, self._is_ours)
 
     def close(self) -> None:
-        """Count no more."""
+        """Stop counting."""
         self._counted = lambda: None
         for undo in self._undo:
             undo()

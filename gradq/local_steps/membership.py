@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradq.errors import MismatchError, UnsupportedError
+from gradq.errors import MismatchError, PeerError, UnsupportedError
 from gradq.local_steps.fragments import WORK_DTYPES
 from gradq.policy import canonical_name, named_parameters
 from gradq.sync.gradient_sync import GradientSync
@@ -164,15 +164,15 @@ class Notes:
 
         Raises:
             MismatchError: they differ, naming the rank and what to do.
-            RuntimeError: a rank is gone.
+            PeerError: a rank is gone.
         """
         work, self._work = self._work, None
         if work is None:
             return
-        if self._timeout is None:
-            work.wait()
-        else:
-            work.wait(self._timeout)
+        try:
+            work.wait(*([] if self._timeout is None else [self._timeout]))
+        except RuntimeError as error:
+            raise PeerError(f"rank {self._group.rank()}: the other ranks did not answer: {error}") from error
         first, *others = [row.tolist() for row in self._rows]
         for rank, theirs in enumerate(others, 1):
             if theirs[:2] != first[:2]:

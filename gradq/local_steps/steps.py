@@ -15,12 +15,12 @@ from torch.futures import Future
 from torch.optim import Optimizer
 
 from gradq import wire
-from gradq.errors import MismatchError, PeerError, UnsupportedError
+from gradq.errors import PeerError, UnsupportedError
 from gradq.hooks import averaged
 from gradq.hooks.handle import Handle
 from gradq.local_steps import inner_optimizer as inner
 from gradq.local_steps import membership
-from gradq.local_steps.fragments import WORK_DTYPES, Bucket, Fragment, fragments_of, infos
+from gradq.local_steps.fragments import WORK_DTYPES, Bucket, fragments_of, infos
 from gradq.local_steps.schedule import Schedule
 from gradq.metrics import Event, Stats
 from gradq.options import Options, asked_for
@@ -91,7 +91,7 @@ class LocalSteps(Handle):
         self.inner_step = self._steps_here = self._dense_so_far = 0
         self.pending: Pending | None = None
         self._sinks: list[Callable[[Event], None]] = []
-        self._before = Stats()  # of what was averaged with other members
+        self._before = Stats()  # the figures of the syncs before the present one
         with telling(group):
             chosen = Options.of("local steps", options, overrides)
             self._config = replace(chosen, grad_scaler=None).config()  # pseudo-gradients are not scaled
@@ -103,7 +103,6 @@ class LocalSteps(Handle):
                     "no parameter of the model requires a gradient; there is nothing to average"
                 )
             inner.check(inner_optimizer, chosen.grad_scaler, model.parameters())
-            self.fragments = self._cut(parameters)
             self._policy, self._spec_label = _policy(spec, chosen)
             agree(
                 {
@@ -114,8 +113,7 @@ class LocalSteps(Handle):
                 },
                 group,
             )
-            self.sync = self._make_sync(parameters, group)
-        self._count_dense_bytes(parameters)
+            self._set_members(parameters, group)
         self._start_together()
         self._counter: inner.StepCounter | None = None
         if inner_optimizer is not None:
@@ -144,15 +142,12 @@ class LocalSteps(Handle):
             momentum: the momentum that the last outer step left, if the class has one.
         """
 
-    def _cut(self, parameters: dict[str, Tensor]) -> list[Fragment]:
+    def _set_members(self, parameters: dict[str, Tensor], group: dist.ProcessGroup) -> None:
+        """Cut the fragments of what is trained, and make what averages them. Collective."""
         self._members = self._asked = membership.digest(parameters)
         schedule = self.schedule
-        return fragments_of(parameters, schedule.fragments, schedule.every, self.has_momentum)
-
-    def _make_sync(self, parameters: dict[str, Tensor], group: dist.ProcessGroup) -> GradientSync:
-        return GradientSync(infos(parameters), self._policy, self._spec_label, group, self._config)
-
-    def _count_dense_bytes(self, parameters: dict[str, Tensor]) -> None:
+        self.fragments = fragments_of(parameters, schedule.fragments, schedule.every, self.has_momentum)
+        self.sync = GradientSync(infos(parameters), self._policy, self._spec_label, group, self._config)
         nbytes = sum(parameter.nbytes for parameter in parameters.values())
         self._dense_bytes = wire.ring_bytes(nbytes, self.sync.world_size)
 
@@ -205,7 +200,7 @@ class LocalSteps(Handle):
         if self.pending is not None:
             self._apply()
         self._post_note(final=True)
-        self._check_notes()
+        self._notes.check()
         self._follow_model()
         whole = len(self.fragments) == 1 and not self.schedule.delay
         if whole and self.inner_step % self.schedule.every == 0:
@@ -266,19 +261,6 @@ class LocalSteps(Handle):
         sent = 8 * self._notes.NUMEL * (self.sync.world_size - 1)
         self.sync.metrics.record(Event("wire_bytes", sent, self.sync.step))
 
-    def _check_notes(self) -> None:
-        """Compare the ranks' notes.
-
-        Raises:
-            MismatchError: they differ; PeerError: a rank is gone.
-        """
-        try:
-            self._notes.check()
-        except MismatchError:
-            raise
-        except RuntimeError as error:
-            raise PeerError(f"rank {self.sync.rank}: the other ranks did not answer: {error}") from error
-
     def _follow_model(self) -> None:
         """Average what is trained now: parameters unfrozen, frozen, added or removed before the last note.
 
@@ -293,20 +275,18 @@ class LocalSteps(Handle):
         left = {name for name in self.parameters() if name in present and name not in now}
         for name in sorted((now.keys() - kept) | left):
             membership.mean_over_ranks(present[name], group)
-        self.fragments = self._cut(now)
+        self._set_members(now, group)
         for bucket in self.buckets():
             bucket.read(bucket.anchor)
         for name, view in self.anchors().items():
             if name.partition(".")[2] in kept:
                 view.copy_(before[name])
-        self.sync = self._make_sync(now, group)
         self.sync.step = old.step
         membership.take_residuals(old, self.sync)
         for sink in self._sinks:
             self.sync.metrics.add_sink(sink)
         self._before = self._before.plus(old.stats())
         old.close()
-        self._count_dense_bytes(now)
         _log.info("local steps average %d parameters from inner step %d on", len(now), self.inner_step)
 
     def wait(self) -> Pending:
@@ -319,9 +299,9 @@ class LocalSteps(Handle):
         assert self.pending is not None
         gone: PeerError | None = None
         try:
-            self._check_notes()
+            self._notes.check()
         except PeerError as error:
-            gone = error  # the averages know which rank
+            gone = error  # the errors of the futures name the rank
         for future in self.pending.futures:
             self.sync.wait(future)
         self.pending.futures.clear()
