@@ -15,6 +15,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -251,28 +252,24 @@ def open_state(sync: Sync, folder: Folder, key: str) -> dict[str, Any]:
             head[name] = _Entries(sync, folder, key, {name: shapes[name]})[name]
     for kind in ("local", "shard", "bases"):
         mine = {n.removeprefix(f"{kind}."): s for n, s in shapes.items() if n.startswith(f"{kind}.")}
-        head[kind] = _Entries(sync, folder, f"{key}.{kind}", mine, in_rows=kind != "bases")
+        head[kind] = _Entries(sync, folder, f"{key}.{kind}", mine, kind != "bases")
     plan = {n.removeprefix("policy."): s for n, s in shapes.items() if n.startswith("policy.")}
     if plan:
-        common = _Entries(sync, folder, f"{key}.policy", plan, in_rows=False)
+        common = _Entries(sync, folder, f"{key}.policy", plan, False)
         rows = _Entries(sync, folder, f"{key}.policy", plan)
         head["policy"] = {name: (rows if name == "measured" else common)[name] for name in plan}
     return head
 
 
+@dataclass(eq=False)
 class _Entries(Mapping[str, Tensor]):
     """The entries under a prefix, read when they are asked for."""
 
-    def __init__(
-        self,
-        sync: Sync,
-        folder: Folder,
-        prefix: str,
-        shapes: Mapping[str, tuple[torch.Size, torch.dtype]],
-        in_rows: bool = True,
-    ) -> None:
-        self._sync, self._folder, self._prefix = sync, folder, prefix
-        self._shapes, self._in_rows = shapes, in_rows
+    _sync: Sync
+    _folder: Folder
+    _prefix: str
+    _shapes: Mapping[str, tuple[torch.Size, torch.dtype]]
+    _in_rows: bool = True
 
     def __len__(self) -> int:
         return len(self._shapes)

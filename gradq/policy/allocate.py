@@ -232,23 +232,18 @@ def _hull(weight: _Vector, cost: _Vector) -> list[int]:
     return hull
 
 
+@dataclass
 class _Search:
     """Dynamic programming over the rows that the price leaves open; the others keep their best option."""
 
-    def __init__(
-        self,
-        rows: Sequence[tuple[_Vector, _Vector]],
-        excess: list[_Vector],
-        best: list[int],
-        price: float,
-        budget: float,
-        bound: float,
-        upper: float,
-        slop: float,
-    ) -> None:
-        self.rows, self.excess, self.best = rows, excess, best
-        self.price, self.budget, self.bound = price, budget, bound
-        self.upper, self.slop = upper, slop
+    rows: Sequence[tuple[_Vector, _Vector]]
+    excess: list[_Vector]
+    best: list[int]
+    price: float
+    budget: float
+    bound: float
+    upper: float
+    slop: float
 
     def run(self, open_rows: list[int], max_states: int) -> tuple[list[int] | None, bool]:
         """The best choice if one beats `upper`, and whether nothing better can exist.

@@ -100,7 +100,7 @@ class BitAllocation:
             f"candidates={list(self._codecs)}, every={every}, samples={samples}, "
             f"weighting={weighting!r})"
         )
-        self._numel: dict[str, int] = {}  # of what is compressed
+        self._numel: dict[str, int] = {}  # elements of each compressed parameter
         self._choice: dict[str, str] = {}
         self._sums: dict[tuple[str, str], float] = {}  # by parameter and candidate, "" for the energy
 
@@ -160,7 +160,7 @@ class BitAllocation:
     # --- measuring -----------------------------------------------------------------------------------------
 
     def candidates(self, step: int, name: str) -> Mapping[str, Codec]:
-        """All of them for a compressed parameter in a sampled step, else none."""
+        """All candidates for a compressed parameter in a sampled step, else none."""
         left = self._every - 1 - step % self._every
         stride = self._every // self._samples
         sampled = left % stride == 0 and left // stride < self._samples
@@ -173,7 +173,7 @@ class BitAllocation:
             self._sums[key] = self._sums.get(key, 0.0) + event.value
 
     def is_due(self, step: int) -> bool:
-        """Every `every` steps."""
+        """Whether `every` steps have passed since the last plan."""
         return step > 0 and step % self._every == 0
 
     def _keys(self) -> list[tuple[str, str]]:

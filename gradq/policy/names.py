@@ -17,9 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 
 __all__ = ["canonical_name", "closest", "named_parameters"]
 
-# Of torch.compile, of activation checkpointing, of FullyShardedDataParallel.
+# Names that torch.compile, activation checkpointing and FullyShardedDataParallel put in.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?:\.|$)")
-# Of torch.nn.utils.parametrize, where the parametrization has one tensor.
+# Names that torch.nn.utils.parametrize puts in, where the parametrization has one tensor.
 _PARAMETRIZED = re.compile(r"(?:(?<=\.)|^)parametrizations\.([^.]+)\.original$")
 _MODULE_OF = (DataParallel, DistributedDataParallel, AveragedModel)
 

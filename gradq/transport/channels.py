@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -114,23 +114,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_to_parent)
 
 
+@dataclass
 class _Exchange:
-    """Receives and sends under way."""
+    """Receives and sends under way: verb, peer and torch's work of each."""
 
-    def __init__(
-        self,
-        works: list[tuple[str, int, dist.Work]],
-        receive: Sequence[Tensor],
-        header: wire.Header,
-        metrics: Metrics,
-        links: Links,
-    ) -> None:
-        self._works = works
-        self._receive = receive
-        self._header = header
-        self._metrics = metrics
-        self._links = links
-        self._posted = time.perf_counter()
+    works: list[tuple[str, int, dist.Work]]
+    receive: Sequence[Tensor]
+    header: wire.Header
+    metrics: Metrics
+    links: Links
+    posted: float = field(default_factory=time.perf_counter)
 
     def wait(self) -> None:
         """Wait for all, check every header.
@@ -139,21 +132,21 @@ class _Exchange:
             PeerError: a peer gave up, died, stalled past the group's timeout, or the link broke.
             WireError: a message is not the one expected.
         """
-        header = self._header
-        while self._works:
-            verb, peer, work = self._works.pop(0)
+        header = self.header
+        while self.works:
+            verb, peer, work = self.works.pop(0)
             try:
                 work.wait()
             except RuntimeError as error:
                 del work
-                self._works.clear()  # they keep the connections open
+                self.works.clear()  # they keep the connections open
                 raise PeerError(
                     f"rank {header.sender}: {verb} rank {peer} failed in step {header.step}, bucket "
-                    f"{header.bucket}, phase {header.phase}: {self._links.word() or _backend_words(error)}"
+                    f"{header.bucket}, phase {header.phase}: {self.links.word() or _backend_words(error)}"
                 ) from error
-        elapsed_ms = 1e3 * (time.perf_counter() - self._posted)
-        self._metrics.record(Event("exchange_ms", elapsed_ms, header.step, header.bucket, header.phase))
-        for peer, message in enumerate(self._receive):
+        elapsed_ms = 1e3 * (time.perf_counter() - self.posted)
+        self.metrics.record(Event("exchange_ms", elapsed_ms, header.step, header.bucket, header.phase))
+        for peer, message in enumerate(self.receive):
             if peer != header.sender and message.numel():
                 received = message[: wire.HEADER_BYTES].numpy().tobytes()
                 replace(header, sender=peer).check(received)

@@ -160,7 +160,7 @@ class Executor:
                 if job is None:
                     break
                 self._advance(job, index)
-                del job  # while this waits for the next one, nothing may hang on the last
+                del job  # while this waits for the next job, it must not keep the last one alive
         if index + 1 < len(self._stages):
             self._stages[index + 1].put(None)
 

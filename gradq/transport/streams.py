@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
 
@@ -108,12 +109,14 @@ class StreamExecutor:
         raise self.failure
 
 
+@dataclass
 class _Works:
     """Exchanges under way on a stream."""
 
-    def __init__(self, works: Sequence[dist.Work], header: wire.Header, metrics: Metrics) -> None:
-        self._works, self._header, self._metrics = works, header, metrics
-        self._posted = time.perf_counter()
+    works: Sequence[dist.Work]
+    header: wire.Header
+    metrics: Metrics
+    posted: float = field(default_factory=time.perf_counter)
 
     def wait(self) -> None:
         """On NCCL the current stream waits, elsewhere the host.
@@ -121,17 +124,17 @@ class _Works:
         Raises:
             PeerError: the exchange failed; NCCL reports a lost peer through its watchdog instead.
         """
-        header = self._header
+        header = self.header
         try:
-            for work in self._works:
+            for work in self.works:
                 work.wait()
         except RuntimeError as error:
             raise PeerError(
                 f"rank {header.sender}: an exchange failed in step {header.step}, bucket {header.bucket}, "
                 f"phase {header.phase}: {error}"
             ) from error
-        elapsed_ms = 1e3 * (time.perf_counter() - self._posted)
-        self._metrics.record(Event("exchange_ms", elapsed_ms, header.step, header.bucket, header.phase))
+        elapsed_ms = 1e3 * (time.perf_counter() - self.posted)
+        self.metrics.record(Event("exchange_ms", elapsed_ms, header.step, header.bucket, header.phase))
 
 
 class StreamChannel:
@@ -199,24 +202,26 @@ class StreamChannel:
         self._agreed.add(key)
 
 
+@dataclass
 class _Staged:
-    """An exchange of host copies; what arrives is copied back."""
+    """An exchange of host copies; what arrives is copied back.
 
-    def __init__(
-        self,
-        pending: Pending,
-        arrived: Sequence[tuple[Tensor, Tensor]],
-        used: list[Tensor],
-        free: list[Tensor],
-    ) -> None:
-        self._pending, self._arrived, self._used, self._free = pending, arrived, used, free
+    Attributes:
+        arrived: pairs (message on the device, its host copy).
+        used: the host buffers of this exchange, which go to `free` afterwards.
+    """
+
+    pending: Pending
+    arrived: Sequence[tuple[Tensor, Tensor]]
+    used: list[Tensor]
+    free: list[Tensor]
 
     def wait(self) -> None:
         """Wait for the messages, check their headers, enqueue the copies back to the device."""
-        self._pending.wait()
-        for message, copy in self._arrived:
+        self.pending.wait()
+        for message, copy in self.arrived:
             message.copy_(copy, non_blocking=True)
-        self._free += self._used
+        self.free += self.used
 
 
 class StagedChannel:
