@@ -152,7 +152,7 @@ def check_configuration(codec: Codec) -> None:
 
 
 def check_sizes(codec: Codec) -> None:
-    """No elements take no bytes; wire_bits_per_element is 8 * nbytes / n."""
+    """An empty segment takes no bytes; wire_bits_per_element is 8 * nbytes / n."""
     assert codec.nbytes(0) == 0, f"nbytes(0) is {codec.nbytes(0)}"
     assert codec.wire_bits_per_element(0) == 0.0, "wire_bits_per_element(0) is not 0"
     for fewer, numel in itertools.pairwise(_sizes(codec)):

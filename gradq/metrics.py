@@ -137,7 +137,7 @@ class Metrics:
             self._sinks.append(sink)
 
     def remove_sink(self, sink: Callable[[Event], None]) -> None:
-        """Call a sink no more."""
+        """Stop calling a sink."""
         with self._lock:
             self._sinks.remove(sink)
 

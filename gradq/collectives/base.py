@@ -188,8 +188,8 @@ class Collective(ABC):
         ids: number of each parameter, by name, for its random bits.
     """
 
-    num_channels: ClassVar[int]  # the exchanges that it waits for, at most
-    cuts_segments: ClassVar[bool] = False  # whether some of a parameter is averaged as it is in the whole
+    num_channels: ClassVar[int]  # the largest number of exchanges that it waits for
+    cuts_segments: ClassVar[bool] = False  # whether a parameter may be cut without a change of its mean
 
     def __init__(self, segments: Sequence[Segment], dtype: torch.dtype, setting: Setting) -> None:
         self.segments = tuple(segments)

@@ -47,7 +47,7 @@ class Composite(Collective):
         segments = [segment for member in members for segment in member.segments]
         super().__init__(segments, members[0].dtype, members[0].setting)
         assert num_stages >= max(member.num_channels for member in members)
-        # who has most to send posts first, and does not wait for the others to decode
+        # the member with the most exchanges posts first, and does not wait for the others to decode
         self.members = sorted(members, key=lambda member: -member.num_channels)
         self._num_stages = num_stages
 

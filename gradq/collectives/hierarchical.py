@@ -144,7 +144,7 @@ class Hierarchical(Collective):
     def shard_of(
         cls, segment: Segment, world_size: int, local_world_size: int, owner: int
     ) -> tuple[int, int]:
-        """Of what a rank sums for its node, what it owns among the nodes."""
+        """The elements that a rank owns among the nodes, out of those that it sums for its node."""
         node, local_rank = divmod(owner, local_world_size)
         first, last = segment.shard(local_world_size, local_rank)
         own = replace(segment, numel=last - first)

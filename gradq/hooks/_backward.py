@@ -50,7 +50,7 @@ class OutermostBackward:
         self._is_open = False
         self._entries = 0
         # The engine and the graph hold the marks; those of a backward that raised go with it.
-        self._marks: weakref.WeakSet[_Mark] = weakref.WeakSet()
+        self._marks: weakref.WeakSet[_End | _Bridge] = weakref.WeakSet()
 
     def enter(self) -> None:
         """Note that something happens in the backward under way.
@@ -75,13 +75,13 @@ class OutermostBackward:
             self.watch(task)
 
     def watch(self, task: int | None, entries: int = -1) -> None:
-        """Be told of the end of the backward under way."""
+        """Have the engine call `reached` at the end of the backward under way."""
         mark = _End(self, task, entries)
         self._marks.add(mark)
         torch.autograd.Variable._execution_engine.queue_callback(mark)
 
     def reached(self, mark: _End) -> None:
-        """A backward is over: the outermost, or one inside another's node."""
+        """Note that a backward is over: the outermost, or one inside another's node."""
         self._marks.discard(mark)
         if mark.entries != self._entries:  # FSDP's own callbacks may come after this one: ask again behind
             self.watch(mark.task, self._entries)
@@ -100,7 +100,7 @@ class OutermostBackward:
         self._end()
 
     def crossed(self, bridge: _Bridge) -> None:
-        """The backward around a nested one goes on."""
+        """Note that the backward around a nested one goes on."""
         if bridge in self._marks:
             self._marks.discard(bridge)
             for handle in bridge.handles:
@@ -108,20 +108,11 @@ class OutermostBackward:
             self.watch(backward_id())
 
 
-class _Mark:
-    """A mark that a backward holds until it has ended.
-
-    Attributes:
-        task: the backward whose end it waits for, by `backward_id`; None for the one around that.
-    """
-
-    task: int | None = None
-
-
-class _End(_Mark):
+class _End:
     """A callback at the end of a backward.
 
     Attributes:
+        task: the backward whose end it waits for, by `backward_id`; None for the one around that.
         entries: the number of calls of `enter` when it was queued, -1 if that does not matter.
     """
 
@@ -132,12 +123,15 @@ class _End(_Mark):
         self._owner.reached(self)
 
 
-class _Bridge(_Mark):
+class _Bridge:
     """A hook before a node that the outer backward evaluates after the nested one.
 
     Attributes:
+        task: None, for it waits for the end of no backward.
         handles: the handles that remove it.
     """
+
+    task = None
 
     def __init__(self, owner: OutermostBackward) -> None:
         self._owner = owner

@@ -46,15 +46,12 @@ def check_group(group: object) -> dist.ProcessGroup:
     return group
 
 
-def find_wrapper(
-    module: nn.Module, group: dist.ProcessGroup | None, parameter: Tensor | None = None
-) -> DistributedDataParallel | None:
+def find_wrapper(module: nn.Module, group: dist.ProcessGroup | None) -> DistributedDataParallel | None:
     """The DDP model that averages a module's gradients; None where the module is not wrapped yet.
 
     Args:
         module: DistributedDataParallel itself, or the module that it wraps.
         group: the group that was asked for, None for DDP's own.
-        parameter: a parameter that DDP averages; the module's first one that is trained, by default.
 
     Raises:
         ConfigError: DDP averages over other ranks than the group's, or there are several DDP models over
@@ -67,15 +64,16 @@ def find_wrapper(
                 f"{_ranks(module.process_group)}; leave group= out"
             )
         return module
+    parameter = next((p for p in module.parameters() if p.requires_grad), None)
     if parameter is None:
-        parameter = next((p for p in module.parameters() if p.requires_grad), None)
-    found = [] if parameter is None else _ddp_reducer.wrappers_of(parameter)
+        return None
+    found = _ddp_reducer.wrappers_of(parameter)
     if group is not None:
         return next((model for model in found if _ranks(model.process_group) == _ranks(group)), None)
     if len({_ranks(model.process_group) for model in found}) > 1:
         del found
         gc.collect()  # a model that was wrapped before, and is not used any more
-        found = _ddp_reducer.wrappers_of(parameter) if parameter is not None else []
+        found = _ddp_reducer.wrappers_of(parameter)
     if len({_ranks(model.process_group) for model in found}) > 1:
         raise ConfigError(
             "several DistributedDataParallel models over different ranks wrap this module; give "

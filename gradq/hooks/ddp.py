@@ -86,7 +86,7 @@ class HookState(GradientHandle):
             default = averaged.check_group(dist.group.WORLD)
             wrapper = averaged.find_wrapper(module, group)
         self._trainer = None if wrapper is None else Trainer(wrapper)
-        self._owed = False  # whether it is still to be seen what DDP threw away
+        self._owed = False  # whether to look, before the next step, at what DDP threw away
         self._must_confirm, self._group_was_given = wrapper is None, group is not None
         group = group or (default if wrapper is None else averaged.check_group(wrapper.process_group))
         inner = module.module if isinstance(module, DistributedDataParallel) else module

@@ -331,5 +331,5 @@ def _factor(op: Any, unit: Unit, world_size: int) -> float:
 
 
 def _shard_seed(seed: int, rank: int) -> int:
-    """Shards differ in their random bits."""
+    """The seed of a rank's shards: ranks differ in their random bits."""
     return (seed + (rank << 48)) % (1 << 64)

@@ -101,10 +101,8 @@ class Sync(ABC):
     def resolve(self, policy: Policy | None, label: str) -> ResolvedPlan:
         """What is quick about a policy and can fail on one rank alone; changes nothing."""
         resolved = ResolvedPlan.of(policy, label, self.parameters, self.config, self.world_size)
-        if resolved.plan and self.world_size > 1:
-            BACKENDS.on(
-                self.device
-            )  # a quick import: a rank without kernels says so before the others compile
+        if resolved.plan and self.world_size > 1:  # a rank without kernels says so before the others compile
+            BACKENDS.on(self.device)
         return resolved
 
     def notes(self, resolved: ResolvedPlan, label: str) -> dict[str, object]:

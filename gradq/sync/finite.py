@@ -49,7 +49,7 @@ class StepCheck:
         self._outliers = 0
 
     def start(self, state: Tensor | None) -> None:
-        """Go on from a saved state; with None from nothing."""
+        """Continue from a saved state; None starts anew."""
         nothing = [0.0] * WINDOW + [1.0]
         self.state = torch.tensor(nothing if state is None else state.tolist(), dtype=torch.float64)
         self.state = self._before = self.state.to(self._device)

@@ -36,6 +36,10 @@ class Route(NamedTuple):
     sender: int
     receiver: int
 
+    def peer(self, rank: int) -> int:
+        """The rank at the other end."""
+        return self.sender if self.receiver == rank else self.receiver
+
 
 class _NotYetError(Exception):
     """An exchange is not over; only in `Network.drive`, which sees to the others meanwhile."""
@@ -84,10 +88,10 @@ class Exchange:
 
     def fail(self, route: Route, why: str) -> None:
         """Note that this exchange can never end: one of its messages is lost, or was not sent."""
-        receives = route.receiver == self.header.sender
-        verb, peer = ("receiving from", route.sender) if receives else ("sending to", route.receiver)
+        own = self.header.sender
+        verb = "receiving from" if route.receiver == own else "sending to"
         self.error = self.error or PeerError(
-            f"rank {self.header.sender}: {verb} rank {peer} failed in step {self.header.step}, bucket "
+            f"rank {own}: {verb} rank {route.peer(own)} failed in step {self.header.step}, bucket "
             f"{self.header.bucket}, phase {self.header.phase}: {why}"
         )
 
@@ -125,18 +129,11 @@ class Network:
         self._driven = False
         self._num_channels = 0
 
-    def channels(self, count: int, metrics: Sequence[Metrics] | None = None) -> list[list[Channel]]:
-        """New channels, by rank.
-
-        Args:
-            count: number of channels of a rank.
-            metrics: receivers of the times, by rank.
-        """
+    def channels(self, count: int) -> list[list[Channel]]:
+        """New channels, by rank, `count` for each."""
         first, self._num_channels = self._num_channels, self._num_channels + count
-        return [
-            [self.channel(rank, first + k, metrics[rank] if metrics else Metrics()) for k in range(count)]
-            for rank in range(self.world_size)
-        ]
+        indices = range(first, first + count)
+        return [[self.channel(rank, k, Metrics()) for k in indices] for rank in range(self.world_size)]
 
     def channel(self, rank: int, index: int, metrics: Metrics) -> Channel:
         """One rank's end of a channel."""
@@ -188,7 +185,7 @@ class Network:
     def _missing(self) -> str:
         return "; ".join(
             f"rank {exchange.header.sender} on channel {route.channel}, exchange {route.number}, for rank "
-            f"{route.sender if route.receiver == exchange.header.sender else route.receiver}"
+            f"{route.peer(exchange.header.sender)}"
             for route, exchange in self._half.items()
         )
 
@@ -220,9 +217,9 @@ class Network:
         other = self._half.pop(route, None)
         if other is None:
             self._half[route] = exchange
-            peer = route.sender if route.receiver == exchange.header.sender else route.receiver
-            if (route.channel, peer) in self._gone and route in exchange.open:
-                exchange.fail(route, self._gone[route.channel, peer])
+            where = (route.channel, route.peer(exchange.header.sender))
+            if where in self._gone and route in exchange.open:
+                exchange.fail(route, self._gone[where])
             return
         sends = route.sender == exchange.header.sender
         sender, receiver = (exchange, other) if sends else (other, exchange)
@@ -252,13 +249,10 @@ class Network:
         sender.open.discard(route)
         if fault == _DROP:
             receiver.fail(route, "the message was lost")
-        elif fault == _LATE and before is not None and before.numel() == buffer.numel():
-            buffer.copy_(before)
-            receiver.open.discard(route)
-        elif fault == _LATE:
-            receiver.open.discard(route)
         else:
-            buffer.copy_(message)
+            arrives = message if fault != _LATE else before
+            if arrives is not None and arrives.numel() == buffer.numel():
+                buffer.copy_(arrives)
             receiver.open.discard(route)
         self._changed.notify_all()
         return True
@@ -288,8 +282,8 @@ class Network:
             for channel in channels:
                 self._gone.setdefault((channel, rank), why)
             for route, exchange in self._half.items():
-                peer = route.sender if route.receiver == exchange.header.sender else route.receiver
-                if peer == rank and route.channel in channels and route in exchange.open:
+                is_from = route.peer(exchange.header.sender) == rank and route.channel in channels
+                if is_from and route in exchange.open:
                     exchange.fail(route, why)
             self._changed.notify_all()
 
