@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -27,3 +28,4 @@ for _spec in ("int8", "fp32"):
 
 gc.collect()
 gc.freeze()  # a collection in a rank looks at what is the rank's own, not at 400,000 objects of modules
+atexit.register(gc.unfreeze)  # of the server: libraries that count what they leak print it otherwise

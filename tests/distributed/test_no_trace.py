@@ -190,3 +190,26 @@ def test_the_end_of_a_process_is_quiet(tmp_path, end):
     finally:
         for process in processes:
             process.kill()
+
+
+RANKS = """
+from gradq.testing import run_ranks
+
+def rank_of(rank):
+    return rank
+
+if __name__ == "__main__":
+    print(run_ranks(rank_of, 2))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_that_runs_ranks_prints_its_own_words_only(tmp_path):
+    """The fork server, which ends with the script, loads much: none of it may complain at its end."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1]\n", "")
