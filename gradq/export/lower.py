@@ -79,6 +79,8 @@ class Lowering(LayerLowering):
             if len(tensor.dims) == 0 or max(tensor.dims, default=0) <= 8:
                 self.constants[tensor.name] = onnx.numpy_helper.to_array(tensor)
         for node in self.graph.node:
+            if node.output and node.output[0] in self.written:
+                continue
             if node.domain == DOMAIN:
                 entry = self.entries[attributes_of(node)["index"]]
                 if isinstance(entry, Quantizer):
@@ -93,6 +95,8 @@ class Lowering(LayerLowering):
                 self._move(node)
             elif node.input and node.input[0] in self.quantized and self._is_global_mean(node):
                 self._global_mean(node)
+            elif node.op_type == "Sub" and self._is_difference(node):
+                self._difference(node)
             elif node.op_type == "HardSigmoid" and self._is_integer_gate(node):
                 self._integer_gate(node)
             else:
@@ -245,6 +249,20 @@ class Lowering(LayerLowering):
         shape = self.builder.constant(f"{node.name}.shape", np.array([0, -1], np.int64))
         self.builder.node("Reshape", [y, shape], f"{node.name}.reshape", output=out)
         self.reshaped[out] = (y, (("Reshape", [shape], {}),))
+
+    def _is_difference(self, node: Any) -> bool:
+        """True for a subtraction of static codes in front of a quantizer."""
+        given = [self.quantized.get(name) for name in node.input]
+        static = all(value is not None and value.codes and not self._is_dynamic(value) for value in given)
+        return static and self._is_quantized_next(node.output[0])
+
+    def _difference(self, node: Any) -> None:
+        """As the integer addition of the second operand's codes with a negative scale: none subtracts."""
+        left, right = (self.quantized[name] for name in node.input)
+        negative = -right.entry.quantizer.scale.detach().numpy().reshape(())
+        scale = self.builder.constant(f"{node.name}.negative", negative)
+        x, y = self._float_view(left, node.name), self._float_view(replace(right, scale=scale), node.name)
+        self.builder.node("Add", [x, y], node.name, output=node.output[0])
 
     def _is_integer_gate(self, node: Any) -> bool:
         """True for ``clip(x/6 + 1/2, 0, 1)`` between static quantizers."""

@@ -111,6 +111,8 @@ class LayerLowering:
         self.products: set[str] = set()
         self.largest_code = 0
         self.readers: dict[str, list[Any]] = {}
+        self.producers = {name: node for node in self.graph.node for name in node.output}
+        self.written: set[str] = set()  # outputs of nodes that another node's replacement has written
         for node in self.graph.node:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
@@ -418,9 +420,27 @@ class LayerLowering:
             for e in self.entries
         )
         one = takes_one_operator(layer) and not tied
+        ids, out = self._with_axis(ids, out)
         self.forms[layer.name] = (write_lookup if one else write_standard_lookup)(
             self.builder, layer, ids, out
         )
+
+    def _with_axis(self, ids: str, out: str) -> tuple[str, str]:
+        """Ids and rows of a lookup with the axis that is taken from the ids and given back to the rows.
+
+        Where a model looks up column after column and stacks the rows, both are an operator for each table.
+        """
+        column, readers = self.producers.get(ids), self.readers.get(out, [])
+        if column is None or column.op_type != "Gather" or [r.op_type for r in readers] != ["Unsqueeze"]:
+            return ids, out
+        axis, index = attributes_of(column).get("axis", 0), self.constants.get(column.input[1])
+        given = np.ravel(self.constants.get(readers[0].input[1], []))
+        if index is None or index.ndim or axis < 0 or given.tolist() != [axis]:
+            return ids, out
+        index_name = self.builder.constant(f"{ids}.index", index.reshape(1))
+        self.written.add(readers[0].output[0])
+        kept = self.builder.node("Gather", [column.input[0], index_name], f"{ids}.column", axis=axis)
+        return kept, str(readers[0].output[0])
 
 
 def attributes_of(node: Any) -> dict[str, Any]:

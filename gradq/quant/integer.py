@@ -37,9 +37,9 @@ class Codes:
     """A quantized activation: ``value = (codes − zero_point)·scale``.
 
     Attributes:
-        codes: int32, any shape.
-        scale: fp32, (1,), or (…, 1) per token.
-        zero_point: int32, the shape of `scale`.
+        codes: int32 codes, of any shape.
+        scale: fp32 scale, (1,), or (…, 1) with one for each token.
+        zero_point: int32 code of zero, in the shape of `scale`.
     """
 
     codes: Tensor
@@ -47,7 +47,7 @@ class Codes:
     zero_point: Tensor
 
     def dequantize(self) -> Tensor:
-        """fp32 values."""
+        """The values in fp32."""
         return (self.codes - self.zero_point).to(torch.float32) * self.scale
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Codes:
@@ -57,14 +57,14 @@ class Codes:
 
 @dataclass(frozen=True)
 class Accumulator:
-    """Output of an integer layer before requantization: ``value = total·multiplier``.
+    """Output of an integer layer that is not requantized yet: ``value = total·multiplier``.
 
     Attributes:
-        total: fp64 holding integers, bias included.
-        multiplier: fp32, input scale times weight scale, broadcasts against `total`.
-        low: values below are raised to it (0 after ReLU).
-        high: values above are lowered to it (6 after ReLU6).
-        divisor: how many elements a mean was taken of (``QLinearGlobalAveragePool``).
+        total: integers in fp64, the bias included.
+        multiplier: fp32 product of input scale and weight scale, which broadcasts against `total`.
+        low: bound to which smaller values are raised (0 after ReLU); None for no bound.
+        high: bound to which larger values are lowered (6 after ReLU6); None for no bound.
+        divisor: number of elements that a mean was taken of (``QLinearGlobalAveragePool``).
     """
 
     total: Tensor
@@ -74,7 +74,7 @@ class Accumulator:
     divisor: int = 1
 
     def dequantize(self) -> Tensor:
-        """fp32 values."""
+        """The values in fp32."""
         return _clip(self.total.to(torch.float32) * self.multiplier / self.divisor, self.low, self.high)
 
     def requantize(self, quantizer: ActQuant) -> Codes:
@@ -87,7 +87,10 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class PendingSum:
-    """A sum of two quantized tensors before requantization (``QLinearAdd``)."""
+    """A sum of two quantized tensors that is not requantized yet (``QLinearAdd``).
+
+    A difference is the sum with the second tensor's scale negative.
+    """
 
     left: Codes
     right: Codes
@@ -95,7 +98,7 @@ class PendingSum:
     high: float | None = None
 
     def dequantize(self) -> Tensor:
-        """fp32 values."""
+        """The values in fp32."""
         return _clip(self.left.dequantize() + self.right.dequantize(), self.low, self.high)
 
     def requantize(self, quantizer: ActQuant) -> Codes:
@@ -123,9 +126,9 @@ def saturation(quantizer: ActQuant, low: float | None, high: float | None) -> tu
     codes gives: a bound of the values is a bound of the codes.
 
     Args:
-        quantizer: with a range.
-        low: values below were raised to it; None if nothing was.
-        high: values above were lowered to it.
+        quantizer: static quantizer with a range.
+        low: bound to which smaller values were raised; None for no bound.
+        high: bound to which larger values were lowered; None for no bound.
     """
     fmt = quantizer.format
 
@@ -142,8 +145,8 @@ def quantize_activation(x: Tensor, quantizer: ActQuant) -> Codes:
     """Codes of a float tensor, by division as ONNX does.
 
     Raises:
-        NonFiniteError: NaN or Inf in `x`; the message names the tensor.
-        CalibrationError: the quantizer has no range.
+        NonFiniteError: NaN or Inf in `x`; the tensor is named.
+        CalibrationError: a quantizer without a range; named.
     """
     if not bool(x.isfinite().all()):
         raise NonFiniteError(f"{quantizer.name} holds NaN or Inf where the integer reference quantizes it")
@@ -159,22 +162,22 @@ def quantize_activation(x: Tensor, quantizer: ActQuant) -> Codes:
 
 
 def integer_bias(bias: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """The int32 bias with scale exactly input scale × weight scale: the same numbers for every exporter.
+    """The int32 bias whose scale is exactly input scale × weight scale; every exporter uses these numbers.
 
     Args:
-        bias: (O,) floating.
-        input_scale: (1,) fp32.
-        weight_scale: (1,) or (O,) fp32.
+        bias: (O,) floating bias.
+        input_scale: (1,) fp32 scale of the input.
+        weight_scale: (1,) or (O,) fp32 scale of the weight.
 
     Returns:
-        (O,) int32.
+        (O,) int32 codes.
     """
     step = (input_scale * weight_scale).double()
     return (bias.double() / step).round().clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
 
 
 def _integer_weight(weight: Tensor, quantizer: WeightQuant) -> Tensor:
-    """(codes − zero_point) in fp64, the weight's shape."""
+    """The integers (codes − zero point) in fp64, in the shape of the weight."""
     codes = quantizer.quantize(weight)
     rows = quantizer.rows(codes) - quantizer.zero_point[:, None]
     return quantizer.unrows(rows, weight.shape).double()
@@ -183,17 +186,17 @@ def _integer_weight(weight: Tensor, quantizer: WeightQuant) -> Tensor:
 def integer_linear(
     x: Codes, weight: Tensor, quantizer: WeightQuant, bias: Tensor | None
 ) -> Accumulator | Tensor:
-    """A linear layer on codes.
+    """Compute a linear layer on codes.
 
     Args:
-        x: (B, …, I) codes.
-        weight: (O, I) floating.
-        quantizer: its quantizer.
-        bias: (O,) or None.
+        x: (B, …, I) codes of the input.
+        weight: (O, I) floating weight.
+        quantizer: quantizer of the weight.
+        bias: (O,) floating bias, or None.
 
     Returns:
-        An accumulator (B, …, O); for grouped weights, whose scales cannot leave the sum, and for per-token
-        activations with a bias, the fp32 result.
+        An accumulator (B, …, O). For grouped weights, whose scales differ within a sum, and for activations
+        with a scale per token and a bias, the fp32 result.
     """
     if quantizer.format.granularity == "group":
         return functional.linear(x.dequantize(), quantizer(weight.detach()).float(), bias)
@@ -214,14 +217,14 @@ def integer_conv(
     bias: Tensor | None,
     convolve: Callable[[Tensor, Tensor, None], Tensor],
 ) -> Accumulator:
-    """A convolution on codes.
+    """Compute a convolution on codes.
 
     Args:
-        x: (B, I, *spatial) codes with one scale.
-        weight: (O, I / groups, *kernel) floating.
-        quantizer: its quantizer.
-        bias: (O,) or None.
-        convolve: the layer's own convolution (stride, padding, …) as a function of input, weight and bias.
+        x: (B, I, *spatial) codes of the input, with one scale.
+        weight: (O, I / groups, *kernel) floating weight.
+        quantizer: quantizer of the weight.
+        bias: (O,) floating bias, or None.
+        convolve: the layer's own convolution (stride, padding, …), a function of input, weight and bias.
 
     Returns:
         An accumulator (B, O, *spatial).

@@ -21,6 +21,7 @@ __all__ = [
     "FUNCTIONS",
     "INTEGER_FUNCTIONS",
     "POOLS",
+    "SUBTRACTIONS",
     "behind_clips",
     "constants",
     "global_mean",
@@ -50,6 +51,9 @@ CLIPS: tuple[Any, ...] = (
     torch.relu_, functional.relu_, "relu", "relu_",
 )  # fmt: skip
 ADDS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
+SUBTRACTIONS: tuple[Any, ...] = (
+    operator.sub, operator.isub, torch.sub, torch.subtract, "sub", "sub_", "subtract",
+)  # fmt: skip
 POOLS: tuple[Any, ...] = (
     nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d, functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d,

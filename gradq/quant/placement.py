@@ -9,7 +9,8 @@ The rules, over the graph after batch norm is folded and layers are swapped:
 3. A convolution's output is quantized, unless it only reaches the model's output: with a float output no
    fused kernel exists, and INT8 is slower than float.
 4. ``full`` placement quantizes every source that additions, concatenations, poolings and activation functions
-   read, and every reader gets the quantized values. ``matmul`` placement quantizes for weight layers only.
+   read, and every reader gets the quantized values; subtractions of two tensors likewise, where an operator
+   of this kind or a weight layer reads the difference. ``matmul`` placement quantizes for weight layers only.
 5. ``auto`` is ``full`` for models without attention and layer norm. With them it goes by region: an addition,
    pooling, concatenation or product whose operands all come from convolutions (through operations of this
    kind) is computed in integers; around linear layers only what they read is quantized, which is faster and
@@ -36,6 +37,7 @@ from gradq.quant.operators import (
     FUNCTIONS,
     INTEGER_FUNCTIONS,
     POOLS,
+    SUBTRACTIONS,
     behind_clips,
     constants,
     matches,
@@ -123,7 +125,10 @@ def _everywhere(traced: fx.GraphModule, floats: dict[str, int], fmt: Format, pla
     fixed = constants(traced)
     for node in traced.graph.nodes:
         operands = _operands(node, floats)
-        if matches(node, traced, ADDS + POOLS + FUNCTIONS) and not any(v in fixed for v in operands):
+        reads = matches(node, traced, ADDS + POOLS + FUNCTIONS) or _is_integer_difference(
+            node, operands, traced
+        )
+        if reads and not any(v in fixed for v in operands):
             for value in operands:
                 plan.add(source_of(value, traced), fmt, everyone=True)
     plan.everyone.update(plan.formats)
@@ -140,11 +145,31 @@ def _by_region(traced: fx.GraphModule, floats: dict[str, int], fmt: Format, plan
         elif operands and all(source_of(v, traced) in integer for v in operands):
             if matches(node, traced, CLIPS) or moves(node, traced):
                 integer.add(node)
-            elif matches(node, traced, ADDS + POOLS + INTEGER_FUNCTIONS):
+            elif matches(node, traced, ADDS + POOLS + INTEGER_FUNCTIONS) or _is_integer_difference(
+                node, operands, traced
+            ):
                 integer.add(node)
                 for value in operands:
                     plan.add(source_of(value, traced), fmt, everyone=True)
     plan.everyone.update(plan.formats.keys() & integer)
+
+
+def _is_integer_difference(node: fx.Node, operands: list[fx.Node], traced: fx.GraphModule) -> bool:
+    """True for a subtraction of two tensors whose difference will be codes again.
+
+    Where it is not, as at the model's output, quantized operands would only add their rounding.
+    """
+    return len(operands) == 2 and matches(node, traced, SUBTRACTIONS) and _meets_integers(node, traced)
+
+
+def _meets_integers(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """True if a weight layer or an operator on codes reads a value, directly or through moves and clips."""
+    return any(
+        weight_layer(user, traced) is not None
+        or matches(user, traced, ADDS + POOLS + FUNCTIONS + SUBTRACTIONS)
+        or ((moves(user, traced) or matches(user, traced, CLIPS)) and _meets_integers(user, traced))
+        for user in node.users
+    )
 
 
 def _behind_convolutions(traced: fx.GraphModule, floats: dict[str, int], fmt: Format, plan: _Plan) -> None:

@@ -5,10 +5,9 @@ output quantizer 32-bit accumulators; floats appear only where the INT8 runtime 
 simulation (fake quantization) differs from it by one code in a small share of elements; the reference does
 not.
 
-What runs on codes: convolutions, linear layers, ReLU and its like, additions, max and global average pooling
-and moving of elements;
-the projections of attention and of recurrent cells. What runs in float: everything else (softmax, layer norm,
-GELU, layers left in float, weights in groups), on dequantized values.
+On codes run convolutions, linear layers, ReLU and its like, additions and subtractions, max and global
+average pooling, moving of elements, and the projections of attention and of recurrent cells. Everything else
+(softmax, layer norm, GELU, layers left in float, weights in groups) runs in float, on dequantized values.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from gradq.quant.modules import QuantLayer
 from gradq.quant.operators import (
     ADDS,
     CLIPS,
+    SUBTRACTIONS,
     global_mean,
     matches,
     moves,
@@ -44,17 +44,18 @@ Pending = (Accumulator, PendingSum)
 
 
 def integer_reference(model: nn.Module) -> IntegerReference:
-    """Make the integer executor of a calibrated model.
+    """Make a calibrated model that computes in integers.
 
     Args:
-        model: from `prepare` (possibly inside DDP), or with quantized layers placed by hand; untouched.
+        model: model from `prepare` (possibly inside DDP), or one with quantized layers placed by hand; it is
+            not changed.
 
     Returns:
         A callable that takes the model's arguments and returns its outputs in fp32, without gradients.
 
     Raises:
         CalibrationError: a quantizer has no range; named.
-        UnsupportedError: formats that are no integers (``fp8``).
+        UnsupportedError: a quantizer whose format has no integers (``fp8``); named.
     """
     names = float8_names(model)
     if names:
@@ -68,20 +69,20 @@ class IntegerReference:
     """A snapshot of a model that computes in integers; see `integer_reference`.
 
     Args:
-        model: a calibrated model; copied, live batch norm is folded in the copy.
+        model: calibrated model; it is copied, and live batch norm is folded in the copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = finalize(copy.deepcopy(unwrap(model))).eval()
         for module in self.model.modules():
             if isinstance(module, ActQuant) and not module.format.is_dynamic:
-                _ = module.scale  # an uncalibrated one is an error now
+                _ = module.scale  # an uncalibrated quantizer raises its error here
             if isinstance(module, QuantLayer):
                 module.integer = True
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs."""
+        """The model's outputs, computed in integers."""
         if not isinstance(self.model, fx.GraphModule):
             return self.model(*args, **kwargs)
         names = [str(n.target) for n in self.model.graph.nodes if n.op == "placeholder"]
@@ -94,7 +95,7 @@ class IntegerReference:
 
     @torch.no_grad()
     def codes(self, *args: Any) -> dict[str, Tensor]:
-        """int32 codes of every activation quantizer, by name: to find where an exporter starts to differ."""
+        """Name → int32 codes of every activation quantizer, which show where an exporter starts to differ."""
         if not isinstance(self.model, fx.GraphModule):
             raise UnsupportedError("codes() needs a model from gradq.quant.prepare")
         executor = _Executor(self.model)
@@ -128,6 +129,8 @@ class _Executor(fx.Interpreter):
             return _clip(self.traced, n, first)
         if matches(n, self.traced, ADDS) and len(args) == 2 and not kwargs and _addable(args[0], args[1]):
             return PendingSum(args[0], args[1])
+        if matches(n, self.traced, SUBTRACTIONS) and not kwargs and _addable(*args):
+            return PendingSum(args[0], replace(args[1], scale=-args[1].scale))
         keep = global_mean(n, self.traced)
         if keep is not None and isinstance(first, Codes) and first.codes.ndim == 4:
             return _mean(first, keep)
@@ -150,7 +153,7 @@ class _Executor(fx.Interpreter):
         return moves(n, self.traced) or n.target is operator.getitem
 
     def _move(self, n: fx.Node, args: Any, kwargs: Any) -> Any:
-        """Run a moving operation on the codes themselves (in fp64: pooling knows no int32)."""
+        """Run a moving operation on the codes, in fp64 because pooling has no int32."""
         codes: Codes = args[0]
         if codes.scale.numel() != 1:
             args = (codes.dequantize(), *args[1:])
@@ -172,7 +175,7 @@ def _to_float(value: Any) -> Any:
 
 
 def _mean(codes: Codes, keep: bool) -> Accumulator:
-    """The mean over both axes of images: a sum that waits for its quantizer."""
+    """The mean over both axes of images, as a sum that is not requantized yet."""
     total = (codes.codes - codes.zero_point).double().sum((2, 3), keepdim=keep)
     return Accumulator(total, codes.scale, divisor=codes.codes.shape[2] * codes.codes.shape[3])
 
@@ -182,7 +185,7 @@ def _addable(a: Any, b: Any) -> bool:
 
 
 def _clip(traced: fx.GraphModule, n: fx.Node, value: Accumulator | PendingSum) -> Accumulator | PendingSum:
-    """Note a ReLU or its like on a pending value."""
+    """Bound a value that is not requantized yet by a ReLU or its like."""
     low, high = 0.0, None
     if n.op == "call_module":
         module: Any = traced.get_submodule(str(n.target))

@@ -53,6 +53,12 @@ class Other(nn.Module):
             x = functional.interpolate(torch.relu(x), scale_factor=2)
         elif self.kind == "bilinear":
             x = functional.interpolate(torch.relu(x), scale_factor=2, mode="bilinear", align_corners=True)
+        elif self.kind == "difference":
+            x = torch.relu(self.b(x) - torch.relu(x))
+        elif self.kind == "number":
+            x = torch.relu(self.b(x) / 2 - 0.1)
+        elif self.kind == "quotient":
+            x = self.b(x) / (1 + torch.relu(x))
         elif self.kind == "pad":
             x = functional.pad(torch.relu(x), (0, 1, 0, 1))
         return self.head(self.b(x))
@@ -85,6 +91,9 @@ def test_one_operator_at_the_end_does_not_decide_for_the_network(end, tmp_path):
         ("convnext", {"QLinearConv": 3, "QGemm": 1}),
         ("nearest", {"QLinearConv": 2, "Resize": 1, "QuantizeLinear": 1}),
         ("bilinear", {"QLinearConv": 2}),
+        ("difference", {"QLinearConv": 3, "QLinearAdd": 1, "Sub": 0, "Relu": 0}),
+        ("number", {"QLinearConv": 3, "QLinearAdd": 0}),
+        ("quotient", {"QLinearConv": 3, "QLinearAdd": 0}),
         ("pad", {"QLinearConv": 2, "Pad": 0, "QuantizeLinear": 1}),
     ],
 )
@@ -111,6 +120,28 @@ def test_a_float_activation_is_not_fused_into_an_integer_product(tmp_path):
     torch.manual_seed(0)
     counts, quality = checked(Net().eval(), torch.randn(4, 8), tmp_path)
     assert counts["QGemm"] == 2
+    assert quality > 25
+
+
+@torch.no_grad()
+def test_columns_that_are_looked_up_and_stacked_need_no_operator_for_their_axes(tmp_path):
+    class Net(nn.Module):
+        """As in DLRM: a table for each column of ids, their rows and a dense feature side by side."""
+
+        def __init__(self):
+            super().__init__()
+            self.tables = nn.ModuleList([nn.Embedding(20, 16) for _ in range(3)])
+            self.dense, self.head = nn.Linear(4, 16), nn.Linear(64, 5)
+
+        def forward(self, x, ids):
+            rows = [table(ids[:, i]) for i, table in enumerate(self.tables)]
+            return self.head(torch.stack([self.dense(x), *rows], 1).flatten(1))
+
+    torch.manual_seed(0)
+    inputs = (torch.randn(8, 4), torch.randint(0, 20, (8, 3)))
+    counts, quality = checked(Net().eval(), inputs, tmp_path)
+    assert counts.get("Squeeze", 0) == 0
+    assert counts.get("Unsqueeze", 0) <= 1  # of the dense feature
     assert quality > 25
 
 
