@@ -4,6 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.gradq-installed
 export GLOO_SOCKET_IFNAME ?= lo
+# the tests share the cores among their processes: more threads of torch's would only wait for one another
+test test-all: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint format bench clean

@@ -63,7 +63,17 @@ def test_every_parameter_takes_its_own_collective(world_size: int, bucket_cap_mb
     check_mixed(world_size, bucket_cap_mb, run_here)
 
 
-@pytest.mark.parametrize(("world_size", "local_world_size"), [(2, 2), (3, 1), (4, 2), (6, 2), (6, 3), (8, 4)])
+@pytest.mark.parametrize(
+    ("world_size", "local_world_size"),
+    [
+        (2, 2),
+        (3, 1),
+        (4, 2),
+        (6, 2),
+        pytest.param(6, 3, marks=pytest.mark.slow),
+        pytest.param(8, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_hierarchical_replicas_are_equal_and_near_the_mean(world_size: int, local_world_size: int) -> None:
     for job in hierarchical_jobs(local_world_size):
         check_near_the_mean(job, run_here(world_size, job))
@@ -111,7 +121,7 @@ def test_bytes_on_the_wire_relative_to_fp32(world_size: int, spec: str, most: fl
     check_bytes(spec, most, world_size, results)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
 def test_no_order_of_delivery_changes_a_bit(seed: int) -> None:
     """Several buckets under way on both channels."""
     job = {"spec": "int4+int4", "compress": {"collective": "two_phase"}, "ddp": {"bucket_cap_mb": 0.001}}

@@ -217,7 +217,9 @@ if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):  # torch 2.9
     del JOBS["zeros for unused"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_shards_are_those_of_dense_fsdp(world_size: int) -> None:
     """Also after close(). From 3 ranks on Gloo adds in an order of its own: exact specs round otherwise."""
     check_shards(run_ranks(compare, world_size, shard_jobs(JOBS)), list(JOBS))
@@ -275,7 +277,7 @@ def exact_sums(rank: int, specs: list[str]) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-@pytest.mark.parametrize("world_size", [3, 4])
+@pytest.mark.parametrize("world_size", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_ranks_are_exact_where_sums_are(world_size: int) -> None:
     for pairs in run_ranks(exact_sums, world_size, ["fp32", "bf16", "fp16"]):
         for dense, ours in pairs:
@@ -465,7 +467,9 @@ HSDP: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("world_size", "mesh"), [(2, (2, 1)), (3, (3, 1)), (4, (2, 2))])
+@pytest.mark.parametrize(
+    ("world_size", "mesh"), [(2, (2, 1)), pytest.param(3, (3, 1), marks=pytest.mark.slow), (4, (2, 2))]
+)
 def test_replicas_of_shards(world_size: int, mesh: tuple[int, int]) -> None:
     """A mesh of two dimensions against FSDP's own HSDP; replicas equal to the bit."""
     check_replicas(run_ranks(compare, world_size, replica_jobs(mesh)), mesh)

@@ -139,7 +139,7 @@ def check(world_size: int, count: int, seed: int) -> None:
                     assert torch.equal(value, results[0][number][step][name])
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_random_trials(world_size: int) -> None:
     check(world_size, 12, seed=world_size)
 

@@ -64,7 +64,7 @@ def contracts():
         yield pytest.param(check, spec, id=f"{name}-{spec}", marks=slow)
 
 
-@pytest.mark.parametrize(("check", "spec"), contracts())
+@pytest.mark.parametrize(("check", "spec"), list(contracts()))
 def test_contract(check, spec):
     check(codecs.from_spec(spec))
 

@@ -70,7 +70,11 @@ def test_the_convolution_of_the_phases_is_the_transposed_convolution(dims, geome
         assert torch.allclose(y + bias, layer(x))
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES[:5], ids=lambda g: "-".join(map(str, g.values())))
+@pytest.mark.parametrize(
+    "geometry",
+    [*GEOMETRIES[:3], *(pytest.param(geometry, marks=pytest.mark.slow) for geometry in GEOMETRIES[3:5])],
+    ids=lambda g: "-".join(map(str, g.values())),
+)
 @pytest.mark.parametrize("dims", [1, 2])
 @torch.no_grad()
 def test_files_compute_in_integers(dims, geometry, tmp_path):
