@@ -76,6 +76,9 @@ def collectives(
         for rank, record in runner.run(0):
             if rank == 0 and record["record"] == "collective":
                 rows.append({key: value for key, value in record.items() if key != "record"})
+                done = f"{len(rows)} of {len(sizes) * len(scenario.codecs)}"
+                row = f"{record['size_bytes']} bytes, {record['codec']}: {record['time_ms']:.3f} ms"
+                typer.echo(f"[{done}] {row}", err=True)
     if as_json:
         typer.echo(to_json(rows))
     else:
