@@ -84,7 +84,7 @@ class Sync(ABC):
             self.resolved = ResolvedPlan.of(None, label, self.parameters, config, self.world_size)
             self.feedback = Feedback(config.residual_dtype)
             self.feedback.to(self.device)
-            self.check = StepCheck(self.device)
+            self.check = StepCheck(self.device, logs=self.rank == 0)
             self.learner = Learner(group, self.metrics, config.seed)
             self.executor = executor_on(self.device)
             resolved = self.resolve(policy, label)

@@ -36,14 +36,16 @@ class StepCheck:
 
     Args:
         device: the device of the means.
+        logs: whether this rank logs outliers, which all ranks see alike.
 
     Attributes:
         state: fp64 [WINDOW + 1]: the norms of the last accepted steps, unscaled, oldest first, 0 where there
             was none; and how many times `LIMIT` the next outlier must be.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, logs: bool = True) -> None:
         self._device = device
+        self._logs = logs
         self.start(None)
         self._square: float | Tensor = 0.0
         self._outliers = 0
@@ -105,7 +107,7 @@ class StepCheck:
     def _say(self, step: int, norm: float, ratio: float) -> None:
         """One log line for the first outlier, and for every one after twice as many."""
         self._outliers += 1
-        if self._outliers & (self._outliers - 1) == 0:
+        if self._logs and self._outliers & (self._outliers - 1) == 0:
             _log.warning(
                 "step %d: the norm of the mean gradient, %.3g, is %.0f times the largest of the last steps; "
                 "what compression lost of it is not carried over%s",

@@ -65,6 +65,13 @@ def test_an_outlier_is_one_beyond_the_limit_times_the_largest_of_the_window(capl
     assert "step 7: the norm of the mean gradient" in caplog.text
 
 
+def test_one_rank_speaks_for_all(caplog):
+    check = StepCheck(CPU, logs=False)
+    with caplog.at_level(logging.WARNING, "gradq"):
+        assert steps(check, [1.0, 1.0, 1e9]) == [True, True, False]
+    assert not caplog.records
+
+
 def test_every_spike_is_caught_however_many_there_are():
     check = StepCheck(CPU)
     for _ in range(5):
