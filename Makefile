@@ -31,7 +31,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 	@echo "==> mypy --strict gradq"
 	@$(BIN)/mypy
 
-test: $(STAMP) lint ## lint, types and the default tests (under 10 minutes)
+test: $(STAMP) lint ## lint, types and the default tests (about 20 minutes)
 	@echo "==> tests (2 to 4 real Gloo ranks on this machine)"
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
