@@ -11,8 +11,8 @@ from gradq import codecs
 
 __all__: list[str] = []
 
-# DDP's constructor imports torch._dynamo, and that the half of torch: 2 s in every rank. A rank imports the
-# module of the function that it runs, so mostly pytest and Hypothesis.
+# DDP's constructor imports torch._dynamo, which imports half of torch: 2 s in every rank. A rank also imports
+# the module of the function that it runs, which is mostly a test: hence pytest and Hypothesis.
 for _module in (
     "torch._dynamo",
     "torch.distributed.fsdp",

@@ -110,6 +110,7 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
+@_without_collections()
 def in_turns(calls: Sequence[Callable[[], object]]) -> None:
     """Call each; those that need a kernel which another process is compiling come last.
 
@@ -119,21 +120,20 @@ def in_turns(calls: Sequence[Callable[[], object]]) -> None:
         KernelBusyError: within another `in_turns`, if a call is left.
     """
     nested, later = _mine.others_first, []
-    with _without_collections():
-        try:
-            _mine.others_first = True
-            for call in calls:
-                try:
-                    call()
-                except KernelBusyError:
-                    later.append(call)
-            if nested and later:
-                raise KernelBusyError
-            _mine.others_first = False
-            for call in later:
+    try:
+        _mine.others_first = True
+        for call in calls:
+            try:
                 call()
-        finally:
-            _mine.others_first = nested
-            if not nested:
-                for lock in list(_mine.held):
-                    lock.drop()
+            except KernelBusyError:
+                later.append(call)
+        if nested and later:
+            raise KernelBusyError
+        _mine.others_first = False
+        for call in later:
+            call()
+    finally:
+        _mine.others_first = nested
+        if not nested:
+            for lock in list(_mine.held):
+                lock.drop()
